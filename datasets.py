@@ -1,0 +1,451 @@
+"""From a folder of persons to tensors: the scanner, the datasets of both stages and the image transforms.
+
+root/<person>/clean/*.jpg          clean photos (or directly in the person folder, as FACECOM is released)
+root/<person>/distortion/*.jpg     their distorted copies, <clean stem>_<kind>.jpg
+"""
+
+import contextlib
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+# Without any set-up, logging prints a warning as the bare sentence on stderr: what a script's user should see.
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
+CLEAN, DISTORTION = "clean", "distortion"
+READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log `message` as a warning, the first time it comes up in this process."""
+    log.warning(message)
+
+
+# --- folders -> persons -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Person:
+    """One folder of the tree; both lists sorted by name."""
+
+    name: str
+    clean: tuple[Path, ...]
+    distorted: tuple[Path, ...]
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """Sorted image files directly in `folder`; hidden and other files are passed over; [] if there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+@functools.cache
+def _read_error(path: Path, size: int, mtime_ns: int) -> str | None:
+    """Why `path` does not decode, or None. Size and time are the cache's key: a changed file is read again."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an odd EXIF block or a large photo is no reason to leave it out
+            with Image.open(path) as image:
+                image.draft("RGB", (64, 64))  # a JPEG decodes at 1/8: faster, and a truncated one fails all the same
+                image.load()
+    except READ_ERRORS as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def find_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
+    """Decode every file once; path -> reason of those that Pillow cannot read to their end."""
+
+    def check(path: Path) -> str | None:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            return str(error)
+        return _read_error(path, stat.st_size, stat.st_mtime_ns)
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
+        return {path: reason for path, reason in zip(paths, pool.map(check, paths), strict=True) if reason}
+
+
+def _names(names: Sequence[str], most: int = 5) -> str:
+    """'a, b, c and 7 more'"""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def scan_persons(root: Path | str, *, check_images: bool = True) -> list[Person]:
+    """Persons of `root`, sorted by name: every visible sub-folder with at least one photo.
+
+    Clean photos lie in `<person>/clean/` or directly in `<person>/`; where both hold some, `clean/` counts.
+    With `check_images`, every file is decoded once and unreadable ones are listed and left out. Folders without a
+    photo, and persons without a clean one (they cannot be enrolled or be an anchor), are told once.
+    Raises FileNotFoundError if `root` is no folder, ValueError if it holds no person with a readable photo.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; set DATA_DIR to the folder that holds train/ and val/")
+    persons, empty, loose = [], [], []
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        in_clean, direct = find_photos(folder / CLEAN), find_photos(folder)
+        if in_clean and direct:
+            loose.append(folder.name)
+        person = Person(folder.name, tuple(in_clean or direct), tuple(find_photos(folder / DISTORTION)))
+        if person.clean or person.distorted:
+            persons.append(person)
+        else:
+            empty.append(folder.name)
+    if loose:
+        warn_once(f"{root}: {len(loose)} persons hold photos beside their clean/ folder, ignored ({_names(loose)})")
+    if empty:
+        warn_once(f"{root}: {len(empty)} folders without a photo, ignored ({_names(empty)})")
+    if check_images:
+        persons = _without_unreadable(root, persons)
+    if not persons:
+        raise ValueError(
+            f"{root}: no person with a photo; expected {root}/<person>/clean/*.jpg or {root}/<person>/*.jpg, "
+            f"and {root}/<person>/distortion/*.jpg"
+        )
+    no_clean = [person.name for person in persons if not person.clean]
+    if no_clean:
+        warn_once(
+            f"{root}: {len(no_clean)} persons without a clean photo, never enrolled and never an anchor; "
+            f"add one to clean/ or remove the folder ({_names(no_clean)})"
+        )
+    return persons
+
+
+def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
+    bad = find_unreadable([path for person in persons for path in person.clean + person.distorted])
+    if not bad:
+        return persons
+    listed = "\n".join(f"  {path}: {reason}" for path, reason in bad.items())
+    warn_once(f"{root}: {len(bad)} unreadable images, left out; replace or delete them:\n{listed}")
+    readable = [
+        Person(p.name, tuple(f for f in p.clean if f not in bad), tuple(f for f in p.distorted if f not in bad))
+        for p in persons
+    ]
+    return [person for person in readable if person.clean or person.distorted]
+
+
+def distortion_kind(path: Path) -> str:
+    """'blurred' of a_0001_blurred.jpg: what follows the stem's last underscore; 'unknown' without one."""
+    _, underscore, kind = path.stem.rpartition("_")
+    return kind.lower() if underscore and kind else "unknown"
+
+
+def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
+    """The clean photo that `distorted` was made from: the longest clean stem that prefixes its name, None if none does.
+
+    The prefix ends at an underscore: a_10_blurred.jpg comes from a_10.jpg, never from a_1.jpg.
+    """
+    sources = [photo for photo in clean if distorted.stem == photo.stem or distorted.stem.startswith(photo.stem + "_")]
+    return max(sources, key=lambda photo: len(photo.stem), default=None)
+
+
+def split_holdout(persons: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` names drawn from `persons` by `seed`, sorted; the same for any order of `persons`.
+
+    Raises ValueError unless 0 <= count and at least two persons are left to train on.
+    """
+    if count and not 0 < count <= len(persons) - 2:
+        raise ValueError(
+            f"HOLDOUT_PERSONS = {count}: expected 0..{len(persons) - 2}, two persons must stay in training"
+        )
+    order = torch.randperm(len(persons), generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(sorted(persons)[i] for i in order[:count])
+
+
+# --- photos -> tensors ------------------------------------------------------------------------------------------------
+
+
+def load_image(path: Path) -> Image.Image:
+    """`path` as RGB, turned upright by its EXIF orientation; transparency becomes white.
+
+    Raises OSError with the path if the file cannot be read to its end.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode == "I;16":  # 16-bit grayscale: convert() would clip at 255
+                    image = image.point(lambda value: value / 256).convert("L")
+                if image.has_transparency_data:
+                    rgba = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+                return image.convert("RGB")
+    except READ_ERRORS as error:
+        raise OSError(
+            f"{path}: cannot be read as an image ({error}); replace or delete it, "
+            "or set CHECK_IMAGES = True to leave such files out"
+        ) from error
+
+
+class FaceCrop:
+    """Square crop around the centre, resized to `size` x `size`: PIL image -> PIL image.
+
+    fraction: side of the crop as a share (0..1] of the photo's shorter side.
+    zoom, shift: random jitter of the side (+-share of it) and of the centre (+-share of the shorter side), 0 = none,
+    drawn from torch's generator and kept inside the photo.
+    Raises ValueError if `fraction` or `size` is out of range.
+    """
+
+    def __init__(self, size: int, fraction: float, zoom: float = 0.0, shift: float = 0.0):
+        if not 0 < fraction <= 1:
+            raise ValueError(f"FACE_CROP = {fraction}: expected a share of the shorter side in (0, 1]")
+        if size < 76:  # below, InceptionResnetV1's last stride-2 blocks have nothing left to see
+            raise ValueError(f"IMAGE_SIZE = {size}: expected at least 76 pixels; the pretrained network knows 160")
+        self.size, self.fraction, self.zoom, self.shift = size, fraction, zoom, shift
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        shorter = min(width, height)
+        side, x, y = self.fraction * shorter, width / 2, height / 2
+        if self.zoom or self.shift:
+            zoom, dx, dy = (2 * torch.rand(3) - 1).tolist()
+            side = min(side * (1 + self.zoom * zoom), shorter)
+            x = min(max(x + self.shift * shorter * dx, side / 2), width - side / 2)
+            y = min(max(y + self.shift * shorter * dy, side / 2), height - side / 2)
+        # Rounding may put a corner a hair outside the photo, which Pillow refuses.
+        box = (max(x - side / 2, 0), max(y - side / 2, 0), min(x + side / 2, width), min(y + side / 2, height))
+        return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
+
+
+# fixed_image_standardization of facenet: (x - 127.5) / 128 on 0..255, here on 0..1.
+_TO_TENSOR = (
+    v2.PILToTensor(),
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize(mean=[127.5 / 255] * 3, std=[128 / 255] * 3),
+)
+
+
+def eval_transform(image_size: int, face_crop: float) -> Transform:
+    """PIL RGB image -> (3, image_size, image_size) float32 in about -1..1: centre crop, resize, standardization."""
+    return v2.Compose([FaceCrop(image_size, face_crop), *_TO_TENSOR])
+
+
+def train_transform(image_size: int, face_crop: float, zoom: float, shift: float) -> Transform:
+    """`eval_transform` with the crop jittered (see FaceCrop) and every second image mirrored."""
+    return v2.Compose([FaceCrop(image_size, face_crop, zoom, shift), v2.RandomHorizontalFlip(), *_TO_TENSOR])
+
+
+# --- datasets ---------------------------------------------------------------------------------------------------------
+
+
+class _SeededDataset(Dataset):
+    """What an item draws depends on (seed, epoch, index) alone: not on the worker, nor on what was drawn before."""
+
+    def __init__(self, transform: Transform, seed: int):
+        self.transform, self.seed = transform, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live on between epochs
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the epoch (0-based) that the coming items are drawn for."""
+        self._epoch.fill_(epoch)
+
+    def _item_seed(self, index: int) -> int:
+        return hash((self.seed, int(self._epoch), index)) % 2**63  # a tuple of ints hashes alike in every process
+
+    @contextlib.contextmanager
+    def _seeded(self, index: int) -> Iterator[torch.Generator]:
+        """A generator for this item; torch's own, which transforms draw from, is seeded as well and then put back."""
+        seed = self._item_seed(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield torch.Generator().manual_seed(seed ^ 1)
+
+
+class _LabelledPhotos(_SeededDataset):
+    """(image (3, H, W) float32, label int) of `samples`, a list of (path, label)."""
+
+    samples: list[tuple[Path, int]]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        with self._seeded(index):
+            return self.transform(load_image(path)), label
+
+
+class FaceClassificationDataset(_LabelledPhotos):
+    """Every photo of `root`, clean and distorted.
+
+    Item: image (3, H, W) float32 from `transform`; label int in 0..len(persons)-1.
+    `.persons` (sorted, less `exclude`) and `.label2idx` (person -> label) are the mapping that a head is trained with.
+    Raises what `scan_persons` raises; ValueError if `exclude` leaves nobody.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        transform: Transform,
+        *,
+        exclude: Collection[str] = (),
+        seed: int = 0,
+        check_images: bool = True,
+    ):
+        super().__init__(transform, seed)
+        scanned = [p for p in scan_persons(root, check_images=check_images) if p.name not in exclude]
+        if not scanned:
+            raise ValueError(f"{root}: every person is held out; lower HOLDOUT_PERSONS")
+        self.persons = [person.name for person in scanned]
+        self.label2idx = {name: label for label, name in enumerate(self.persons)}
+        self.samples = [(path, self.label2idx[p.name]) for p in scanned for path in p.clean + p.distorted]
+
+
+def _scan_with_mapping(
+    root: Path | str, persons: Sequence[str], label2idx: dict[str, int], check_images: bool
+) -> list[Person]:
+    """Scan `root`; ValueError where one of its persons is not among those that the labels are for."""
+    if set(persons) != set(label2idx):
+        raise ValueError("persons and label2idx name different persons; pass both from the same training dataset")
+    scanned = scan_persons(root, check_images=check_images)
+    strangers = [person.name for person in scanned if person.name not in label2idx]
+    if strangers:
+        raise ValueError(
+            f"{root}: {len(strangers)} of {len(scanned)} persons are not among the {len(persons)} trained ones "
+            f"({_names(strangers)}): classification cannot name them; "
+            "retrieval (build_gallery and evaluate) is the evaluation for unseen persons"
+        )
+    return scanned
+
+
+class FaceClassificationDatasetWithMapping(_LabelledPhotos):
+    """Every photo of `root`, labelled by the mapping of a training set: for val splits of the same persons.
+
+    Item as in FaceClassificationDataset; `persons` and `label2idx` are that dataset's.
+    Raises ValueError naming a few persons of `root` that the mapping does not know.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        transform: Transform,
+        persons: Sequence[str],
+        label2idx: dict[str, int],
+        *,
+        seed: int = 0,
+        check_images: bool = True,
+    ):
+        super().__init__(transform, seed)
+        self.persons, self.label2idx = list(persons), dict(label2idx)
+        scanned = _scan_with_mapping(root, persons, label2idx, check_images)
+        self.samples = [(path, label2idx[p.name]) for p in scanned for path in p.clean + p.distorted]
+
+
+class FaceCleanValDataset(_LabelledPhotos):
+    """The clean photos of `root` alone, labelled by the mapping of a training set.
+
+    Item as in FaceClassificationDataset. Raises ValueError naming a few persons that the mapping does not know, or if
+    `root` holds no clean photo.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        persons: Sequence[str],
+        label2idx: dict[str, int],
+        transform: Transform,
+        *,
+        seed: int = 0,
+        check_images: bool = True,
+    ):
+        super().__init__(transform, seed)
+        self.persons, self.label2idx = list(persons), dict(label2idx)
+        scanned = _scan_with_mapping(root, persons, label2idx, check_images)
+        self.samples = [(path, label2idx[p.name]) for p in scanned for path in p.clean]
+        if not self.samples:
+            raise ValueError(f"{root}: no clean photo; expected {root}/<person>/clean/*.jpg or {root}/<person>/*.jpg")
+
+
+class FacePairDataset(_SeededDataset):
+    """Triplets as in Schroff et al. 2015, arXiv:1503.03832: each clean photo is an anchor once per epoch.
+
+    Item: anchor (clean), positive (a distorted photo of the same person), negative (any photo of another person),
+    three (3, H, W) float32; label and negative label, int in 0..len(persons)-1. The negative's person is drawn evenly
+    over persons, then the photo evenly over that person's. Positive and negative are drawn by (seed, epoch, index).
+    A person without clean or without distorted photos is no anchor (told once, with the count), yet can be a negative.
+    Raises what `scan_persons` raises; ValueError if no anchor or fewer than two persons are left.
+    """
+
+    def __init__(
+        self,
+        root: Path | str,
+        transform: Transform,
+        *,
+        exclude: Collection[str] = (),
+        seed: int = 0,
+        check_images: bool = True,
+    ):
+        super().__init__(transform, seed)
+        self._scanned = [p for p in scan_persons(root, check_images=check_images) if p.name not in exclude]
+        self.persons = [person.name for person in self._scanned]
+        self.label2idx = {name: label for label, name in enumerate(self.persons)}
+        self.anchors = [
+            (path, label) for label, p in enumerate(self._scanned) if p.distorted for path in p.clean
+        ]  # (path, label)
+        unpaired = [p.name for p in self._scanned if not (p.clean and p.distorted)]
+        if unpaired:
+            warn_once(
+                f"{root}: {len(unpaired)} of {len(self.persons)} persons lack clean or distorted photos and give no "
+                f"pair; they serve as negatives only ({_names(unpaired)})"
+            )
+        if not self.anchors:
+            raise ValueError(f"{root}: no person has both clean and distorted photos, so there is no pair to train on")
+        if len(self.persons) < 2:
+            raise ValueError(f"{root}: a negative needs a second person, found only {self.persons[0]}")
+
+    def __len__(self) -> int:
+        return len(self.anchors)
+
+    def draw(self, index: int, generator: torch.Generator) -> tuple[Path, Path, Path, int, int]:
+        """Paths of (anchor, positive, negative), label and negative label of item `index`."""
+
+        def pick(count: int) -> int:
+            return int(torch.randint(count, (), generator=generator))
+
+        anchor, label = self.anchors[index]
+        positives = self._scanned[label].distorted
+        negative_label = (label + 1 + pick(len(self.persons) - 1)) % len(self.persons)  # any but `label`, evenly
+        negatives = self._scanned[negative_label].clean + self._scanned[negative_label].distorted
+        return anchor, positives[pick(len(positives))], negatives[pick(len(negatives))], label, negative_label
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        with self._seeded(index) as generator:
+            anchor, positive, negative, label, negative_label = self.draw(index, generator)
+            images = [self.transform(load_image(path)) for path in (anchor, positive, negative)]
+        return *images, label, negative_label
+
+
+class PhotoList(Dataset):
+    """Images (3, H, W) float32 of `paths`, in their order, for embedding."""
+
+    def __init__(self, paths: Sequence[Path], transform: Transform):
+        self.paths, self.transform = list(paths), transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.transform(load_image(self.paths[index]))

@@ -1,0 +1,92 @@
+"""The losses of both stages: the ArcFace head, the contrastive loss and the choice of hard negatives."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ArcMarginProduct(nn.Module):
+    """Additive angular margin logits: Deng et al. 2019, arXiv:1801.07698, eq. 3; feed to cross_entropy.
+
+    Row i, column j: s cos(t_ij), and s cos(t_ij + m) in the column of label i, where t_ij is the angle between
+    embedding i and class centre j; m: margin, radians; s: scale, no unit.
+    cos(t + m) turns up again beyond t = pi - m; there the target is cos(t) - m sin(m), so that it falls all the way.
+    With `easy_margin` the margin applies only where cos(t) > 0, and the target is cos(t) elsewhere.
+    Shapes: embeddings (B, D) of any norm, labels (B,) int64 in 0..C-1 -> logits (B, C), float32 even under autocast.
+    Raises ValueError if s <= 0 or m is outside [0, pi/2).
+    """
+
+    def __init__(self, in_features: int, out_features: int, s: float, m: float, easy_margin: bool = False):
+        super().__init__()
+        if not s > 0:
+            raise ValueError(f"SCALE = {s}: expected a positive number, usually 8..64")
+        if not 0 <= m < math.pi / 2:
+            raise ValueError(f"MARGIN = {m}: expected radians in [0, pi/2); 0.5 is 28.6 degrees")
+        self.s, self.m, self.easy_margin = s, m, easy_margin
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))  # only each row's direction counts
+        nn.init.xavier_uniform_(self.weight)
+
+    def cosine(self, embeddings: Tensor) -> Tensor:
+        """cos(t_ij), (B, C): what classifies, without margin and scale."""
+        with torch.autocast(embeddings.device.type, enabled=False):  # half precision cannot tell 10 from 0 degrees
+            embeddings = embeddings.to(self.weight.dtype)
+            return F.linear(F.normalize(embeddings), F.normalize(self.weight))
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        cosine = self.cosine(embeddings)  # (B, C)
+        target = cosine.gather(1, labels[:, None])  # (B, 1)
+        # Rounding gives cosines just above 1, and sqrt has infinite slope at 0: NaN without the floor.
+        sine = (1 - target.square()).clamp_min(1e-6).sqrt()
+        shifted = target * math.cos(self.m) - sine * math.sin(self.m)  # cos(t + m)
+        if self.easy_margin:
+            shifted = torch.where(target > 0, shifted, target)
+        else:
+            turned = target <= -math.cos(self.m)  # t >= pi - m
+            shifted = torch.where(turned, target - self.m * math.sin(self.m), shifted)
+        return self.s * cosine.scatter(1, labels[:, None], shifted)
+
+
+class ContrastiveLoss(nn.Module):
+    """mean_i [ d(a_i, p_i)^2 + max(0, margin - d(a_i, n_i))^2 ]: Hadsell et al. 2006, eq. 4, without its factor 1/2.
+
+    d: Euclidean distance; on unit embeddings d^2 = 2 - 2 cos, 0..4. `margin` is a distance: 1.0 is an angle of 60
+    degrees, and a negative farther away than that gives no gradient.
+    Shapes: anchor, positive, negative (B, D) -> scalar. The gradient is finite, and 0, where a pair coincides.
+    Raises ValueError if the margin is outside (0, 2], the distances that unit embeddings can have.
+    """
+
+    def __init__(self, margin: float = 1.0):
+        super().__init__()
+        if not 0 < margin <= 2:
+            raise ValueError(
+                f"CONTRASTIVE_MARGIN = {margin}: expected a distance in (0, 2]; unit embeddings are 0..2 apart"
+            )
+        self.margin = margin
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        pull = (anchor - positive).square().sum(1)  # (B,)
+        push = (self.margin - euclidean(anchor, negative)).clamp_min(0).square()  # (B,)
+        return (pull + push).mean()
+
+
+def euclidean(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise distance of (B, D) and (B, D) -> (B,); sqrt's infinite slope at 0 is cut off at 1e-6."""
+    return (a - b).square().sum(1).clamp_min(1e-12).sqrt()
+
+
+@torch.no_grad()
+def hardest_negatives(anchors: Tensor, anchor_labels: Tensor, candidates: Tensor, candidate_labels: Tensor) -> Tensor:
+    """For each anchor the index of the nearest candidate of another person: "batch hard", Hermans et al. 2017,
+    arXiv:1703.07737, sec. 2.
+
+    Two random faces are about 1.41 apart, beyond a margin of 1: only mined negatives push.
+    Shapes: (B, D), (B,), (N, D), (N,) -> (B,) int64; rows of norm 1. A tie goes to the lower index.
+    Raises ValueError if an anchor has no candidate of another person.
+    """
+    same_person = anchor_labels[:, None] == candidate_labels[None, :]  # (B, N)
+    if same_person.all(1).any():
+        raise ValueError("a batch holds a single person, so an anchor has no negative; raise BATCH_SIZE")
+    cosine = anchors @ candidates.T  # on unit rows the nearest is the one of highest cosine
+    return cosine.masked_fill(same_person, -torch.inf).argmax(1)

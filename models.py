@@ -1,0 +1,120 @@
+"""The backbone: FaceNet's InceptionResnetV1, pretrained, as one module from image to unit embedding."""
+
+import os
+import pickle
+import socket
+import urllib.error
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from facenet_pytorch import InceptionResnetV1
+from facenet_pytorch.models.inception_resnet_v1 import get_torch_home
+from torch import Tensor, nn
+
+EMBEDDING_DIM = 512
+
+_RELEASE = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
+PRETRAINED_URLS = {
+    "vggface2": _RELEASE + "20180402-114759-vggface2.pt",  # 107 MB
+    "casia-webface": _RELEASE + "20180408-102900-casia-webface.pt",  # 111 MB
+}
+CONNECT_TIMEOUT = 30  # seconds without an answer before a download is given up
+
+
+class FaceNet(nn.Module):
+    """Images (B, 3, H, W) float -> embeddings (B, 512) float32 of norm 1: Schroff et al. 2015, arXiv:1503.03832.
+
+    The network is InceptionResnetV1 (Szegedy et al. 2016, arXiv:1602.07261, as in facenet-pytorch); images are
+    standardized as (x - 127.5) / 128. `pretrained` is "vggface2", "casia-webface" (downloaded once), the path of a
+    state dict, or None for random weights. `dropout` (0..1) acts before the last linear layer, in training only.
+    Raises what `load_pretrained` raises.
+    """
+
+    def __init__(self, pretrained: str | Path | None, dropout: float):
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"DROPOUT = {dropout}: expected a probability in [0, 1)")
+        self.backbone = InceptionResnetV1(pretrained=None, dropout_prob=dropout)
+        if pretrained is not None:
+            self.backbone.load_state_dict(load_pretrained(pretrained))
+
+    def forward(self, images: Tensor) -> Tensor:
+        # The backbone normalizes too, but under autocast in half precision, which is 1 only to three digits.
+        return F.normalize(self.backbone(images).float())
+
+
+def load_pretrained(source: str | Path) -> dict[str, Tensor]:
+    """State dict of InceptionResnetV1, checked for names and shapes, without its classifier (`logits`).
+
+    Raises ConnectionError if a named one cannot be downloaded, FileNotFoundError if there is no file at the path,
+    ValueError if the file is no such state dict; each says what to do.
+    """
+    path = _downloaded(str(source)) if str(source) in PRETRAINED_URLS else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"PRETRAINED = {str(source)!r}: no such file; give the path of a state dict, "
+            f"{' or '.join(map(repr, PRETRAINED_URLS))}, or None for random weights"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a state dict that torch can read ({_first_line(error)}); fetch it anew"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        hint = "; this is a checkpoint: name it where the script asks for one" if "model" in (state or ()) else ""
+        raise ValueError(f"{path}: expected a state dict of InceptionResnetV1 (parameter name -> tensor){hint}")
+    state = {name: value for name, value in state.items() if not name.startswith("logits.")}
+    _check_state(path, state)
+    return state
+
+
+def _check_state(path: Path, state: dict[str, Tensor]) -> None:
+    """ValueError naming up to three parameters that are missing, unknown or of another shape."""
+    with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn
+        expected = InceptionResnetV1(pretrained=None).state_dict()
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    wanted = {name: tuple(value.shape) for name, value in expected.items()}
+    faults = {
+        "missing": [name for name in wanted if name not in found],
+        "unknown": [name for name in found if name not in wanted],
+        "of another shape": [
+            f"{name} {found[name]}, expected {wanted[name]}"
+            for name in wanted
+            if name in found and found[name] != wanted[name]
+        ],
+    }
+    told = [
+        f"{len(names)} {fault}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for fault, names in faults.items()
+        if names
+    ]
+    if told:
+        raise ValueError(f"{path}: not a state dict of InceptionResnetV1: {'; '.join(told)}")
+
+
+def _downloaded(name: str) -> Path:
+    """The cached file of a named pretrained network, fetched first if need be (whole or not at all)."""
+    url = PRETRAINED_URLS[name]
+    folder = Path(get_torch_home()) / "checkpoints"  # facenet-pytorch's own cache: nobody downloads twice
+    path = folder / os.path.basename(url)
+    if path.is_file():
+        return path
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_TIMEOUT)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))
+    except (OSError, urllib.error.URLError) as error:
+        raise ConnectionError(
+            f"PRETRAINED = {name!r}: the weights could not be downloaded ({_first_line(error)}); fetch {url} "
+            f"where there is internet and put the file into {folder}, or set PRETRAINED to its path"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
