@@ -1,0 +1,88 @@
+"""A small Task_B tree and a small network, so that whole runs fit into seconds."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import datasets
+import train_stage1
+import train_stage2
+import training
+
+KINDS = ("blurred", "lowlight")
+
+
+@pytest.fixture(autouse=True)
+def told_afresh():
+    """Each test hears its warnings, also those that an earlier test has heard."""
+    datasets.warn_once.cache_clear()
+
+
+def write_photo(path: Path, colour, seed: int, side: int = 40) -> None:
+    """A photo of one colour under noise of its own."""
+    noise = np.random.default_rng(seed).integers(-30, 30, (side, side, 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+
+
+def write_person(folder: Path, colour, photos: int, layout: str = "clean") -> None:
+    """`photos` clean photos with their distorted copies, in FACECOM's layout "flat" or in "clean"."""
+    for number in range(1, photos + 1):
+        stem = f"{folder.name}_{number:04d}"
+        clean = folder / "clean" if layout == "clean" else folder
+        write_photo(clean / f"{stem}.png", colour, seed=number)
+        for kind, scale in zip(KINDS, (0.9, 0.3), strict=True):
+            distorted = folder / "distortion" / f"{stem}_{kind}.png"
+            write_photo(distorted, np.array(colour) * scale, seed=100 * number)
+
+
+COLOURS = {"ann": (220, 40, 40), "bob": (40, 220, 40), "cy": (40, 40, 220), "di": (220, 220, 40)}
+
+
+@pytest.fixture
+def task_b(tmp_path) -> Path:
+    """Task_B of 4 train persons (1, 2, 3 and 1 photos) and 2 other val persons, in the layout with clean/."""
+    root = tmp_path / "Task_B"
+    for (name, colour), photos in zip(COLOURS.items(), (1, 2, 3, 1), strict=True):
+        write_person(root / "train" / name, colour, photos)
+    write_person(root / "val" / "eve", (200, 40, 200), 2)
+    write_person(root / "val" / "fay", (40, 200, 200), 1)
+    return root
+
+
+class TinyNet(nn.Module):
+    """FaceNet's interface, BatchNorm and dropout included, in 10,000 weights: (B, 3, H, W) -> (B, 512) of norm 1."""
+
+    def __init__(self, pretrained=None, dropout=0.4):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(16, 512)
+
+    def forward(self, images):
+        return nn.functional.normalize(self.linear(self.dropout(self.layers(images))))
+
+
+@pytest.fixture
+def tiny_runs(monkeypatch, task_b, tmp_path):
+    """Both training scripts, set to TinyNet on `task_b` for two short epochs; yields (train_stage1, train_stage2)."""
+    monkeypatch.setattr(train_stage1, "FaceNet", TinyNet)
+    monkeypatch.setattr(training, "FaceNet", TinyNet)
+    both = {"DATA_DIR": task_b, "NUM_WORKERS": 0, "EPOCHS": 2, "BATCH_SIZE": 4, "WARMUP_STEPS": 1}
+    for script, name in ((train_stage1, "stage1"), (train_stage2, "stage2")):
+        for constant, value in (both | {"RUN_DIR": tmp_path / "runs" / name}).items():
+            monkeypatch.setattr(script, constant, value)
+    monkeypatch.setattr(train_stage1, "IMAGE_SIZE", 76)
+    monkeypatch.setattr(train_stage1, "FACE_CROP", 0.8)
+    monkeypatch.setattr(train_stage2, "STAGE1_CHECKPOINT", tmp_path / "runs" / "stage1" / "best.pt")
+    return train_stage1, train_stage2
+
+
+def same_tensors(a: dict, b: dict) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
