@@ -114,8 +114,9 @@ def draw_pictures(folder: Path, gallery: Gallery, details: dict, crop: FaceCrop)
         is_query = [False] * len(clean) + [True] * len(queries)
         embeddings, labels = torch.cat([clean, queries]), clean_labels + query_labels
         pictures["tsne.png"] = plots.tsne(embeddings, labels, is_query, shown, SEED)
-    templates, _ = gallery.templates("mean")
-    pictures["similarity.png"] = plots.similarity_matrix(queries @ templates[: len(shown)].T, query_labels, shown)
+    if query_labels:
+        templates, _ = gallery.templates("mean")
+        pictures["similarity.png"] = plots.similarity_matrix(queries @ templates[: len(shown)].T, query_labels, shown)
     pictures["mistakes.png"] = plots.mistakes_sheet(mistake_rows(gallery, details, crop))
     for name, figure in pictures.items():
         with training.atomic_file(folder / name) as file:

@@ -1,0 +1,105 @@
+"""The whole pipeline on synthetic faces, small enough for a laptop: sample faces, stage 1, stage 2, evaluation.
+
+    python demo.py
+
+It edits the constants of the scripts and calls their main(), as a user would by hand, and ends with the table
+before training / stage 1 / stage 2. The pretrained network is used where it can be had; else training is from scratch.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import evaluate
+import sample_faces
+import train_stage1
+import train_stage2
+import training
+from gallery import top1_table
+from models import load_pretrained
+
+OUT_DIR = Path("demo_output")  # faces, checkpoints and pictures; an earlier demo's is replaced
+PRETRAINED = "vggface2"  # used if it can be downloaded or is in torch's cache; None: from scratch in any case
+
+# --- faces ---
+TRAIN_PERSONS = 48  # 2..1000
+VAL_PERSONS = 20  # 2..1000, none of them in train
+MIN_PHOTOS = 3  # clean photos per person, >= 1, seven distorted ones for each
+MAX_PHOTOS = 6  # >= MIN_PHOTOS
+
+# --- training: small, a real run takes the scripts' own constants ---
+IMAGE_SIZE = 80  # pixels, 76..160: a quarter of the work of 160
+STAGE1_EPOCHS = 2  # >= 1
+STAGE2_EPOCHS = 1  # >= 1
+
+
+def main() -> None:
+    started = time.time()
+    data_dir = OUT_DIR / "Task_B"
+    if OUT_DIR.exists():
+        for folder in ("Task_B", "runs", "results"):  # what a demo writes, nothing else that may lie there
+            shutil.rmtree(OUT_DIR / folder, ignore_errors=True)
+
+    print("== sample faces")
+    set_constants(
+        sample_faces,
+        OUT_DIR=data_dir,
+        TRAIN_PERSONS=TRAIN_PERSONS,
+        VAL_PERSONS=VAL_PERSONS,
+        MIN_PHOTOS=MIN_PHOTOS,
+        MAX_PHOTOS=MAX_PHOTOS,
+    )
+    sample_faces.main()
+
+    print("\n== before training")
+    pretrained = available(PRETRAINED)
+    common = {"DATA_DIR": data_dir, "CHECK_IMAGES": False}  # just written by ourselves
+    set_constants(evaluate, RESULTS_DIR=OUT_DIR / "results", CHECKPOINT=None, PRETRAINED=pretrained, **common)
+    set_constants(evaluate, IMAGE_SIZE=IMAGE_SIZE, FACE_CROP=train_stage1.FACE_CROP, PICTURES=False)
+    evaluations = {"before training": evaluate.main()}
+
+    print("\n== stage 1: ArcFace")
+    stage1, stage2 = OUT_DIR / "runs" / "stage1", OUT_DIR / "runs" / "stage2"
+    set_constants(train_stage1, RUN_DIR=stage1, PRETRAINED=pretrained, IMAGE_SIZE=IMAGE_SIZE, **common)
+    set_constants(train_stage1, EPOCHS=STAGE1_EPOCHS)
+    if pretrained is None:
+        set_constants(train_stage1, BACKBONE_LR=1e-3, DROPOUT=0.0)  # random weights have a longer way to go
+    train_stage1.main()
+    set_constants(evaluate, CHECKPOINT=stage1 / "best.pt", PICTURES=True)
+    evaluations["stage 1"] = evaluate.main()
+
+    print("\n== stage 2: contrastive")
+    set_constants(train_stage2, RUN_DIR=stage2, STAGE1_CHECKPOINT=stage1 / "best.pt", EPOCHS=STAGE2_EPOCHS, **common)
+    train_stage2.main()
+    set_constants(evaluate, CHECKPOINT=stage2 / "best.pt")
+    evaluations["stage 2"] = evaluate.main()
+
+    weights = "random weights" if pretrained is None else f"the {pretrained} weights"
+    print(f"\n{VAL_PERSONS} synthetic persons that training never saw, starting from {weights}:\n")
+    print(top1_table(evaluations))
+    print(f"\npictures: {OUT_DIR / 'results' / 'val_stage2'}   faces: {data_dir / 'sample_faces.png'}")
+    print(f"{time.time() - started:.0f} s. Your own data: set DATA_DIR in the three scripts and run them in turn.")
+
+
+def available(pretrained: str | None) -> str | None:
+    """`pretrained` if its weights are here or can be fetched, else None; says which."""
+    if pretrained is None:
+        return None
+    try:
+        load_pretrained(pretrained)
+    except ConnectionError as error:
+        print(f"{error}\n-> training from scratch instead: enough to see everything work, not to recognise real faces")
+        return None
+    print(f"starting from the {pretrained} weights")
+    return pretrained
+
+
+def set_constants(script, **constants) -> None:
+    """What a user does at the top of `script`. Raises AttributeError for a constant that it does not have."""
+    for name, value in constants.items():
+        getattr(script, name)
+        setattr(script, name, value)
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -1,0 +1,182 @@
+"""The scripts as a user runs them: stage 1, stage 2 and evaluate in sequence."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TinyNet, write_person
+from PIL import Image
+
+import demo
+import evaluate
+import gallery
+import train_stage1
+import train_stage2
+import training
+
+
+@pytest.fixture
+def trained(tiny_runs, monkeypatch, tmp_path, task_b):
+    """Both stages run on `task_b`; evaluate set to the result. Yields the folder that evaluate.main() writes."""
+    for script in tiny_runs:
+        script.main()
+    monkeypatch.setattr(evaluate, "FaceNet", TinyNet)
+    settings = {"DATA_DIR": task_b, "RESULTS_DIR": tmp_path / "results", "NUM_WORKERS": 0}
+    for constant, value in (settings | {"CHECKPOINT": tmp_path / "runs" / "stage2" / "best.pt"}).items():
+        monkeypatch.setattr(evaluate, constant, value)
+    return tmp_path / "results" / "val_stage2"
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_three_scripts_in_sequence_with_the_real_network(task_b, tmp_path, monkeypatch):
+    common = {"DATA_DIR": task_b, "NUM_WORKERS": 0}
+    stage1, stage2 = tmp_path / "s1", tmp_path / "s2"
+    training_constants = common | {"EPOCHS": 1, "BATCH_SIZE": 7}
+    for script, constants in (
+        (train_stage1, training_constants | {"RUN_DIR": stage1, "PRETRAINED": None, "IMAGE_SIZE": 76}),
+        (train_stage2, training_constants | {"RUN_DIR": stage2, "STAGE1_CHECKPOINT": stage1 / "best.pt"}),
+        (evaluate, common | {"CHECKPOINT": stage2 / "best.pt", "RESULTS_DIR": tmp_path, "PICTURES": False}),
+    ):
+        for constant, value in constants.items():
+            monkeypatch.setattr(script, constant, value)
+    train_stage1.main()
+    train_stage2.main()
+    details = evaluate.main()
+    best = torch.load(stage2 / "best.pt", weights_only=True)
+    assert (best["stage"], best["image_size"], best["selected_on"]) == (2, 76, "val")
+    assert best["persons"] == ["ann", "bob", "cy", "di"]
+    assert details["top1"]["mean"] == pytest.approx(best["top1"])  # training and evaluate.py mean the same by top-1
+    assert details["queries"] == 6
+
+
+def test_evaluate_writes_what_it_returns(trained):
+    details = evaluate.main()
+    saved = json.loads((trained / "top1.json").read_text())
+    assert saved["top1"] == details["top1"] and saved["per_kind"] == details["per_kind"]
+    assert saved["model"]["stage"] == 2 and saved["model"]["selected_on"] == "val"
+    queries = read_csv(trained / "queries.csv")
+    assert len(queries) == details["queries"] == 6
+    right = sum(row["person"] == row["predicted_best"] for row in queries)
+    assert right / 6 == pytest.approx(details["top1"]["best"])
+    per_kind = {row["kind"]: row for row in read_csv(trained / "top1.csv")}
+    assert set(per_kind) == {"blurred", "lowlight", "all"}
+    assert int(per_kind["blurred"]["queries"]) == 3
+    assert float(per_kind["all"]["mean"]) == pytest.approx(details["top1"]["mean"])
+
+
+def test_evaluate_draws_pictures_that_open(trained):
+    evaluate.main()
+    for name in ("tsne.png", "similarity.png", "mistakes.png"):
+        with Image.open(trained / name) as picture:
+            picture.load()
+            assert min(picture.size) > 100
+
+
+def test_evaluate_prints_the_table_and_how_the_checkpoint_was_chosen(trained, capsys):
+    evaluate.main()
+    printed = capsys.readouterr().out
+    assert "chosen on val" in printed and "HOLDOUT_PERSONS" in printed
+    assert "3 clean photos of 2 persons, 6 queries" in printed
+    assert "blurred" in printed and "lowlight" in printed
+
+
+def test_evaluate_takes_image_size_and_crop_from_the_checkpoint(trained, monkeypatch):
+    before = evaluate.main()
+    monkeypatch.setattr(evaluate, "IMAGE_SIZE", 160)
+    monkeypatch.setattr(evaluate, "FACE_CROP", 0.1)
+    assert torch.equal(evaluate.main()["embeddings"], before["embeddings"])
+
+
+def test_evaluate_says_when_persons_were_trained_on(trained, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "SPLIT", "train")
+    monkeypatch.setattr(evaluate, "PICTURES", False)
+    evaluate.main()
+    assert "4 of 4 persons" in capsys.readouterr().out
+
+
+def test_evaluate_of_the_plain_network_needs_no_checkpoint(trained, monkeypatch):
+    monkeypatch.setattr(evaluate, "CHECKPOINT", None)
+    monkeypatch.setattr(evaluate, "PRETRAINED", None)
+    monkeypatch.setattr(evaluate, "IMAGE_SIZE", 76)
+    evaluate.main()
+    saved = json.loads((trained.parent / "val_pretrained" / "top1.json").read_text())
+    assert saved["model"] == {"stage": 0, "pretrained": "None", "image_size": 76, "face_crop": 0.52}
+
+
+def test_evaluate_of_one_person_with_one_photo_draws_what_it_can(trained, monkeypatch, tmp_path):
+    root = tmp_path / "one"
+    write_person(root / "val" / "gil", (120, 120, 120), 1)
+    monkeypatch.setattr(evaluate, "DATA_DIR", root)
+    details = evaluate.main()
+    assert details["top1"] == {"mean": 1.0, "best": 1.0}
+    assert (trained / "similarity.png").exists()
+
+
+def test_evaluate_without_any_enrolled_query_still_draws(trained, task_b):
+    shutil.rmtree(task_b / "val" / "eve" / "distortion")
+    shutil.rmtree(task_b / "val" / "fay" / "clean")  # fay asks, eve is the gallery
+    details = evaluate.main()
+    assert details["not_enrolled"] == 2 and details["top1"]["mean"] == 0
+    assert (trained / "mistakes.png").exists()
+
+
+def test_evaluate_of_a_missing_split_names_its_folder(trained, monkeypatch):
+    monkeypatch.setattr(evaluate, "SPLIT", "test")
+    with pytest.raises(FileNotFoundError, match="Task_B/test: no such folder"):
+        evaluate.main()
+
+
+def test_mistakes_sheet_shows_the_most_confident_first_and_few_of_a_kind(task_b, monkeypatch):
+    paths = sorted((task_b / "val" / "eve" / "distortion").iterdir())
+    scores = [0.1, 0.9, 0.5, 0.7]  # 1 and 3 are lowlight
+    queries = [
+        {"path": str(path), "kind": path.stem.split("_")[-1], "person": "eve", "mean": {"predicted": "fay", "score": s}}
+        for path, s in zip(paths, scores, strict=True)
+    ]
+    queries.append(queries[0] | {"mean": {"predicted": "eve", "score": 0.99}})  # right: not a mistake
+    photos = [task_b / "val" / "eve" / "clean" / "eve_0001.png", task_b / "val" / "fay" / "clean" / "fay_0001.png"]
+    small = gallery.Gallery(torch.eye(2), torch.arange(2), ["eve", "fay"], photos, "mean")
+    monkeypatch.setattr(evaluate, "MISTAKES_PER_KIND", 1)
+    rows = evaluate.mistake_rows(small, {"template": "mean", "per_query": queries}, lambda image: image)
+    assert [captions for _, captions in rows] == [
+        ("eve_0001_lowlight.png", "eve", "fay  (cosine 0.90)"),
+        ("eve_0002_blurred.png", "eve", "fay  (cosine 0.50)"),
+    ]
+
+
+def test_a_broken_file_and_a_person_without_clean_photos_stop_nothing(trained, task_b, tiny_runs, tmp_path, caplog):
+    (task_b / "val" / "eve" / "distortion" / "eve_0001_blurred.png").write_bytes(b"not a picture")
+    shutil.rmtree(task_b / "val" / "fay" / "clean")
+    details = evaluate.main()
+    assert (details["queries"], details["not_enrolled"]) == (5, 2)
+    assert "eve_0001_blurred.png" in caplog.text
+    assert "1 persons without a clean photo" in caplog.text and "fay" in caplog.text
+
+
+def test_demo_knows_every_constant_it_sets():
+    with pytest.raises(AttributeError, match="NO_SUCH_CONSTANT"):
+        demo.set_constants(evaluate, NO_SUCH_CONSTANT=1)
+
+
+def test_demo_goes_on_from_scratch_where_weights_cannot_be_had(monkeypatch, capsys):
+    def offline(name):
+        raise ConnectionError("the weights could not be downloaded")
+
+    monkeypatch.setattr(demo, "load_pretrained", offline)
+    assert demo.available("vggface2") is None
+    assert "training from scratch" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "load_pretrained", lambda name: {})
+    assert demo.available("vggface2") == "vggface2"
+
+
+def test_user_errors_end_in_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "CHECKPOINT", tmp_path / "none.pt")
+    with pytest.raises(SystemExit) as stopped:
+        training.run(evaluate.main)
+    assert "none.pt: no checkpoint; run the stage that writes it" in str(stopped.value)
