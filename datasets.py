@@ -51,22 +51,21 @@ def find_photos(folder: Path) -> list[Path]:
     """Sorted image files directly in `folder`; hidden and other files are passed over; [] if there is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(
+    photos = [
         path
         for path in folder.iterdir()
         if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    ]
+    return sorted(photos, key=lambda path: path.name)  # paths themselves sort by other rules on Windows
 
 
 @functools.cache
 def _read_error(path: Path, size: int, mtime_ns: int) -> str | None:
     """Why `path` does not decode, or None. Size and time are the cache's key: a changed file is read again."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an odd EXIF block or a large photo is no reason to leave it out
-            with Image.open(path) as image:
-                image.draft("RGB", (64, 64))  # a JPEG decodes at 1/8: faster, and a truncated one fails all the same
-                image.load()
+        with Image.open(path) as image:
+            image.draft("RGB", (64, 64))  # a JPEG decodes at 1/8: faster, and a truncated one fails all the same
+            image.load()
     except READ_ERRORS as error:
         return str(error) or type(error).__name__
     return None
@@ -82,7 +81,10 @@ def find_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
             return str(error)
         return _read_error(path, stat.st_size, stat.st_mtime_ns)
 
-    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
+    # An odd EXIF block or a large photo is no reason to leave it out. Ignored here, not in the threads: the filters
+    # belong to the process, and threads that put them back in another order would leave them off for good.
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
+        warnings.simplefilter("ignore")
         return {path: reason for path, reason in zip(paths, pool.map(check, paths), strict=True) if reason}
 
 
@@ -104,7 +106,8 @@ def scan_persons(root: Path | str, *, check_images: bool = True) -> list[Person]
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; set DATA_DIR to the folder that holds train/ and val/")
     persons, empty, loose = [], [], []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for folder in sorted(folders, key=lambda path: path.name):
         in_clean, direct = find_photos(folder / CLEAN), find_photos(folder)
         if in_clean and direct:
             loose.append(folder.name)
@@ -147,9 +150,9 @@ def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
 
 
 def distortion_kind(path: Path) -> str:
-    """'blurred' of a_0001_blurred.jpg: what follows the stem's last underscore; 'unknown' without one."""
+    """'blurred' of a_0001_blurred.jpg: what follows the stem's last underscore; 'unknown' if that is no word."""
     _, underscore, kind = path.stem.rpartition("_")
-    return kind.lower() if underscore and kind else "unknown"
+    return kind.lower() if underscore and kind and not kind.isdigit() else "unknown"
 
 
 def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
@@ -167,9 +170,7 @@ def split_holdout(persons: Sequence[str], count: int, seed: int) -> list[str]:
     Raises ValueError unless 0 <= count and at least two persons are left to train on.
     """
     if count and not 0 < count <= len(persons) - 2:
-        raise ValueError(
-            f"HOLDOUT_PERSONS = {count}: expected 0..{len(persons) - 2}, two persons must stay in training"
-        )
+        raise ValueError(f"HOLDOUT_PERSONS = {count}: {len(persons)} persons are there, two must stay in training")
     order = torch.randperm(len(persons), generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(sorted(persons)[i] for i in order[:count])
 
@@ -186,7 +187,9 @@ def load_image(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
+                image.load()
+                with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the photo
+                    image = ImageOps.exif_transpose(image)
                 if image.mode == "I;16":  # 16-bit grayscale: convert() would clip at 255
                     image = image.point(lambda value: value / 256).convert("L")
                 if image.has_transparency_data:
@@ -206,7 +209,7 @@ class FaceCrop:
     fraction: side of the crop as a share (0..1] of the photo's shorter side.
     zoom, shift: random jitter of the side (+-share of it) and of the centre (+-share of the shorter side), 0 = none,
     drawn from torch's generator and kept inside the photo.
-    Raises ValueError if `fraction` or `size` is out of range.
+    Raises ValueError if one of them is out of range.
     """
 
     def __init__(self, size: int, fraction: float, zoom: float = 0.0, shift: float = 0.0):
@@ -214,6 +217,10 @@ class FaceCrop:
             raise ValueError(f"FACE_CROP = {fraction}: expected a share of the shorter side in (0, 1]")
         if size < 76:  # below, InceptionResnetV1's last stride-2 blocks have nothing left to see
             raise ValueError(f"IMAGE_SIZE = {size}: expected at least 76 pixels; the pretrained network knows 160")
+        if not 0 <= zoom < 1:
+            raise ValueError(f"CROP_ZOOM = {zoom}: expected a share in [0, 1), usually about 0.1")
+        if not 0 <= shift <= 0.5:
+            raise ValueError(f"CROP_SHIFT = {shift}: expected a share of the shorter side in [0, 0.5]")
         self.size, self.fraction, self.zoom, self.shift = size, fraction, zoom, shift
 
     def __call__(self, image: Image.Image) -> Image.Image:
@@ -259,7 +266,7 @@ class _SeededDataset(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live on between epochs
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the epoch (0-based) that the coming items are drawn for."""
+        """Give the epoch that the coming items are drawn for."""
         self._epoch.fill_(epoch)
 
     def _item_seed(self, index: int) -> int:
@@ -270,7 +277,7 @@ class _SeededDataset(Dataset):
         """A generator for this item; torch's own, which transforms draw from, is seeded as well and then put back."""
         seed = self._item_seed(index)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's too
             yield torch.Generator().manual_seed(seed ^ 1)
 
 
@@ -400,6 +407,8 @@ class FacePairDataset(_SeededDataset):
     ):
         super().__init__(transform, seed)
         self._scanned = [p for p in scan_persons(root, check_images=check_images) if p.name not in exclude]
+        if not self._scanned:
+            raise ValueError(f"{root}: every person is held out; lower HOLDOUT_PERSONS")
         self.persons = [person.name for person in self._scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
         self.anchors = [

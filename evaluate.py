@@ -49,7 +49,7 @@ def main() -> dict:
         training.seed_epoch(SEED, 0)  # for PRETRAINED = None
         model = FaceNet(PRETRAINED, dropout=0).to(device, memory_format=torch.channels_last)
         facts = {"stage": 0, "pretrained": str(PRETRAINED), "image_size": IMAGE_SIZE, "face_crop": FACE_CROP}
-        title = "pretrained"
+        title = "pretrained" if PRETRAINED else "random"
     else:
         model, saved = training.load_facenet(CHECKPOINT, device)
         facts = {name: value for name, value in saved.items() if name in FACTS}

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import PhotoList, Transform, distortion_kind, scan_persons
+from datasets import Person, PhotoList, Transform, distortion_kind, scan_persons
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = ("mean", "best")  # a person's mean embedding, or the best match over its photos
+TIE = 1e-6  # cosines closer than this are equal: float32 rounding
 BLOCK_SCORES = 2**24  # cosines held at a time: 64 MiB of float32
 
 
@@ -55,15 +56,21 @@ def check_template(template: str) -> None:
 def nearest(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
     """For each query the row of highest cosine in the gallery, and that cosine.
 
-    Shapes: (Q, D), (G, D), rows of norm 1 -> (Q,) int64, (Q,) float32. A tie goes to the lower gallery index.
+    Shapes: (Q, D), (G, D), rows of norm 1 -> (Q,) int64, (Q,) float32. A tie (cosines within TIE) goes to the lower
+    gallery index.
     At most BLOCK_SCORES cosines are held at a time.
     Raises ValueError if there is no query or no gallery row.
     """
     if len(queries) == 0 or len(gallery) == 0:
         raise ValueError(f"retrieval needs queries and a gallery, got {len(queries)} and {len(gallery)} rows")
     rows = max(1, BLOCK_SCORES // len(gallery))
-    # max() leaves open which of several equal cosines it returns; argmax() gives the first.
-    index = torch.cat([(block @ gallery.T).argmax(1) for block in queries.split(rows)])
+    index = []
+    for block in queries.split(rows):
+        cosine = block @ gallery.T  # (B, G)
+        # Equal rows differ by rounding, with their place in the product: argmax() of the cosines would pick by chance.
+        tied = cosine >= cosine.amax(1, keepdim=True) - TIE
+        index.append(tied.to(torch.uint8).argmax(1))  # argmax() gives the first of equals
+    index = torch.cat(index)
     return index, (queries * gallery[index]).sum(1)
 
 
@@ -86,7 +93,7 @@ def embed(
     loader = DataLoader(
         PhotoList(paths, transform), batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
     )
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()
     batches = []
     try:
@@ -94,13 +101,14 @@ def embed(
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             batches.append(F.normalize(model(images).float()).cpu())
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     embeddings = torch.cat(batches) if batches else torch.empty(0, 0)
-    broken = ~embeddings.isfinite().all(1)
+    broken = ~((embeddings.norm(dim=1) - 1).abs() < 1e-3)  # NaN, infinity or all zero
     if broken.any():
         first = paths[int(broken.int().argmax())]
         raise ValueError(
-            f"{first}: its embedding is not finite; the model's weights diverged, go back to an earlier one"
+            f"{first}: its embedding is not finite or zero; the model's weights diverged, go back to an earlier one"
         )
     return embeddings
 
@@ -136,9 +144,17 @@ def build_gallery(
     return Gallery(embeddings, torch.tensor(labels), [person.name for person in enrolled], paths, template)
 
 
-def _select(root: Path | str, persons: Collection[str] | None, check_images: bool) -> list:
+def _select(root: Path | str, persons: Collection[str] | None, check_images: bool) -> list[Person]:
+    """All persons of `root`, or those named; ValueError for a name that `root` does not hold."""
     scanned = scan_persons(root, check_images=check_images)
-    return scanned if persons is None else [person for person in scanned if person.name in persons]
+    if persons is None:
+        return scanned
+    missing = sorted(set(persons) - {person.name for person in scanned})
+    if missing:
+        raise ValueError(
+            f"{root}: {len(missing)} of the persons asked for have no readable photo there, {missing[0]!r} first"
+        )
+    return [person for person in scanned if person.name in set(persons)]
 
 
 def evaluate(
@@ -246,12 +262,13 @@ def top1_table(evaluations: dict[str, dict]) -> str:
         rows.append(("without sunny", sum(kinds[kind]["queries"] for kind in others), rest))
     rows.append(("all", first["queries"], [details["top1"] for details in evaluations.values()]))
 
+    first_width = max(15, *(len(kind) + 2 for kind in kinds))
     width = max(15, *(len(title) + 2 for title in evaluations))
     lines = [
-        f"{'top-1, %':<15}{'queries':>8}" + "".join(f"{title:>{width}}" for title in evaluations),
-        f"{'template':<15}{'':>8}" + f"{'mean   best':>{width}}" * len(evaluations),
+        f"{'top-1, %':<{first_width}}{'queries':>8}" + "".join(f"{title:>{width}}" for title in evaluations),
+        f"{'template':<{first_width}}{'':>8}" + f"{'mean   best':>{width}}" * len(evaluations),
     ]
     for name, queries, values in rows:
         cells = (f"{100 * value['mean']:.1f}  {100 * value['best']:>5.1f}" for value in values)
-        lines.append(f"{name:<15}{queries:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
+        lines.append(f"{name:<{first_width}}{queries:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)

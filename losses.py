@@ -20,7 +20,7 @@ class ArcMarginProduct(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, s: float, m: float, easy_margin: bool = False):
         super().__init__()
-        if not s > 0:
+        if not 0 < s < math.inf:
             raise ValueError(f"SCALE = {s}: expected a positive number, usually 8..64")
         if not 0 <= m < math.pi / 2:
             raise ValueError(f"MARGIN = {m}: expected radians in [0, pi/2); 0.5 is 28.6 degrees")

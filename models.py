@@ -1,9 +1,9 @@
 """The backbone: FaceNet's InceptionResnetV1, pretrained, as one module from image to unit embedding."""
 
+import http.client
 import os
 import pickle
 import socket
-import urllib.error
 from pathlib import Path
 
 import torch
@@ -58,12 +58,13 @@ def load_pretrained(source: str | Path) -> dict[str, Tensor]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, OSError, ...
         raise ValueError(
-            f"{path}: not a state dict that torch can read ({_first_line(error)}); fetch it anew"
+            f"{path}: not a state dict that torch can read ({why_unreadable(error)}); delete it and fetch it anew"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        hint = "; this is a checkpoint: name it where the script asks for one" if "model" in (state or ()) else ""
+    is_dict = isinstance(state, dict)
+    if not is_dict or not all(isinstance(n, str) and isinstance(value, Tensor) for n, value in state.items()):
+        hint = "; this is a checkpoint: name it where the script asks for one" if is_dict and "model" in state else ""
         raise ValueError(f"{path}: expected a state dict of InceptionResnetV1 (parameter name -> tensor){hint}")
     state = {name: value for name, value in state.items() if not name.startswith("logits.")}
     _check_state(path, state)
@@ -106,7 +107,7 @@ def _downloaded(name: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path))
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise ConnectionError(
             f"PRETRAINED = {name!r}: the weights could not be downloaded ({_first_line(error)}); fetch {url} "
             f"where there is internet and put the file into {folder}, or set PRETRAINED to its path"
@@ -114,6 +115,13 @@ def _downloaded(name: str) -> Path:
     finally:
         socket.setdefaulttimeout(timeout)
     return path
+
+
+def why_unreadable(error: Exception) -> str:
+    """A short reason. torch's own text on an UnpicklingError advises weights_only=False: to run a stranger's code."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "no torch file, or one with more than tensors and plain types in it"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

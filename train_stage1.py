@@ -102,6 +102,8 @@ def main() -> None:
     # Epochs; epoch 0 of the log is the network as loaded.
     facts = {
         "stage": 1,
+        "seed": SEED,
+        "batch_size": BATCH_SIZE,
         "image_size": IMAGE_SIZE,
         "face_crop": FACE_CROP,
         "dropout": DROPOUT,

@@ -80,7 +80,7 @@ def main() -> None:
 
     # Epochs; epoch 0 is what stage 1 left, so the best checkpoint is never worse than that.
     facts = {key: stage1[key] for key in ("image_size", "face_crop", "dropout", "pretrained", "holdout")}
-    facts |= {"stage": 2, "persons": train_set.persons, "template": TEMPLATE}
+    facts |= {"stage": 2, "persons": train_set.persons, "template": TEMPLATE, "seed": SEED, "batch_size": BATCH_SIZE}
     progress = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     run = training.Run(RUN_DIR, facts, {"model": model}, progress)
     if not RESUME:

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
-from models import FaceNet
+from models import FaceNet, why_unreadable
 
 FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
 
@@ -35,8 +34,6 @@ RANGES = {
     "WEIGHT_DECAY": (0, math.inf),
     "WARMUP_STEPS": (0, math.inf),
     "GRAD_CLIP": (1e-12, math.inf),
-    "CROP_ZOOM": (0, 0.9),
-    "CROP_SHIFT": (0, 0.5),
 }
 
 
@@ -100,7 +97,6 @@ def train_loader(dataset: Dataset, batch_size: int, num_workers: int, device: to
         shuffle=True,
         drop_last=True,  # a batch of one image would break BatchNorm
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         pin_memory=device.type == "cuda",
     )
 
@@ -201,7 +197,8 @@ def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
     for name, (low, high) in RANGES.items():
         if name in capitals and not low <= capitals[name] <= high:
             raise ValueError(f"{name} = {capitals[name]}: expected {low}..{high}")
-    write_json(run_dir / "constants.json", {n: str(v) if isinstance(v, Path) else v for n, v in capitals.items()})
+    if not resume:
+        write_json(run_dir / "constants.json", {n: str(v) if isinstance(v, Path) else v for n, v in capitals.items()})
 
 
 def save_checkpoint(path: Path, facts: dict, parts: dict) -> None:
@@ -220,10 +217,9 @@ def read_checkpoint(path: Path) -> dict:
         raise FileNotFoundError(f"{path}: no checkpoint; run the stage that writes it, or correct the path")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, ...
         raise ValueError(
-            f"{path}: damaged, or not a checkpoint ({reason}); run the stage that writes it again"
+            f"{path}: damaged, or not a checkpoint ({why_unreadable(error)}); run the stage that writes it again"
         ) from error
     if not isinstance(saved, dict) or not {"format", "stage", "model", "image_size", "face_crop"} <= saved.keys():
         raise ValueError(f"{path}: no checkpoint of these scripts; a bare state dict belongs into PRETRAINED")
@@ -274,6 +270,8 @@ class Run:
         Raises what `read_checkpoint` and `restore` raise; ValueError if the data or the image differs from that run's.
         """
         path = self.run_dir / "last.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no checkpoint to resume; set RESUME = False to start the run")
         saved = read_checkpoint(path)
         for name, now in self.facts.items():
             if saved.get(name) != now:
@@ -282,7 +280,13 @@ class Run:
                 raise ValueError(
                     f"{path}: cannot be resumed, {name} has changed ({told}); start a run of another RUN_DIR"
                 )
+        optimizer, scheduler = self.progress["optimizer"], self.progress["scheduler"]
+        rates = scheduler.base_lrs
         restore(path, saved, self.networks | self.progress)
+        scheduler.base_lrs = rates  # this run's constants, not those saved: what the loss turned NaN at may be lowered
+        for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
         self.history, self.best = saved["history"], saved["best"]
         print(f"resumed {path} after epoch {saved['epoch']}")
         return saved["epoch"] + 1
@@ -319,7 +323,8 @@ class Meter:
     def add(self, images: int, **values: float | Tensor) -> None:
         self.images += images
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value) * images
+            value = value.item() if isinstance(value, Tensor) else value
+            self.sums[name] = self.sums.get(name, 0.0) + value * images
 
     def means(self) -> dict[str, float]:
         means = {name: total / self.images for name, total in self.sums.items()}

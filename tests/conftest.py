@@ -13,6 +13,8 @@ import train_stage1
 import train_stage2
 import training
 
+torch.set_num_threads(1)  # tiny networks gain nothing from more, and crawl where other work holds the cores
+
 KINDS = ("blurred", "lowlight")
 
 

@@ -105,7 +105,7 @@ def test_evaluate_of_the_plain_network_needs_no_checkpoint(trained, monkeypatch)
     monkeypatch.setattr(evaluate, "PRETRAINED", None)
     monkeypatch.setattr(evaluate, "IMAGE_SIZE", 76)
     evaluate.main()
-    saved = json.loads((trained.parent / "val_pretrained" / "top1.json").read_text())
+    saved = json.loads((trained.parent / "val_random" / "top1.json").read_text())
     assert saved["model"] == {"stage": 0, "pretrained": "None", "image_size": 76, "face_crop": 0.52}
 
 

@@ -1,0 +1,732 @@
+"""Scanner, image loading, transforms and datasets, on small trees written by each test."""
+
+import io
+import math
+import struct
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from facenet_pytorch import fixed_image_standardization
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from datasets import (
+    FaceClassificationDataset,
+    FaceClassificationDatasetWithMapping,
+    FaceCleanValDataset,
+    FaceCrop,
+    FacePairDataset,
+    distortion_kind,
+    eval_transform,
+    find_unreadable,
+    load_image,
+    scan_persons,
+    source_photo,
+    split_holdout,
+    train_transform,
+)
+
+
+def write(path: Path, colour=(90, 90, 90), size=(8, 8)) -> Path:
+    """A photo of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, tuple(colour)).save(path)
+    return path
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(suffix: str) -> bytes:
+    """A sound 64 x 64 file of noise."""
+    buffer = io.BytesIO()
+    Image.fromarray(noise(64, 64)).save(buffer, {".jpg": "JPEG", ".png": "PNG"}[suffix])
+    return buffer.getvalue()
+
+
+def first_pixel(image: Image.Image) -> torch.Tensor:
+    """Tells which photo of `numbered_tree` an image is."""
+    return torch.tensor(image.getpixel((0, 0)))
+
+
+def jittered_pixel(image: Image.Image) -> torch.Tensor:
+    """Stands for a random augmentation: what it drew, and which photo."""
+    return torch.cat([torch.rand(2), first_pixel(image).float()])
+
+
+PERSONS = {"ann": (1, 2), "bob": (2, 2), "cy": (3, 6), "dee": (1, 1)}  # clean and distorted photos of each
+
+
+def numbered_tree(root: Path, persons=PERSONS) -> Path:
+    """Person p's photo k has colour (p, k, 0) if clean, (p, k, 1) if distorted."""
+    for p, (name, (clean, distorted)) in enumerate(persons.items()):
+        (root / name).mkdir(parents=True)
+        for k in range(clean):
+            write(root / name / "clean" / f"{name}_{k}.png", (p, k, 0))
+        for k in range(distorted):
+            write(root / name / "distortion" / f"{name}_{k}_foggy.png", (p, k, 1))
+    return root
+
+
+@pytest.fixture
+def tree(tmp_path) -> Path:
+    return numbered_tree(tmp_path / "train")
+
+
+# --- scanner ----------------------------------------------------------------------------------------------------------
+
+
+def test_photos_in_the_person_folder_and_in_clean_give_the_same_dataset(tmp_path):
+    for name in ("bob", "ann"):
+        for number in (1, 2):
+            write(tmp_path / "flat" / name / f"{number}.png")
+            write(tmp_path / "nested" / name / "clean" / f"{number}.png")
+        for root in ("flat", "nested"):
+            write(tmp_path / root / name / "distortion" / "1_rainy.png")
+    flat, nested = (FaceClassificationDataset(tmp_path / root, first_pixel) for root in ("flat", "nested"))
+    assert flat.persons == nested.persons == ["ann", "bob"]
+    assert [label for _, label in flat.samples] == [label for _, label in nested.samples] == [0, 0, 0, 1, 1, 1]
+    assert [path.name for path, _ in flat.samples] == [path.name for path, _ in nested.samples]
+    for root in ("flat", "nested"):
+        assert [(len(p.clean), len(p.distorted)) for p in scan_persons(tmp_path / root)] == [(2, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".Jpeg", ".PNG", ".BMP", ".WebP"])
+def test_each_image_suffix_counts_in_any_case(tmp_path, suffix):
+    photo = write(tmp_path / "ann" / "clean" / f"a{suffix}")
+    assert scan_persons(tmp_path)[0].clean == (photo,)
+
+
+def test_hidden_and_foreign_files_and_hidden_folders_are_passed_over(tmp_path, caplog):
+    photo = write(tmp_path / "ann" / "clean" / "a.png")
+    write(tmp_path / "ann" / "clean" / ".hidden.png")
+    (tmp_path / "ann" / "clean" / "notes.txt").write_text("blurred copies follow")
+    (tmp_path / "ann" / "clean" / "Thumbs.db").write_bytes(b"\0")
+    (tmp_path / "ann" / "clean" / "folder.png").mkdir()
+    write(tmp_path / ".thumbnails" / "clean" / "b.png")
+    write(tmp_path / "loose_in_root.png")
+    persons = scan_persons(tmp_path)
+    assert [(p.name, p.clean, p.distorted) for p in persons] == [("ann", (photo,), ())]
+    assert caplog.messages == []
+
+
+def test_persons_and_photos_come_sorted_by_name(tmp_path):
+    for name in ("cy", "Zoe", "ann", "bob_10", "bob_2"):
+        for number in (2, 10, 1):
+            write(tmp_path / name / "clean" / f"{number}.png")
+    persons = scan_persons(tmp_path)
+    assert [p.name for p in persons] == ["Zoe", "ann", "bob_10", "bob_2", "cy"]
+    assert all([path.name for path in p.clean] == ["1.png", "10.png", "2.png"] for p in persons)
+    assert scan_persons(tmp_path) == persons
+
+
+def test_photos_beside_a_clean_folder_are_ignored_and_told(tmp_path, caplog):
+    photo = write(tmp_path / "ann" / "clean" / "a.png")
+    write(tmp_path / "ann" / "b.png")
+    assert scan_persons(tmp_path)[0].clean == (photo,)
+    assert len(caplog.messages) == 1
+    for part in (str(tmp_path), "1 persons", "beside their clean/", "ignored", "(ann)"):
+        assert part in caplog.messages[0]
+
+
+def test_an_empty_clean_folder_leaves_the_photos_beside_it(tmp_path):
+    photo = write(tmp_path / "ann" / "a.png")
+    (tmp_path / "ann" / "clean").mkdir()
+    assert scan_persons(tmp_path)[0].clean == (photo,)
+
+
+def test_a_folder_without_a_photo_is_told_and_left_out(tmp_path, caplog):
+    write(tmp_path / "ann" / "a.png")
+    (tmp_path / "bob").mkdir()
+    assert [p.name for p in scan_persons(tmp_path)] == ["ann"]
+    assert len(caplog.messages) == 1
+    assert "1 folders without a photo" in caplog.messages[0] and "(bob)" in caplog.messages[0]
+
+
+def test_persons_without_a_clean_photo_stay_and_are_told_once_with_their_number_and_names(tmp_path, caplog):
+    write(tmp_path / "ann" / "clean" / "a.png")
+    for number in range(7):
+        write(tmp_path / f"p{number}" / "distortion" / "a_foggy.png")
+    for _ in range(3):
+        persons = scan_persons(tmp_path)
+    assert [p.name for p in persons] == ["ann", "p0", "p1", "p2", "p3", "p4", "p5", "p6"]
+    assert len(caplog.messages) == 1
+    assert "7 persons without a clean photo" in caplog.messages[0]
+    assert "(p0, p1, p2, p3, p4 and 2 more)" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file"])
+def test_a_root_that_is_no_folder_is_named_with_the_way_out(tmp_path, kind):
+    root = tmp_path / "train"
+    if kind == "a file":
+        root.write_text("")
+    with pytest.raises(
+        FileNotFoundError, match="no such folder; set DATA_DIR to the folder that holds train/ and val/"
+    ) as e:
+        scan_persons(root)
+    assert str(e.value).startswith(f"{root}: ")
+
+
+def test_an_empty_root_is_named_with_the_layout_expected(tmp_path):
+    with pytest.raises(ValueError, match="no person with a photo") as e:
+        scan_persons(tmp_path)
+    for part in (f"{tmp_path}: ", f"{tmp_path}/<person>/clean/*.jpg", f"{tmp_path}/<person>/distortion/*.jpg"):
+        assert part in str(e.value)
+
+
+def test_a_root_may_be_given_as_text(tree):
+    assert scan_persons(str(tree)) == scan_persons(tree)
+
+
+# --- unreadable files -------------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "truncated.jpg": encoded(".jpg")[: len(encoded(".jpg")) * 6 // 10],
+    "truncated.png": encoded(".png")[: len(encoded(".png")) * 6 // 10],
+    "empty.jpg": b"",
+    "text.jpg": b"this is no picture\n" * 100,
+}
+
+
+def test_each_kind_of_broken_file_is_listed_by_path_and_left_out(tmp_path, caplog):
+    sound = write(tmp_path / "ann" / "clean" / "sound.png")
+    copy = write(tmp_path / "ann" / "distortion" / "sound_foggy.png")
+    broken = [tmp_path / "ann" / folder / name for folder in ("clean", "distortion") for name in BROKEN]
+    for path in broken:
+        path.write_bytes(BROKEN[path.name])
+    [ann] = scan_persons(tmp_path)
+    assert ann.clean == (sound,) and ann.distorted == (copy,)
+    assert len(caplog.messages) == 1 and "8 unreadable images" in caplog.messages[0]
+    assert all(f"{path}: " in caplog.messages[0] for path in broken)
+    assert str(sound) not in caplog.messages[0]
+
+
+def test_a_person_with_nothing_but_broken_files_is_dropped(tmp_path):
+    write(tmp_path / "ann" / "clean" / "a.png")
+    (tmp_path / "bob" / "clean").mkdir(parents=True)
+    (tmp_path / "bob" / "clean" / "b.jpg").write_bytes(BROKEN["truncated.jpg"])
+    assert [p.name for p in scan_persons(tmp_path)] == ["ann"]
+    assert FaceClassificationDataset(tmp_path, first_pixel).persons == ["ann"]
+
+
+def test_a_root_of_broken_files_alone_is_an_error(tmp_path):
+    (tmp_path / "bob").mkdir()
+    (tmp_path / "bob" / "b.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="no person with a photo"):
+        scan_persons(tmp_path)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_unchecked_broken_files_raise_with_their_path_when_loaded(tmp_path, name):
+    path = tmp_path / "ann" / name
+    path.parent.mkdir()
+    path.write_bytes(BROKEN[name])
+    dataset = FaceClassificationDataset(tmp_path, first_pixel, check_images=False)
+    assert dataset.samples == [(path, 0)]
+    with pytest.raises(OSError, match="cannot be read as an image") as e:
+        dataset[0]
+    assert str(e.value).startswith(f"{path}: ") and "CHECK_IMAGES = True" in str(e.value)
+
+
+def test_a_file_replaced_between_scans_is_read_again(tmp_path):
+    sound = write(tmp_path / "ann" / "clean" / "sound.png")
+    changing = write(tmp_path / "ann" / "clean" / "changing.png")
+    content = changing.read_bytes()
+    assert scan_persons(tmp_path)[0].clean == (changing, sound)
+    changing.write_bytes(content[:40])
+    assert scan_persons(tmp_path)[0].clean == (sound,)
+    changing.write_bytes(content)
+    assert scan_persons(tmp_path)[0].clean == (changing, sound)
+
+
+def test_checking_files_leaves_the_warning_filters_as_they_were(tmp_path):
+    paths = [tmp_path / f"{number}.jpg" for number in range(40)]
+    for path in paths:
+        Image.fromarray(noise(256, 256)).save(path)
+    with warnings.catch_warnings():  # so that a failure here does not silence the tests after it
+        before = list(warnings.filters)
+        for _ in range(4):
+            for path in paths:
+                path.touch()  # checked anew
+            assert find_unreadable(paths) == {}
+            assert warnings.filters == before
+
+
+def exif(*entries: bytes) -> bytes:
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + b"".join(entries) + b"\0\0\0\0"
+
+
+ORIENTATION_6 = struct.pack(">HHIHH", 0x112, 3, 1, 6, 0)
+ODD_EXIF = {
+    "no TIFF header": b"Exif\0\0XXXXXXXXXXXX",
+    "pointer that is text": exif(ORIENTATION_6, struct.pack(">HHII", 0x8769, 2, 2, 0x41000000)),
+    "strip offset that is a float": exif(struct.pack(">HHIf", 0x111, 11, 1, 1.5), ORIENTATION_6),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+@pytest.mark.parametrize("block", ODD_EXIF)
+def test_an_odd_exif_block_costs_no_photo(tmp_path, block, suffix):
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (32, 32), (200, 100, 50)).save(path, exif=ODD_EXIF[block])
+    assert find_unreadable([path]) == {}
+    assert load_image(path).getpixel((16, 16)) == pytest.approx((200, 100, 50), abs=6)  # JPEG and WebP lose a little
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("a_0001_blurred.jpg", "blurred"),
+        ("001_frontal_SUNNY.JPG", "sunny"),
+        ("x_LowLight.png", "lowlight"),
+        ("a_1.v2_noisy.png", "noisy"),
+        ("portrait.jpg", "unknown"),
+        ("portrait_.jpg", "unknown"),
+    ],
+)
+def test_the_kind_of_distortion_is_what_follows_the_last_underscore(name, kind):
+    assert distortion_kind(Path("train/ann_lee/distortion") / name) == kind
+
+
+def test_the_source_of_a_distorted_photo_is_the_clean_one_it_is_named_after():
+    clean = [Path("c") / name for name in ("a_1.jpg", "a_10.jpg", "001_frontal.jpg", "b.png")]
+    expected = {
+        "a_1_blurred.jpg": "a_1.jpg",
+        "a_10_blurred.jpg": "a_10.jpg",
+        "a_1_very_foggy.png": "a_1.jpg",
+        "001_frontal_sunny.jpg": "001_frontal.jpg",  # FACECOM names photos after their folder
+        "b.jpg": "b.png",
+        "a_100_blurred.jpg": None,
+        "a.jpg": None,
+        "bb_foggy.jpg": None,
+    }
+    found = {name: source_photo(Path("d") / name, clean) for name in expected}
+    assert {name: photo and photo.name for name, photo in found.items()} == expected
+    assert source_photo(Path("d/a_1_blurred.jpg"), clean[::-1]) == clean[0]
+    assert source_photo(Path("d/a_1_blurred.jpg"), []) is None
+
+
+def test_the_longest_clean_name_is_the_source_where_several_fit():
+    clean = [Path("c/ann.jpg"), Path("c/ann_smiling_left.jpg"), Path("c/ann_smiling.jpg")]
+    assert source_photo(Path("d/ann_smiling_left_foggy.jpg"), clean) == clean[1]
+    assert source_photo(Path("d/ann_smiling_foggy.jpg"), clean) == clean[2]
+
+
+# --- persons held out -------------------------------------------------------------------------------------------------
+
+
+def test_holdout_is_a_sorted_draw_by_seed_whatever_the_order_of_the_names():
+    names = [f"p{number:02d}" for number in range(30)]
+    held_out = split_holdout(names, 5, seed=0)
+    assert len(set(held_out)) == 5 and set(held_out) < set(names) and held_out == sorted(held_out)
+    assert split_holdout(names[::-1], 5, seed=0) == held_out
+    assert len({tuple(split_holdout(names, 5, seed)) for seed in range(5)}) == 5
+
+
+def test_holdout_may_leave_two_persons_or_take_nobody():
+    assert split_holdout(["a", "b", "c"], 0, seed=0) == []
+    assert len(split_holdout(["a", "b", "c"], 1, seed=0)) == 1
+
+
+@pytest.mark.parametrize("count", [-1, 9, 10, 11])
+def test_a_holdout_that_leaves_fewer_than_two_persons_is_refused_with_the_range(count):
+    with pytest.raises(ValueError, match=rf"HOLDOUT_PERSONS = {count}: 10 persons are there, two must stay"):
+        split_holdout([f"p{number}" for number in range(10)], count, seed=0)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_exif_orientation_6_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (64, 32), "white")
+    image.paste((255, 0, 0), (0, 0, 16, 16))  # stored top left: top right once turned clockwise
+    tags = Image.Exif()
+    tags[0x112] = 6
+    image.save(tmp_path / "a.jpg", exif=tags, quality=95)
+    upright = load_image(tmp_path / "a.jpg")
+    assert upright.size == (32, 64)
+    assert upright.getpixel((28, 4)) == pytest.approx((254, 0, 0), abs=8)
+    assert upright.getpixel((4, 4)) == pytest.approx((255, 255, 255), abs=8)
+    assert upright.getpixel((28, 60)) == pytest.approx((255, 255, 255), abs=8)
+
+
+def palette_image() -> Image.Image:
+    """Mode P, pixel (0, 0) of index 1 (10, 200, 30), the rest of index 0 (250, 0, 0)."""
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([250, 0, 0, 10, 200, 30])
+    image.putpixel((0, 0), 1)
+    return image
+
+
+def other_modes() -> dict:
+    """mode -> image, how to save it, its first pixel as RGB."""
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    half.putpixel((0, 0), (100, 50, 0, 255))
+    return {
+        "L": (Image.new("L", (8, 8), 77), {}, (77, 77, 77)),
+        "P": (palette_image(), {}, (10, 200, 30)),
+        "P, opaque pixel": (palette_image(), {"transparency": 0}, (10, 200, 30)),
+        "P, transparent pixel": (palette_image(), {"transparency": 1}, (255, 255, 255)),
+        "RGB with a transparent colour": (Image.new("RGB", (8, 8), (1, 2, 3)), {"transparency": (1, 2, 3)}, (255,) * 3),
+        "RGBA, opaque": (half, {}, (100, 50, 0)),
+        "RGBA, clear": (Image.new("RGBA", (8, 8), (100, 50, 0, 0)), {}, (255, 255, 255)),
+        "RGBA, half": (Image.new("RGBA", (8, 8), (0, 0, 0, 51)), {}, (204, 204, 204)),  # 51 / 255 = 0.2 black
+        "LA": (Image.new("LA", (8, 8), (77, 255)), {}, (77, 77, 77)),
+        "LA, clear": (Image.new("LA", (8, 8), (77, 0)), {}, (255, 255, 255)),
+        "1": (Image.new("1", (8, 8), 1), {}, (255, 255, 255)),
+        "I;16": (Image.fromarray(np.full((8, 8), 32768, np.uint16)), {}, (128, 128, 128)),
+        "I;16 black": (Image.fromarray(np.full((8, 8), 255, np.uint16)), {}, (0, 0, 0)),
+        "I;16 white": (Image.fromarray(np.full((8, 8), 65535, np.uint16)), {}, (255, 255, 255)),
+    }
+
+
+@pytest.mark.parametrize("mode", other_modes())
+def test_every_pixel_mode_becomes_rgb_of_the_same_look(tmp_path, mode):
+    image, options, expected = other_modes()[mode]
+    image.save(tmp_path / "a.png", **options)
+    loaded = load_image(tmp_path / "a.png")
+    assert loaded.mode == "RGB" and loaded.size == (8, 8)
+    assert loaded.getpixel((0, 0)) == pytest.approx(expected, abs=1)
+
+
+def test_a_cmyk_jpeg_becomes_rgb(tmp_path):
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.jpg", quality=95)  # cyan ink alone
+    loaded = load_image(tmp_path / "a.jpg")
+    assert loaded.mode == "RGB" and loaded.getpixel((8, 8)) == pytest.approx((0, 255, 255), abs=8)
+
+
+# --- crop and transforms ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "width, height, fraction, rows, columns",
+    [
+        (160, 160, 0.5, slice(40, 120), slice(40, 120)),
+        (200, 160, 0.5, slice(40, 120), slice(60, 140)),
+        (160, 200, 0.5, slice(60, 140), slice(40, 120)),
+        (80, 120, 1.0, slice(20, 100), slice(0, 80)),
+        (80, 80, 1.0, slice(0, 80), slice(0, 80)),
+        (320, 320, 0.25, slice(120, 200), slice(120, 200)),
+    ],
+)
+def test_the_crop_is_exactly_the_central_square(width, height, fraction, rows, columns):
+    pixels = noise(width, height)
+    cropped = FaceCrop(80, fraction)(Image.fromarray(pixels))  # 80 pixels of the photo to 80: no blending
+    assert np.array_equal(np.asarray(cropped), pixels[rows, columns])
+
+
+def test_a_square_of_the_crops_size_fills_it_and_a_smaller_one_does_not():
+    for side, filled in ((100, True), (92, False)):
+        image = Image.new("RGB", (200, 260), (0, 0, 255))
+        margin_x, margin_y = (200 - side) // 2, (260 - side) // 2
+        image.paste((255, 0, 0), (margin_x, margin_y, margin_x + side, margin_y + side))
+        cropped = np.asarray(FaceCrop(76, 0.48)(image))  # 96 pixels wide: the shrinking filter sees 1 more
+        assert (cropped == (255, 0, 0)).all() == filled
+
+
+def test_jitter_moves_and_scales_the_crop_within_its_bounds():
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (200, 1, 3))  # a pixel's value is its column
+    crop = FaceCrop(100, 0.5, zoom=0.1, shift=0.03)
+    torch.manual_seed(0)
+    centres, sides = [], []
+    for _ in range(200):
+        row = np.asarray(crop(Image.fromarray(ramp)))[50, :, 0].astype(float)
+        centres.append(row.mean() + 0.5)
+        sides.append((row[-6] - row[5]) * 100 / 89)
+    assert 93 <= min(centres) < 96 and 104 < max(centres) <= 107  # 100 +- 0.03 * 200
+    assert 88 <= min(sides) < 94 and 106 < max(sides) <= 112  # 100 +- 10 %
+
+
+def test_a_jittered_crop_at_the_photos_edge_stays_square():
+    ramp = np.zeros((150, 200, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(200)[None, :], np.arange(150)[:, None]  # red: column, green: row
+    crop = FaceCrop(100, 0.9, zoom=0.3, shift=0.5)
+    torch.manual_seed(0)
+    touched = 0
+    for _ in range(100):
+        pixels = np.asarray(crop(Image.fromarray(ramp))).astype(float)
+        columns, rows = np.ptp(pixels[50, 10:90, 0]), np.ptp(pixels[10:90, 50, 1])
+        assert columns == pytest.approx(rows, abs=2) and columns > 73  # 79 of 100 pixels, side >= 0.7 * 0.9 * 150
+        touched += pixels[0, 0].min() == 0 or pixels[-1, -1, 0] >= 198 or pixels[-1, -1, 1] >= 148
+    assert touched > 50  # the jitter does push against the edges
+
+
+def test_a_jittered_crop_fits_into_photos_of_any_size():
+    torch.manual_seed(0)
+    for width in (*range(1, 20), 33, 101, 255):
+        for height in (1, 2, 3, 7, 19, 50, 111):
+            image = Image.new("RGB", (width, height), (9, 9, 9))
+            for fraction in (0.013, 0.3, 0.52, 0.999, 1.0):
+                cropped = FaceCrop(76, fraction, zoom=0.3, shift=0.5)(image)  # Pillow refuses a box outside the photo
+                assert cropped.size == (76, 76) and cropped.getextrema() == ((9, 9),) * 3
+                assert FaceCrop(76, fraction)(image).getextrema() == ((9, 9),) * 3
+
+
+@pytest.mark.parametrize(("name", "value"), [("zoom", -0.1), ("zoom", 1.0), ("shift", -0.1), ("shift", 0.6)])
+def test_a_jitter_out_of_range_is_refused_by_its_constant(name, value):
+    with pytest.raises(ValueError, match=rf"CROP_{name.upper()} = {value}: expected a share"):
+        FaceCrop(160, 0.5, **{name: value})
+
+
+@pytest.mark.parametrize("fraction", [0, -0.5, 1.1, math.nan])
+def test_a_crop_fraction_outside_0_to_1_is_refused(fraction):
+    with pytest.raises(ValueError, match=rf"FACE_CROP = {fraction}: expected a share .* in \(0, 1\]"):
+        FaceCrop(160, fraction)
+
+
+def test_an_image_size_that_the_network_cannot_take_is_refused():
+    with pytest.raises(ValueError, match="IMAGE_SIZE = 75: expected at least 76 pixels"):
+        FaceCrop(75, 0.5)
+    FaceCrop(76, 0.5)
+
+
+def test_eval_transform_scales_pixels_as_facenet_does():
+    pixels = noise(200, 160)
+    expected = fixed_image_standardization(torch.tensor(pixels[40:120, 60:140]).permute(2, 0, 1).float())
+    image = eval_transform(80, 0.5)(Image.fromarray(pixels))
+    assert image.dtype == torch.float32 and image.shape == (3, 80, 80)
+    torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
+
+
+def test_train_transform_without_jitter_is_the_eval_transform_mirrored_about_half_of_the_time():
+    image = Image.fromarray(noise(80, 80))
+    plain = eval_transform(76, 1.0)(image)
+    augment = train_transform(76, 1.0, zoom=0.0, shift=0.0)
+    torch.manual_seed(0)
+    draws = [augment(image) for _ in range(400)]
+    mirrored = sum(torch.equal(draw, plain.flip(2)) for draw in draws)
+    assert mirrored + sum(torch.equal(draw, plain) for draw in draws) == 400
+    assert 160 <= mirrored <= 240  # 200 +- 4 standard deviations of 10
+
+
+# --- classification datasets ------------------------------------------------------------------------------------------
+
+
+def test_classification_holds_every_photo_with_its_persons_label(tree):
+    dataset = FaceClassificationDataset(tree, first_pixel)
+    assert dataset.persons == ["ann", "bob", "cy", "dee"]
+    assert dataset.label2idx == {"ann": 0, "bob": 1, "cy": 2, "dee": 3}
+    assert len(dataset) == 18
+    items = [(tuple(pixel.tolist()), label) for pixel, label in dataset]
+    expected = {
+        (p, k, distorted)
+        for p, counts in enumerate(PERSONS.values())
+        for distorted, count in enumerate(counts)
+        for k in range(count)
+    }
+    assert len(items) == len(expected) and {pixel for pixel, _ in items} == expected
+    assert all(label == pixel[0] for pixel, label in items)
+
+
+def test_excluded_persons_get_no_label(tree):
+    dataset = FaceClassificationDataset(tree, first_pixel, exclude=["bob"])
+    assert dataset.persons == ["ann", "cy", "dee"] and dataset.label2idx == {"ann": 0, "cy": 1, "dee": 2}
+    assert len(dataset) == 14
+    assert {(int(pixel[0]), label) for pixel, label in dataset} == {(0, 0), (2, 1), (3, 2)}
+
+
+def test_excluding_everybody_is_an_error(tree):
+    with pytest.raises(ValueError, match="every person is held out; lower HOLDOUT_PERSONS"):
+        FaceClassificationDataset(tree, first_pixel, exclude=list(PERSONS))
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tree):
+    def draws(seed: int, epoch: int, order=range(18)) -> list:
+        dataset = FaceClassificationDataset(tree, jittered_pixel, seed=seed)
+        dataset.set_epoch(epoch)
+        images = {index: tuple(dataset[index][0].tolist()) for index in order}
+        return [images[index] for index in range(18)]
+
+    first = draws(0, 1)
+    torch.manual_seed(99)
+    assert draws(0, 1, order=reversed(range(18))) == first
+    others = [draws(0, 2), draws(1, 1), draws(1, 0)]
+    jitters = {image[:2] for drawn in (first, *others) for image in drawn}
+    assert len(jitters) == 4 * 18
+
+
+def test_drawing_an_item_leaves_torchs_generators_untouched(tree, monkeypatch):
+    gpu_seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", gpu_seeds.append)
+    torch.manual_seed(5)
+    gpu_seeds.clear()  # of the line above
+    state = torch.get_rng_state()
+    FaceClassificationDataset(tree, jittered_pixel)[3]
+    FacePairDataset(tree, jittered_pixel)[3]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert gpu_seeds == []  # otherwise, without workers, every step on a GPU would draw dropout from the same few seeds
+
+
+def test_val_datasets_label_by_the_mapping_of_the_training_set(tree, tmp_path):
+    val = numbered_tree(tmp_path / "val", {"bob": (1, 2), "dee": (2, 0)})
+    train_set = FaceClassificationDataset(tree, first_pixel)
+    both = FaceClassificationDatasetWithMapping(val, first_pixel, train_set.persons, train_set.label2idx)
+    assert [(path.name, label) for path, label in both.samples] == [
+        ("bob_0.png", 1),
+        ("bob_0_foggy.png", 1),
+        ("bob_1_foggy.png", 1),
+        ("dee_0.png", 3),
+        ("dee_1.png", 3),
+    ]
+    clean = FaceCleanValDataset(val, train_set.persons, train_set.label2idx, first_pixel)
+    assert [(path.name, label) for path, label in clean.samples] == [
+        ("bob_0.png", 1),
+        ("dee_0.png", 3),
+        ("dee_1.png", 3),
+    ]
+    for dataset in (both, clean):
+        assert dataset.persons == train_set.persons and dataset.label2idx == train_set.label2idx
+        assert len(dataset) == len(dataset.samples) and dataset[0][1] == 1
+        assert dataset[0][0].tolist() == [0, 0, 0]  # bob's clean photo
+
+
+def with_mapping(root, persons, label2idx):
+    return FaceClassificationDatasetWithMapping(root, first_pixel, persons, label2idx)
+
+
+def clean_val(root, persons, label2idx):
+    return FaceCleanValDataset(root, persons, label2idx, first_pixel)
+
+
+@pytest.mark.parametrize("build", [with_mapping, clean_val])
+def test_a_val_person_that_training_does_not_know_is_named_and_retrieval_pointed_to(tree, build):
+    with pytest.raises(ValueError, match="2 of 4 persons are not among the 2 trained ones") as e:
+        build(tree, ["bob", "cy"], {"bob": 0, "cy": 1})
+    for part in (str(tree), "(ann, dee)", "retrieval (build_gallery"):
+        assert part in str(e.value)
+
+
+@pytest.mark.parametrize("build", [with_mapping, clean_val])
+def test_persons_and_labels_of_different_training_sets_are_refused(tree, build):
+    with pytest.raises(ValueError, match="name different persons"):
+        build(tree, list(PERSONS), {"ann": 0, "bob": 1})
+
+
+def test_a_val_split_without_a_clean_photo_is_an_error(tmp_path):
+    root = numbered_tree(tmp_path / "val", {"bob": (0, 2)})
+    with pytest.raises(ValueError, match="no clean photo; expected") as e:
+        clean_val(root, ["bob"], {"bob": 0})
+    assert str(e.value).startswith(f"{root}: ")
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def draw_all(dataset: FacePairDataset, epoch: int) -> list:
+    """(anchor, positive, negative) pixels, label and negative label of every item."""
+    dataset.set_epoch(epoch)
+    items = (dataset[index] for index in range(len(dataset)))
+    return [(*(tuple(pixel.tolist()) for pixel in pixels), label, other) for *pixels, label, other in items]
+
+
+def loaded(loader: DataLoader, epoch: int) -> list:
+    """The same by way of a DataLoader."""
+    loader.dataset.set_epoch(epoch)
+    return [
+        (*(tuple(pixel) for pixel in pixels), label, other)
+        for batch in loader
+        for *pixels, label, other in zip(*(column.tolist() for column in batch), strict=True)
+    ]
+
+
+def test_pairs_are_anchor_positive_of_its_person_and_negative_of_another(tree):
+    dataset = FacePairDataset(tree, first_pixel)
+    assert dataset.persons == ["ann", "bob", "cy", "dee"] and dataset.label2idx["cy"] == 2
+    negatives = set()
+    for epoch in range(20):
+        items = draw_all(dataset, epoch)
+        anchors = sorted(anchor for anchor, *_ in items)
+        assert anchors == [
+            (0, 0, 0),
+            (1, 0, 0),
+            (1, 1, 0),
+            (2, 0, 0),
+            (2, 1, 0),
+            (2, 2, 0),
+            (3, 0, 0),
+        ]  # each clean one
+        for anchor, positive, negative, label, negative_label in items:
+            assert anchor[0] == positive[0] == label and positive[2] == 1
+            assert negative[0] == negative_label != label
+            negatives.add(negative)
+    assert {pixel[2] for pixel in negatives} == {0, 1}  # clean and distorted ones
+
+
+def test_pairs_change_with_the_epoch_and_with_the_seed(tree):
+    dataset, other_seed = FacePairDataset(tree, first_pixel), FacePairDataset(tree, first_pixel, seed=1)
+    draws = [draw_all(dataset, 0), draw_all(dataset, 1), draw_all(other_seed, 0), draw_all(other_seed, 1)]
+    assert all(a != b for i, a in enumerate(draws) for b in draws[:i])
+    assert draw_all(dataset, 0) == draws[0]
+    assert draw_all(FacePairDataset(tree, first_pixel, seed=1), 1) == draws[3]
+
+
+def test_pairs_are_the_same_with_and_without_workers(tree):
+    dataset = FacePairDataset(tree, jittered_pixel, seed=3)
+    alone = loaded(DataLoader(dataset, 3), epoch=4)
+    assert len(alone) == 7
+    assert loaded(DataLoader(dataset, 2, num_workers=2), epoch=4) == alone
+
+
+def test_workers_that_live_on_follow_set_epoch(tree):
+    dataset = FacePairDataset(tree, jittered_pixel)
+    loader = DataLoader(dataset, 3, num_workers=2, persistent_workers=True)
+    by_workers = [loaded(loader, epoch) for epoch in (0, 1, 0)]
+    assert by_workers == [loaded(DataLoader(dataset, 3), epoch) for epoch in (0, 1, 0)]
+    assert by_workers[0] != by_workers[1]
+
+
+def test_the_negatives_person_is_drawn_evenly_and_then_the_photo(tree):
+    dataset = FacePairDataset(tree, first_pixel)
+    generator = torch.Generator().manual_seed(0)
+    draws = [dataset.draw(0, generator) for _ in range(3000)]  # anchor: ann's only clean photo
+    persons = Counter(negative_label for *_, negative_label in draws)
+    assert set(persons) == {1, 2, 3}  # bob has 4 photos, cy 9, dee 2
+    assert all(abs(count - 1000) < 110 for count in persons.values())  # standard deviation 26
+    photos = Counter(negative for *_, negative, _, negative_label in draws if negative_label == 2)
+    assert len(photos) == 9 and all(abs(count - 111) < 45 for count in photos.values())  # standard deviation 10
+    positives = Counter(positive.name for _, positive, *_ in draws)
+    assert set(positives) == {"ann_0_foggy.png", "ann_1_foggy.png"}
+    assert all(abs(count - 1500) < 110 for count in positives.values())  # standard deviation 27
+
+
+def test_persons_without_a_pair_are_told_once_and_serve_as_negatives(tmp_path, caplog):
+    root = numbered_tree(tmp_path / "train", {"ann": (1, 1), "bob": (2, 0), "cy": (0, 2)})
+    for _ in range(2):
+        dataset = FacePairDataset(root, first_pixel)
+    told = [message for message in caplog.messages if "give no pair" in message]
+    assert len(told) == 1 and "2 of 3 persons" in told[0] and "(bob, cy)" in told[0]
+    assert [path.name for path, _ in dataset.anchors] == ["ann_0.png"] and len(dataset) == 1
+    items = [draw_all(dataset, epoch)[0] for epoch in range(40)]
+    assert {negative for _, _, negative, *_ in items} == {(1, 0, 0), (1, 1, 0), (2, 0, 1), (2, 1, 1)}
+
+
+def test_excluded_persons_are_neither_anchor_nor_negative(tree):
+    dataset = FacePairDataset(tree, first_pixel, exclude=["ann", "bob"])
+    assert dataset.persons == ["cy", "dee"] and len(dataset) == 4
+    seen = {pixel[0] for epoch in range(5) for item in draw_all(dataset, epoch) for pixel in item[:3]}
+    assert seen == {2, 3}
+
+
+def test_a_tree_without_any_pair_is_an_error(tmp_path):
+    root = numbered_tree(tmp_path / "train", {"ann": (2, 0), "bob": (0, 2)})
+    with pytest.raises(ValueError, match="no person has both clean and distorted photos") as e:
+        FacePairDataset(root, first_pixel)
+    assert str(e.value).startswith(f"{root}: ")
+
+
+def test_a_single_person_has_no_negative(tree):
+    with pytest.raises(ValueError, match="a negative needs a second person, found only cy"):
+        FacePairDataset(tree, first_pixel, exclude=["ann", "bob", "dee"])
+
+
+def test_excluding_everybody_from_the_pairs_says_so(tree):
+    with pytest.raises(ValueError, match="every person is held out; lower HOLDOUT_PERSONS"):
+        FacePairDataset(tree, first_pixel, exclude=list(PERSONS))

@@ -1,0 +1,454 @@
+"""Retrieval, on trees whose answers can be worked out by hand or by a loop over the files."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TinyNet
+from PIL import Image
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
+
+import gallery
+from datasets import eval_transform
+from gallery import Gallery, build_gallery, embed, evaluate, nearest, summary, top1_table
+
+
+class MeanColour(nn.Module):
+    """(B, 3, H, W) -> (B, 3), an image's mean colour: its embedding is that vector over its norm."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def as_float(image: Image.Image) -> torch.Tensor:
+    return pil_to_tensor(image).float()
+
+
+def write(path: Path, colour) -> Path:
+    """A photo of one colour."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), tuple(int(value) for value in colour)).save(path)
+    return path
+
+
+def retrieve(root: Path, model=None, template="mean", gallery_options=None, **options):
+    """build_gallery and evaluate, both on `root`."""
+    model = model or MeanColour()
+    built = build_gallery(model, root, as_float, "cpu", template=template, **(gallery_options or options))
+    return built, *evaluate(model, built, root, as_float, "cpu", **options)
+
+
+# Clean photos, then distorted ones. Ann's mean template points to (1, 1, 0).
+FOUR_QUERIES = {
+    "ann/clean/1.png": (200, 0, 0),
+    "ann/clean/2.png": (0, 200, 0),
+    "bob/clean/1.png": (200, 0, 100),
+    "ann/distortion/1_foggy.png": (255, 20, 0),  # best: ann's photo 1; mean: bob
+    "ann/distortion/2_sunny.png": (100, 110, 0),  # mean: ann; best: bob 100*200 / 223.6 = 89.4 < ann's photo 2, 110
+    "bob/distortion/1_foggy.png": (100, 0, 50),  # bob
+    "bob/distortion/1_rainy.png": (50, 60, 0),  # ann, wrong under both
+}
+
+
+@pytest.fixture
+def four_queries(tmp_path) -> Path:
+    for name, colour in FOUR_QUERIES.items():
+        write(tmp_path / "val" / name, colour)
+    return tmp_path / "val"
+
+
+@pytest.fixture
+def random_colours(tmp_path) -> Path:
+    """6 persons of 1 to 4 clean photos and 1 to 9 distorted ones, of random colours: right answers and wrong ones."""
+    random = np.random.default_rng(7)
+    for p in range(6):
+        colour = random.integers(60, 200, 3)
+        for k in range(random.integers(1, 5)):
+            write(tmp_path / "val" / f"p{p}" / "clean" / f"{k}.png", colour + random.integers(-60, 55, 3))
+            for kind in ("blurred", "foggy", "sunny")[: random.integers(1, 4)]:
+                copy = colour + random.integers(-60, 55, 3)
+                write(tmp_path / "val" / f"p{p}" / "distortion" / f"{k}_{kind}.png", copy)
+    return tmp_path / "val"
+
+
+# --- nearest ----------------------------------------------------------------------------------------------------------
+
+
+def unit_rows(rows: int, dims: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, dims, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("queries, rows, dims", [(1, 1, 4), (20, 7, 3), (13, 50, 16)])
+def test_nearest_equals_a_loop_over_all_pairs(queries, rows, dims):
+    q, g = unit_rows(queries, dims, seed=0), unit_rows(rows, dims, seed=1)
+    index, cosine = nearest(q, g)
+    assert index.shape == cosine.shape == (queries,) and index.dtype == torch.int64 and cosine.dtype == torch.float32
+    for i, query in enumerate(q.tolist()):
+        cosines = [sum(a * b for a, b in zip(query, row, strict=True)) for row in g.tolist()]
+        assert index[i] == cosines.index(max(cosines))
+        assert cosine[i].item() == pytest.approx(max(cosines), abs=1e-6)
+
+
+@pytest.mark.parametrize("copies", [2, 3, 5, 9, 17, 100])
+@pytest.mark.parametrize("dims", [3, 128, 512])
+def test_a_tie_goes_to_the_lower_gallery_index(copies, dims):
+    row = unit_rows(1, dims, seed=2)
+    gallery_rows = torch.cat([-row, row.repeat(copies, 1), -row])
+    for queries in (1, 5, 33):
+        # Towards the row, but each with a rounding of its own: the sum's order must not decide.
+        index, _ = nearest(F.normalize(row + 0.05 * unit_rows(queries, dims, seed=queries)), gallery_rows)
+        assert index.tolist() == [1] * queries
+
+
+@pytest.mark.parametrize("block_scores", [1, 7, 30, 64])
+def test_blocks_give_the_result_of_one_block(monkeypatch, block_scores):
+    q, g = unit_rows(23, 16, seed=3), unit_rows(10, 16, seed=4)
+    whole = nearest(q, g)
+    monkeypatch.setattr(gallery, "BLOCK_SCORES", block_scores)
+    index, cosine = nearest(q, g)
+    assert torch.equal(index, whole[0]) and torch.allclose(cosine, whole[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("queries, rows", [(0, 3), (3, 0), (0, 0)])
+def test_nearest_of_nothing_is_an_error_with_both_sizes(queries, rows):
+    with pytest.raises(ValueError, match=f"needs queries and a gallery, got {queries} and {rows} rows"):
+        nearest(torch.zeros(queries, 4), torch.zeros(rows, 4))
+
+
+# --- templates --------------------------------------------------------------------------------------------------------
+
+
+def by_hand(template: str = "mean") -> Gallery:
+    """Ann at 0 and 90 degrees, bob at 180, cy at the angle whose cosine is 0.6 and at 0."""
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8], [1.0, 0.0]])
+    paths = [Path(f"{number}.png") for number in range(5)]
+    return Gallery(rows, torch.tensor([0, 0, 1, 2, 2]), ["ann", "bob", "cy"], paths, template)
+
+
+def test_the_mean_template_is_one_renormalised_row_per_person():
+    rows, labels = by_hand().templates("mean")
+    assert labels.tolist() == [0, 1, 2]
+    half, cy = math.sqrt(0.5), math.sqrt(1.6**2 + 0.8**2)
+    torch.testing.assert_close(rows, torch.tensor([[half, half], [-1.0, 0.0], [1.6 / cy, 0.8 / cy]]))
+
+
+def test_the_best_template_is_every_photo():
+    rows, labels = by_hand().templates("best")
+    assert rows.tolist() == by_hand().embeddings.tolist() and labels.tolist() == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "call", [by_hand().templates, lambda template: build_gallery(None, "", None, "cpu", template=template)]
+)
+def test_an_unknown_template_is_refused_with_the_known_ones(call):
+    with pytest.raises(ValueError, match="TEMPLATE = 'median': expected one of 'mean', 'best'"):
+        call("median")
+
+
+# --- embed ------------------------------------------------------------------------------------------------------------
+
+
+def test_embeddings_are_unit_rows_in_the_order_of_the_paths(tmp_path):
+    paths = [write(tmp_path / "b.png", (30, 40, 0)), write(tmp_path / "a.png", (0, 0, 7))]
+    rows = embed(MeanColour(), paths, as_float, "cpu", batch_size=1)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]))
+
+
+def test_embedding_a_photo_twice_gives_the_same_and_leaves_the_networks_state(random_colours):
+    torch.manual_seed(0)
+    model = TinyNet().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    paths = sorted(random_colours.glob("*/clean/*.png"))
+    first, second = (embed(model, paths, as_float, "cpu") for _ in range(2))
+    assert torch.equal(first, second)  # no dropout
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())  # BatchNorm's statistics among them
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_network_is_put_back(random_colours, training):
+    modes = []
+
+    class Watched(MeanColour):
+        def forward(self, images):
+            modes.append(self.training)
+            return super().forward(images)
+
+    model = Watched().train(training)
+    retrieve(random_colours, model)
+    assert set(modes) == {False} and model.training == training
+
+
+def test_a_layer_frozen_in_eval_mode_stays_frozen(random_colours):
+    model = TinyNet().train()
+    model.layers[1].eval()  # as FREEZE_BATCHNORM does
+    embed(model, sorted(random_colours.glob("p0/clean/*.png")), as_float, "cpu")
+    assert model.training and model.dropout.training and not model.layers[1].training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_network_is_put_back_after_a_failure_too(tmp_path, training):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    model = TinyNet().train(training)
+    with pytest.raises(OSError, match=r"broken\.jpg: cannot be read as an image"):
+        embed(model, [tmp_path / "broken.jpg"], as_float, "cpu")
+    assert model.training == training
+
+
+class DivergesOnWhite(MeanColour):
+    """NaN for a white photo."""
+
+    def forward(self, images):
+        colours = super().forward(images)
+        return torch.where(colours.sum(1, keepdim=True) > 764, math.nan, colours)
+
+
+def test_an_embedding_that_is_not_finite_is_an_error_naming_its_photo(tmp_path):
+    paths = [write(tmp_path / f"{number}.png", (9 * number, 9, 9)) for number in range(5)]
+    write(paths[2], (255, 255, 255))
+    write(paths[4], (255, 255, 255))
+    with pytest.raises(ValueError, match="its embedding is not finite") as e:
+        embed(DivergesOnWhite(), paths, as_float, "cpu", batch_size=2)
+    assert str(e.value).startswith(f"{paths[2]}: ")
+
+
+# --- build_gallery and evaluate ---------------------------------------------------------------------------------------
+
+
+def test_the_gallery_holds_each_clean_photo_with_its_person(four_queries):
+    built, _, _ = retrieve(four_queries)
+    assert built.persons == ["ann", "bob"] and built.labels.tolist() == [0, 0, 1]
+    assert [str(path.relative_to(four_queries)) for path in built.paths] == [
+        "ann/clean/1.png",
+        "ann/clean/2.png",
+        "bob/clean/1.png",
+    ]
+    five = math.sqrt(5)
+    expected = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [2 / five, 0.0, 1 / five]]
+    torch.testing.assert_close(built.embeddings, torch.tensor(expected))
+
+
+def test_four_queries_worked_out_by_hand(four_queries):
+    _, top1, details = retrieve(four_queries)
+    assert top1 == 0.5 and details["top1"] == {"mean": 0.5, "best": 0.75}
+    assert details["per_kind"] == {
+        "foggy": {"queries": 2, "top1": {"mean": 0.5, "best": 1.0}},
+        "rainy": {"queries": 1, "top1": {"mean": 0.0, "best": 0.0}},
+        "sunny": {"queries": 1, "top1": {"mean": 1.0, "best": 1.0}},
+    }
+    sizes = {key: details[key] for key in ("template", "persons", "photos", "queries", "not_enrolled")}
+    assert sizes == {"template": "mean", "persons": 2, "photos": 3, "queries": 4, "not_enrolled": 0}
+    torch.testing.assert_close(details["embeddings"][2], torch.tensor([2.0, 0.0, 1.0]) / math.sqrt(5))
+
+
+def test_mean_and_best_may_name_different_persons(four_queries):
+    foggy = retrieve(four_queries)[2]["per_query"][0]
+    assert foggy["path"] == str(four_queries / "ann/distortion/1_foggy.png")
+    assert (foggy["kind"], foggy["person"]) == ("foggy", "ann")
+    norm = math.hypot(255, 20)
+    to_bob = 255 * 2 / math.sqrt(5) / norm  # 0.892; ann's mean: 275 / sqrt(2) / norm = 0.760
+    assert foggy["mean"] == {"predicted": "bob", "score": pytest.approx(to_bob, abs=1e-6)}
+    assert foggy["best"] == {"predicted": "ann", "score": pytest.approx(255 / norm, abs=1e-6)}
+
+
+@pytest.mark.parametrize("template, expected", [("mean", 0.5), ("best", 0.75)])
+def test_the_first_result_is_the_share_under_the_gallerys_template(four_queries, template, expected):
+    model = MeanColour()
+    built = build_gallery(model, four_queries, as_float, "cpu", template=template)
+    acc, _ = evaluate(model, built, four_queries, as_float, "cpu")
+    details = evaluate(model, built, four_queries, as_float, "cpu")[1]
+    assert acc == expected == details["top1"][template] and details["template"] == template
+
+
+def unit(vector) -> list[float]:
+    norm = math.sqrt(sum(value * value for value in vector))
+    return [value / norm for value in vector]
+
+
+def colour_direction(path: Path) -> list[float]:
+    return unit(Image.open(path).getpixel((0, 0)))
+
+
+def brute_force(root: Path, template: str) -> list[tuple[str, str, str, str, float]]:
+    """(path, kind, person, predicted, score) of every distorted photo, with lists and loops."""
+    rows = []  # (person, direction)
+    for folder in sorted(root.iterdir()):
+        photos = [colour_direction(path) for path in sorted((folder / "clean").iterdir())]
+        if template == "mean":
+            photos = [unit([sum(column) for column in zip(*photos, strict=True)])]
+        rows += [(folder.name, photo) for photo in photos]
+    answers = []
+    for path in sorted(root.glob("*/distortion/*.png")):
+        query = colour_direction(path)
+        scores = [(sum(a * b for a, b in zip(query, row, strict=True)), person) for person, row in rows]
+        score, predicted = max(scores)
+        answers.append((str(path), path.stem.split("_")[1], path.parts[-3], predicted, score))
+    return answers
+
+
+@pytest.mark.parametrize("template", ["mean", "best"])
+def test_evaluate_equals_a_brute_force_over_the_files(random_colours, template):
+    _, top1, details = retrieve(random_colours, template=template)
+    answers = brute_force(random_colours, template)
+    right = [person == predicted for _, _, person, predicted, _ in answers]
+    assert 0 < sum(right) < len(right)  # the tree decides something
+    assert top1 == pytest.approx(sum(right) / len(right))
+    assert details["queries"] == len(answers)
+    for query, (path, kind, person, predicted, score) in zip(details["per_query"], answers, strict=True):
+        assert (query["path"], query["kind"], query["person"]) == (path, kind, person)
+        assert query[template] == {"predicted": predicted, "score": pytest.approx(score, abs=1e-5)}
+    assert set(details["per_kind"]) == {"blurred", "foggy", "sunny"}
+    for kind, figures in details["per_kind"].items():
+        of_kind = [hit for hit, answer in zip(right, answers, strict=True) if answer[1] == kind]
+        assert figures["queries"] == len(of_kind)
+        assert figures["top1"][template] == pytest.approx(sum(of_kind) / len(of_kind))
+
+
+def test_results_do_not_depend_on_batches_or_workers(random_colours):
+    _, top1, details = retrieve(random_colours)
+    for options in ({"batch_size": 1}, {"batch_size": 7, "num_workers": 2}):
+        _, other_top1, other = retrieve(random_colours, **options)
+        assert other_top1 == top1 and other["per_kind"] == details["per_kind"]
+        torch.testing.assert_close(other["embeddings"], details["embeddings"])
+
+
+class Constant(nn.Module):
+    """The same embedding for whatever photo."""
+
+    def forward(self, images):
+        return unit_rows(1, 128, seed=5).expand(len(images), -1)
+
+
+@pytest.mark.parametrize("template", ["mean", "best"])
+def test_a_network_that_sees_nothing_gets_the_share_of_the_first_person(random_colours, template):
+    persons = [path.parts[-3] for path in random_colours.glob("*/distortion/*.png")]
+    _, top1, details = retrieve(random_colours, Constant(), template)
+    assert {query[template]["predicted"] for query in details["per_query"]} == {"p0"}
+    assert top1 == pytest.approx(persons.count("p0") / len(persons))
+
+
+def test_a_person_without_a_clean_photo_counts_as_wrong_and_is_told(four_queries, caplog):
+    write(four_queries / "cy" / "distortion" / "1_foggy.png", (0, 0, 200))
+    built, top1, details = retrieve(four_queries)
+    assert built.persons == ["ann", "bob"]
+    assert top1 == 2 / 5 and details["top1"]["best"] == 3 / 5
+    assert (details["not_enrolled"], details["queries"], details["persons"]) == (1, 5, 2)
+    assert details["per_kind"]["foggy"] == {"queries": 3, "top1": {"mean": 1 / 3, "best": 2 / 3}}
+    assert f"{four_queries}: 1 of 5 queries are of persons outside the gallery: counted as wrong" in caplog.messages
+
+
+def test_a_person_left_out_of_the_gallery_alone_counts_as_wrong(four_queries):
+    built, top1, details = retrieve(four_queries, gallery_options={"persons": ["bob"]})
+    assert built.persons == ["bob"]
+    assert {query["mean"]["predicted"] for query in details["per_query"]} == {"bob"}
+    assert details["not_enrolled"] == 2 and top1 == 0.5
+
+
+def test_persons_restrict_gallery_and_queries(random_colours):
+    chosen = ["p4", "p1"]
+    built, _, details = retrieve(random_colours, persons=chosen)
+    assert built.persons == ["p1", "p4"]
+    assert {path.parts[-3] for path in built.paths} == {"p1", "p4"}
+    assert {query["person"] for query in details["per_query"]} == {"p1", "p4"}
+    assert details["queries"] == sum(len(list(random_colours.glob(f"{name}/distortion/*"))) for name in chosen)
+    assert details["not_enrolled"] == 0
+
+
+def test_without_a_distorted_photo_there_is_nothing_to_evaluate(tmp_path):
+    write(tmp_path / "ann" / "clean" / "1.png", (9, 9, 9))
+    with pytest.raises(ValueError, match="no distorted photo to ask the gallery; expected") as e:
+        retrieve(tmp_path)
+    assert str(e.value).startswith(f"{tmp_path}: ") and f"{tmp_path}/<person>/distortion/*.jpg" in str(e.value)
+
+
+def test_without_a_clean_photo_there_is_no_gallery(tmp_path):
+    write(tmp_path / "ann" / "distortion" / "1_foggy.png", (9, 9, 9))
+    with pytest.raises(ValueError, match="no clean photo to build a gallery from; expected") as e:
+        retrieve(tmp_path)
+    assert str(e.value).startswith(f"{tmp_path}: ") and f"{tmp_path}/<person>/clean/*.jpg" in str(e.value)
+
+
+def test_broken_files_are_left_out_of_gallery_and_queries(four_queries):
+    (four_queries / "ann" / "clean" / "3.png").write_bytes(b"no picture")
+    (four_queries / "ann" / "distortion" / "3_foggy.png").write_bytes(b"no picture")
+    built, top1, details = retrieve(four_queries)
+    assert (len(built.paths), details["queries"], top1) == (3, 4, 0.5)
+    with pytest.raises(OSError, match=r"ann/clean/3\.png: cannot be read as an image"):
+        retrieve(four_queries, check_images=False)
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def details_of(template: str, **per_kind) -> dict:
+    """What the reports read of `evaluate`'s details; kind=(queries, right under mean, right under best)."""
+    queries, mean, best = (sum(column) for column in zip(*per_kind.values(), strict=True))
+    return {
+        "template": template,
+        "top1": {"mean": mean / queries, "best": best / queries},
+        "queries": queries,
+        "per_kind": {
+            kind: {"queries": count, "top1": {"mean": by_mean / count, "best": by_best / count}}
+            for kind, (count, by_mean, by_best) in per_kind.items()
+        },
+    }
+
+
+def rows_of(table: str) -> dict[str, list[str]]:
+    """First column (15 characters) -> the other cells."""
+    return {line[:15].strip(): line[15:].split() for line in table.splitlines()}
+
+
+def test_the_table_shows_counts_and_percentages_of_each_evaluation():
+    before = details_of("mean", blurred=(8, 2, 4), foggy=(2, 2, 2), sunny=(10, 0, 1))
+    after = details_of("mean", blurred=(8, 8, 7), foggy=(2, 1, 0), sunny=(10, 3, 3))
+    rows = rows_of(top1_table({"pretrained": before, "stage 1": after}))
+    assert list(rows) == ["top-1, %", "template", "blurred", "foggy", "sunny", "without sunny", "all"]
+    assert rows["top-1, %"] == ["queries", "pretrained", "stage", "1"]
+    assert rows["template"] == ["mean", "best", "mean", "best"]
+    assert rows["blurred"] == ["8", "25.0", "50.0", "100.0", "87.5"]
+    assert rows["foggy"] == ["2", "100.0", "100.0", "50.0", "0.0"]
+    assert rows["sunny"] == ["10", "0.0", "10.0", "30.0", "30.0"]
+    assert rows["without sunny"] == ["10", "40.0", "60.0", "90.0", "70.0"]  # of queries, not the mean of two kinds
+    assert rows["all"] == ["20", "20.0", "35.0", "60.0", "50.0"]
+
+
+@pytest.mark.parametrize("kinds", [{"foggy": (2, 1, 1), "rainy": (2, 1, 1)}, {"sunny": (2, 1, 1)}])
+def test_the_table_has_a_row_without_sunny_only_where_it_says_something(kinds):
+    table = top1_table({"stage 1": details_of("mean", **kinds)})
+    assert "without" not in table and rows_of(table)["all"][1:] == ["50.0", "50.0"]
+
+
+def test_the_columns_of_the_table_line_up():
+    details = details_of("mean", blurred=(8, 8, 0), sunny=(10, 0, 10))
+    lines = top1_table({"a title of more than fifteen letters": details, "short": details}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_table_reads_what_evaluate_returns(four_queries):
+    details = retrieve(four_queries)[2]
+    rows = rows_of(top1_table({"stub": details}))
+    assert rows["foggy"] == ["2", "50.0", "100.0"] and rows["all"] == ["4", "50.0", "75.0"]
+    assert rows["without sunny"] == ["3", "33.3", "66.7"]
+
+
+@pytest.mark.parametrize("template, foggy", [("mean", 0.5), ("best", 1.0)])
+def test_the_summary_is_a_flat_row_with_the_kinds_under_the_chosen_template(four_queries, template, foggy):
+    row = summary(retrieve(four_queries, template=template)[2])
+    assert row == {
+        "top1_mean": 0.5,
+        "top1_best": 0.75,
+        "top1_foggy": foggy,
+        "top1_rainy": 0.0,
+        "top1_sunny": 1.0,
+    }
+
+
+def test_a_person_asked_for_but_not_there_is_an_error_with_the_name(task_b):
+    with pytest.raises(ValueError, match=r"1 of the persons asked for .* 'nobody'"):
+        gallery.build_gallery(TinyNet(), task_b / "val", eval_transform(76, 1.0), "cpu", persons=["eve", "nobody"])
