@@ -242,8 +242,9 @@ def restore(path: Path, saved: dict, parts: dict) -> None:
             ) from error
 
 
-def load_facenet(path: Path, device: torch.device) -> tuple[FaceNet, dict]:
+def load_facenet(path: Path | str, device: torch.device | str) -> tuple[FaceNet, dict]:
     """The model of a checkpoint, on `device` in channels_last, and everything else that the checkpoint knows."""
+    path = Path(path)
     saved = read_checkpoint(path)
     model = FaceNet(None, saved["dropout"])
     restore(path, saved, {"model": model})
