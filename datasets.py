@@ -155,6 +155,18 @@ def distortion_kind(path: Path) -> str:
     return kind.lower() if underscore and kind and not kind.isdigit() else "unknown"
 
 
+def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Person]:
+    """`persons` less their distorted photos of these kinds; a kind that no photo is of is told: perhaps misspelt."""
+    found = {distortion_kind(path) for person in persons for path in person.distorted}
+    for kind in kinds:
+        if kind not in found:
+            warn_once(f"SKIP_KINDS: no train photo is of kind {kind!r}; there are {_names(sorted(found), most=10)}")
+    return [
+        Person(p.name, p.clean, tuple(path for path in p.distorted if distortion_kind(path) not in kinds))
+        for p in persons
+    ]
+
+
 def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
     """The clean photo that `distorted` was made from: the longest clean stem that prefixes its name, None if none does.
 
@@ -295,12 +307,25 @@ class _LabelledPhotos(_SeededDataset):
             return self.transform(load_image(path)), label
 
 
+def _scan_for_training(
+    root: Path | str, exclude: Collection[str], skip_kinds: Collection[str], check_images: bool
+) -> list[Person]:
+    """Scan `root` less the persons `exclude` and the kinds `skip_kinds`; ValueError if that leaves no photo."""
+    scanned = [p for p in scan_persons(root, check_images=check_images) if p.name not in exclude]
+    if not scanned:
+        raise ValueError(f"{root}: every person is held out; lower HOLDOUT_PERSONS")
+    kept = [person for person in without_kinds(scanned, skip_kinds) if person.clean or person.distorted]
+    if not kept:
+        raise ValueError(f"{root}: SKIP_KINDS leaves no photo to train on")
+    return kept
+
+
 class FaceClassificationDataset(_LabelledPhotos):
-    """Every photo of `root`, clean and distorted.
+    """Every photo of `root`, clean and distorted, less the kinds `skip_kinds`.
 
     Item: image (3, H, W) float32 from `transform`; label int in 0..len(persons)-1.
     `.persons` (sorted, less `exclude`) and `.label2idx` (person -> label) are the mapping that a head is trained with.
-    Raises what `scan_persons` raises; ValueError if `exclude` leaves nobody.
+    Raises what `scan_persons` raises; ValueError if `exclude` or `skip_kinds` leaves nothing.
     """
 
     def __init__(
@@ -309,13 +334,12 @@ class FaceClassificationDataset(_LabelledPhotos):
         transform: Transform,
         *,
         exclude: Collection[str] = (),
+        skip_kinds: Collection[str] = (),
         seed: int = 0,
         check_images: bool = True,
     ):
         super().__init__(transform, seed)
-        scanned = [p for p in scan_persons(root, check_images=check_images) if p.name not in exclude]
-        if not scanned:
-            raise ValueError(f"{root}: every person is held out; lower HOLDOUT_PERSONS")
+        scanned = _scan_for_training(root, exclude, skip_kinds, check_images)
         self.persons = [person.name for person in scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
         self.samples = [(path, self.label2idx[p.name]) for p in scanned for path in p.clean + p.distorted]
@@ -393,6 +417,7 @@ class FacePairDataset(_SeededDataset):
     three (3, H, W) float32; label and negative label, int in 0..len(persons)-1. The negative's person is drawn evenly
     over persons, then the photo evenly over that person's. Positive and negative are drawn by (seed, epoch, index).
     A person without clean or without distorted photos is no anchor (told once, with the count), yet can be a negative.
+    `exclude` and `skip_kinds` leave out persons and kinds of distortion.
     Raises what `scan_persons` raises; ValueError if no anchor or fewer than two persons are left.
     """
 
@@ -402,13 +427,12 @@ class FacePairDataset(_SeededDataset):
         transform: Transform,
         *,
         exclude: Collection[str] = (),
+        skip_kinds: Collection[str] = (),
         seed: int = 0,
         check_images: bool = True,
     ):
         super().__init__(transform, seed)
-        self._scanned = [p for p in scan_persons(root, check_images=check_images) if p.name not in exclude]
-        if not self._scanned:
-            raise ValueError(f"{root}: every person is held out; lower HOLDOUT_PERSONS")
+        self._scanned = _scan_for_training(root, exclude, skip_kinds, check_images)
         self.persons = [person.name for person in self._scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
         self.anchors = [

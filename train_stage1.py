@@ -41,6 +41,7 @@ TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, 
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160; the pretrained networks saw 160
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1; 1 for photos cropped to the face
+SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
 CROP_ZOOM = 0.1  # in training the crop's side varies by +- this share of it, 0..0.3
 CROP_SHIFT = 0.03  # in training the crop's centre moves by +- this share of the shorter side, 0..0.1
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
@@ -73,7 +74,9 @@ def main() -> None:
     names = [person.name for person in scan_persons(train_dir, check_images=CHECK_IMAGES)]
     holdout = split_holdout(names, HOLDOUT_PERSONS, SEED)
     augment = train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT)
-    train_set = FaceClassificationDataset(train_dir, augment, exclude=holdout, seed=SEED, check_images=CHECK_IMAGES)
+    train_set = FaceClassificationDataset(
+        train_dir, augment, exclude=holdout, skip_kinds=SKIP_KINDS, seed=SEED, check_images=CHECK_IMAGES
+    )
     loader = training.train_loader(train_set, BATCH_SIZE, NUM_WORKERS, device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP)
     clean_val = None if holdout else clean_val_loader(val_dir, train_set, transform)

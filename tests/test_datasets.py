@@ -730,3 +730,23 @@ def test_a_single_person_has_no_negative(tree):
 def test_excluding_everybody_from_the_pairs_says_so(tree):
     with pytest.raises(ValueError, match="every person is held out; lower HOLDOUT_PERSONS"):
         FacePairDataset(tree, first_pixel, exclude=list(PERSONS))
+
+
+def test_skipped_kinds_are_left_out_of_both_training_sets_and_nothing_else(task_b):
+    both = FaceClassificationDataset(task_b / "train", eval_transform(76, 1.0))
+    some = FaceClassificationDataset(task_b / "train", eval_transform(76, 1.0), skip_kinds=("blurred",))
+    assert [path for path, _ in some.samples] == [p for p, _ in both.samples if not p.stem.endswith("_blurred")]
+    assert len(both) - len(some) == 7  # a blurred copy of each of the 7 clean photos
+    pairs = FacePairDataset(task_b / "train", eval_transform(76, 1.0), skip_kinds=("blurred",))
+    drawn = [pairs.draw(i, torch.Generator().manual_seed(seed))[1:3] for i in range(7) for seed in range(20)]
+    assert not any(path.stem.endswith("_blurred") for paths in drawn for path in paths)
+
+
+def test_a_skipped_kind_that_is_not_there_is_told_with_those_that_are(task_b, caplog):
+    FacePairDataset(task_b / "train", eval_transform(76, 1.0), skip_kinds=("suny",))
+    assert "no train photo is of kind 'suny'; there are blurred, lowlight" in caplog.text
+
+
+def test_skipping_every_kind_leaves_no_pair(task_b):
+    with pytest.raises(ValueError, match="no person has both clean and distorted"):
+        FacePairDataset(task_b / "train", eval_transform(76, 1.0), skip_kinds=("blurred", "lowlight"))
