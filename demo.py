@@ -29,8 +29,8 @@ MAX_PHOTOS = 6  # >= MIN_PHOTOS
 
 # --- training: small, a real run takes the scripts' own constants ---
 IMAGE_SIZE = 80  # pixels, 76..160: a quarter of the work of 160
-STAGE1_EPOCHS = 2  # >= 1
-STAGE2_EPOCHS = 1  # >= 1
+STAGE1_EPOCHS = 5  # >= 1
+STAGE2_EPOCHS = 3  # >= 1
 
 
 def main() -> None:

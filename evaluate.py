@@ -55,7 +55,8 @@ def main() -> dict:
         facts = {name: value for name, value in saved.items() if name in FACTS}
         title = f"stage{saved['stage']}"
         trained_on = set(saved["persons"])
-        print(f"{CHECKPOINT}: stage {saved['stage']}, epoch {saved['epoch']}, chosen on {saved['selected_on']}")
+        epoch = f"epoch {saved['epoch']}" if saved["epoch"] else "the network as loaded (no epoch was better)"
+        print(f"{CHECKPOINT}: stage {saved['stage']}, {epoch}, chosen on {saved['selected_on']}")
         if saved["selected_on"] == SPLIT:
             print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS chooses on persons of train instead")
 
