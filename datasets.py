@@ -6,6 +6,7 @@ root/<person>/distortion/*.jpg     their distorted copies, <clean stem>_<kind>.j
 
 import contextlib
 import functools
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -174,6 +175,32 @@ def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
     """
     sources = [photo for photo in clean if distorted.stem == photo.stem or distorted.stem.startswith(photo.stem + "_")]
     return max(sources, key=lambda photo: len(photo.stem), default=None)
+
+
+def warn_shared(train: Sequence[Person], val: Sequence[Person]) -> None:
+    """Tell what would make val figures flatter or labels wrong: persons of both splits, and one image file (by content)
+    under two persons, within or across the splits."""
+    val_names = {person.name for person in val}
+    shared = [person.name for person in train if person.name in val_names]
+    if shared:
+        warn_once(
+            f"{len(shared)} of {len(val)} val persons are train persons too: val then does not measure unseen persons "
+            f"({_names(shared)})"
+        )
+    owners: dict[Path, str] = {p: person.name for person in [*train, *val] for p in person.clean + person.distorted}
+    by_size: dict[int, list[Path]] = {}
+    for path in owners:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    by_content: dict[bytes, list[Path]] = {}
+    for paths in by_size.values():
+        if len(paths) > 1:  # only files of one size can be equal: few need to be read
+            for path in paths:
+                by_content.setdefault(hashlib.sha256(path.read_bytes()).digest(), []).append(path)
+    double = [paths for paths in by_content.values() if len({owners[path] for path in paths}) > 1]
+    if double:
+        listed = "\n".join("  " + " = ".join(map(str, paths[:4])) for paths in double[:10])
+        more = f"\n  and {len(double) - 10} more" if len(double) > 10 else ""
+        warn_once(f"{len(double)} images lie under more than one person; one of the names is wrong:\n{listed}{more}")
 
 
 def split_holdout(persons: Sequence[str], count: int, seed: int) -> list[str]:

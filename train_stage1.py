@@ -21,6 +21,7 @@ from datasets import (
     scan_persons,
     split_holdout,
     train_transform,
+    warn_shared,
 )
 from gallery import build_gallery, check_template, evaluate, summary
 from losses import ArcMarginProduct
@@ -71,8 +72,9 @@ def main() -> None:
 
     # Data: the persons of train/, perhaps less some that the best epoch is chosen on.
     train_dir, val_dir = DATA_DIR / "train", DATA_DIR / "val"
-    names = [person.name for person in scan_persons(train_dir, check_images=CHECK_IMAGES)]
-    holdout = split_holdout(names, HOLDOUT_PERSONS, SEED)
+    train_persons = scan_persons(train_dir, check_images=CHECK_IMAGES)
+    holdout = split_holdout([person.name for person in train_persons], HOLDOUT_PERSONS, SEED)
+    warn_shared(train_persons, [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES))
     augment = train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT)
     train_set = FaceClassificationDataset(
         train_dir, augment, exclude=holdout, skip_kinds=SKIP_KINDS, seed=SEED, check_images=CHECK_IMAGES

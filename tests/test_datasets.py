@@ -2,6 +2,7 @@
 
 import io
 import math
+import shutil
 import struct
 import warnings
 from collections import Counter
@@ -28,6 +29,7 @@ from datasets import (
     source_photo,
     split_holdout,
     train_transform,
+    warn_shared,
 )
 
 
@@ -750,3 +752,35 @@ def test_a_skipped_kind_that_is_not_there_is_told_with_those_that_are(task_b, ca
 def test_skipping_every_kind_leaves_no_pair(task_b):
     with pytest.raises(ValueError, match="no person has both clean and distorted"):
         FacePairDataset(task_b / "train", eval_transform(76, 1.0), skip_kinds=("blurred", "lowlight"))
+
+
+def test_persons_of_both_splits_are_told(task_b, caplog):
+    train, val = scan_persons(task_b / "train"), scan_persons(task_b / "val")
+    warn_shared(train, val)
+    assert caplog.text == ""
+    shutil.copytree(task_b / "train" / "bob", task_b / "val" / "bob")
+    warn_shared(train, scan_persons(task_b / "val"))
+    assert "1 of 3 val persons are train persons too" in caplog.text and "(bob)" in caplog.text
+    assert "more than one person" not in caplog.text  # bob's photos in both splits have one name
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_image_under_two_persons_is_told_with_its_paths(task_b, caplog, split):
+    original = task_b / "train" / "bob" / "clean" / "bob_0001.png"
+    person = next((task_b / split).iterdir()).name if split == "val" else "di"
+    copy = task_b / split / person / "clean" / "holiday.png"
+    shutil.copy(original, copy)
+    warn_shared(scan_persons(task_b / "train"), scan_persons(task_b / "val"))
+    assert f"{original} = {copy}" in caplog.text
+    assert "1 images lie under more than one person" in caplog.text
+
+
+def test_files_of_equal_size_but_other_content_are_no_copies(tmp_path, caplog):
+    for name, colour in (("ann", (10, 20, 30)), ("bob", (30, 20, 10))):
+        path = tmp_path / "train" / name / "clean" / "a.bmp"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), colour).save(path)
+    persons = scan_persons(tmp_path / "train")
+    assert persons[0].clean[0].stat().st_size == persons[1].clean[0].stat().st_size
+    warn_shared(persons, [])
+    assert caplog.text == ""
