@@ -29,8 +29,8 @@ MAX_PHOTOS = 6  # >= MIN_PHOTOS
 
 # --- training: small, a real run takes the scripts' own constants ---
 IMAGE_SIZE = 80  # pixels, 76..160: a quarter of the work of 160
-STAGE1_EPOCHS = 5  # >= 1
-STAGE2_EPOCHS = 3  # >= 1
+STAGE1_EPOCHS = 6  # >= 1
+STAGE2_EPOCHS = 4  # >= 1
 
 
 def main() -> None:
@@ -63,7 +63,9 @@ def main() -> None:
     set_constants(train_stage1, RUN_DIR=stage1, PRETRAINED=pretrained, IMAGE_SIZE=IMAGE_SIZE, **common)
     set_constants(train_stage1, EPOCHS=STAGE1_EPOCHS)
     if pretrained is None:
-        set_constants(train_stage1, BACKBONE_LR=1e-3, DROPOUT=0.0)  # random weights have a longer way to go
+        # Random weights have a longer way to go.
+        set_constants(train_stage1, BACKBONE_LR=1e-3, DROPOUT=0.0)
+        set_constants(train_stage2, LEARNING_RATE=1e-4)
     train_stage1.main()
     set_constants(evaluate, CHECKPOINT=stage1 / "best.pt", PICTURES=True)
     evaluations["stage 1"] = evaluate.main()
