@@ -36,9 +36,8 @@ STAGE2_EPOCHS = 4  # >= 1
 def main() -> None:
     started = time.time()
     data_dir = OUT_DIR / "Task_B"
-    if OUT_DIR.exists():
-        for folder in ("Task_B", "runs", "results"):  # what a demo writes, nothing else that may lie there
-            shutil.rmtree(OUT_DIR / folder, ignore_errors=True)
+    for folder in ("Task_B", "runs", "results"):  # what a demo writes, nothing else that may lie there
+        shutil.rmtree(OUT_DIR / folder, ignore_errors=True)
 
     print("== sample faces")
     set_constants(

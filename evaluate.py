@@ -49,12 +49,11 @@ def main() -> dict:
         training.seed_epoch(SEED, 0)  # for PRETRAINED = None
         model = FaceNet(PRETRAINED, dropout=0).to(device, memory_format=torch.channels_last)
         facts = {"stage": 0, "pretrained": str(PRETRAINED), "image_size": IMAGE_SIZE, "face_crop": FACE_CROP}
-        title = "pretrained" if PRETRAINED else "random"
+        title, trained_on = "pretrained" if PRETRAINED else "random", set()
     else:
         model, saved = training.load_facenet(CHECKPOINT, device)
         facts = {name: value for name, value in saved.items() if name in FACTS}
-        title = f"stage{saved['stage']}"
-        trained_on = set(saved["persons"])
+        title, trained_on = f"stage{saved['stage']}", set(saved["persons"])
         epoch = f"epoch {saved['epoch']}" if saved["epoch"] else "the network as loaded (no epoch was better)"
         print(f"{CHECKPOINT}: stage {saved['stage']}, {epoch}, chosen on {saved['selected_on']}")
         if saved["selected_on"] == SPLIT:
@@ -64,7 +63,7 @@ def main() -> dict:
     options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
     gallery = build_gallery(model, root, transform, device, template=TEMPLATE, **options)
     top1, details = evaluate(model, gallery, root, transform, device, **options)
-    if CHECKPOINT is not None and (known := trained_on & set(gallery.persons)):
+    if known := trained_on & set(gallery.persons):
         print(
             f"  {len(known)} of {len(gallery.persons)} persons in {root} were trained on: not a test of unseen persons"
         )
@@ -133,8 +132,10 @@ def mistake_rows(gallery: Gallery, details: dict, crop: FaceCrop) -> list:
         first_photo.setdefault(gallery.persons[label], path)
     rows, of_kind = [], {}
     for query in sorted(wrong, key=lambda q: -q[template]["score"]):
+        if len(rows) == MISTAKES:
+            break
         of_kind[query["kind"]] = of_kind.get(query["kind"], 0) + 1
-        if of_kind[query["kind"]] > MISTAKES_PER_KIND or len(rows) == MISTAKES:
+        if of_kind[query["kind"]] > MISTAKES_PER_KIND:
             continue
         predicted, score = query[template]["predicted"], query[template]["score"]
         true_photo = first_photo.get(query["person"], query["path"])  # not enrolled: nothing clean to show

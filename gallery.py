@@ -149,12 +149,13 @@ def _select(root: Path | str, persons: Collection[str] | None, check_images: boo
     scanned = scan_persons(root, check_images=check_images)
     if persons is None:
         return scanned
-    missing = sorted(set(persons) - {person.name for person in scanned})
+    asked = set(persons)
+    missing = sorted(asked - {person.name for person in scanned})
     if missing:
         raise ValueError(
             f"{root}: {len(missing)} of the persons asked for have no readable photo there, {missing[0]!r} first"
         )
-    return [person for person in scanned if person.name in set(persons)]
+    return [person for person in scanned if person.name in asked]
 
 
 def evaluate(

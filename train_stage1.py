@@ -17,6 +17,7 @@ import training
 from datasets import (
     FaceClassificationDataset,
     FaceCleanValDataset,
+    Person,
     eval_transform,
     scan_persons,
     split_holdout,
@@ -74,14 +75,15 @@ def main() -> None:
     train_dir, val_dir = DATA_DIR / "train", DATA_DIR / "val"
     train_persons = scan_persons(train_dir, check_images=CHECK_IMAGES)
     holdout = split_holdout([person.name for person in train_persons], HOLDOUT_PERSONS, SEED)
-    warn_shared(train_persons, [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES))
+    val_persons = [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES)
+    warn_shared(train_persons, val_persons)
     augment = train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT)
     train_set = FaceClassificationDataset(
         train_dir, augment, exclude=holdout, skip_kinds=SKIP_KINDS, seed=SEED, check_images=CHECK_IMAGES
     )
     loader = training.train_loader(train_set, BATCH_SIZE, NUM_WORKERS, device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP)
-    clean_val = None if holdout else clean_val_loader(val_dir, train_set, transform)
+    clean_val = None if holdout else clean_val_loader(val_dir, val_persons, train_set, transform)
 
     # Model, head and optimizer.
     training.seed_epoch(SEED, 0)
@@ -155,10 +157,11 @@ def train_one_epoch(epoch, model, head, loader, optimizer, scheduler, scaler, de
     return meter.means() | {"backbone_lr": learning_rate}
 
 
-def clean_val_loader(val_dir: Path, train_set: FaceClassificationDataset, transform) -> DataLoader | None:
+def clean_val_loader(
+    val_dir: Path, val_persons: list[Person], train_set: FaceClassificationDataset, transform
+) -> DataLoader | None:
     """Batches of the clean val photos, where every val person is a trained one; else None: the head knows nobody."""
-    val_persons = {person.name for person in scan_persons(val_dir, check_images=CHECK_IMAGES)}
-    if not val_persons <= set(train_set.persons):
+    if not {person.name for person in val_persons} <= set(train_set.persons):
         return None
     clean = FaceCleanValDataset(val_dir, train_set.persons, train_set.label2idx, transform, check_images=CHECK_IMAGES)
     return DataLoader(clean, BATCH_SIZE, num_workers=NUM_WORKERS)

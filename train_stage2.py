@@ -29,9 +29,7 @@ TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, 
 
 # --- pairs ---
 CONTRASTIVE_MARGIN = 1.0  # distance of unit embeddings, 0..2: negatives farther away give no gradient
-HARD_NEGATIVES = (
-    True  # nearest other person of the batch; False: the pair's random one, beyond the margin from the start
-)
+HARD_NEGATIVES = True  # nearest other person of the batch; False: the pair's random one, which is too far to push
 # Kinds of distortion that are not trained on; all are evaluated. FACECOM's sunny hides the whole face: pulling every
 # person to the same white disc pulls them to each other. () trains on all.
 SKIP_KINDS = ("sunny",)

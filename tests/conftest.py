@@ -1,5 +1,6 @@
 """A small Task_B tree and a small network, so that whole runs fit into seconds."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,16 @@ def tiny_runs(monkeypatch, task_b, tmp_path):
     monkeypatch.setattr(train_stage1, "FACE_CROP", 0.8)
     monkeypatch.setattr(train_stage2, "STAGE1_CHECKPOINT", tmp_path / "runs" / "stage1" / "best.pt")
     return train_stage1, train_stage2
+
+
+class MakesFolderWhenLoaded:
+    """Creates the folder `path` when unpickled: what a malicious file could do with any command."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def same_tensors(a: dict, b: dict) -> bool:

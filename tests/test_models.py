@@ -1,6 +1,5 @@
 import http.client
 import io
-import os
 import pickle
 import socket
 import urllib.error
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_tensors
+from conftest import MakesFolderWhenLoaded, same_tensors
 from PIL import Image
 
 from datasets import eval_transform
@@ -229,16 +228,6 @@ def test_a_truncated_file_is_a_value_error_that_names_it(slim_state, tmp_path, s
     with pytest.raises(ValueError) as error:
         load_pretrained(path)
     assert str(error.value).startswith(f"{path}: not a state dict that torch can read (")
-
-
-class MakesFolderWhenLoaded:
-    """Creates the folder `path` when unpickled: what a malicious file could do with any command."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_file_with_code_is_refused_and_the_code_does_not_run(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import KINDS, TinyNet, same_tensors, write_photo
+from conftest import KINDS, MakesFolderWhenLoaded, TinyNet, same_tensors, write_photo
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -385,16 +385,6 @@ def test_any_random_bytes_are_told_and_never_a_traceback(tmp_path):
     for _ in range(300):
         size = int(torch.randint(1, 40, (), generator=generator))
         refused(tmp_path / "best.pt", bytes(torch.randint(256, (size,), generator=generator).tolist()))
-
-
-class MakesFolderWhenLoaded:
-    """Creates the folder `path` when unpickled: what a malicious file could do with any command."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
