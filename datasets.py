@@ -8,16 +8,19 @@ import contextlib
 import functools
 import hashlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
 # Without any set-up, logging prints a warning as the bare sentence on stderr: what a script's user should see.
@@ -34,6 +37,16 @@ Transform = Callable[[Image.Image], Tensor]
 def warn_once(message: str) -> None:
     """Log `message` as a warning, the first time it comes up in this process."""
     log.warning(message)
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed in 0..2^63-1 that depends on all of `numbers`, alike in every process: hash() salts strings only."""
+    return hash(numbers) % 2**63
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which of how many processes this one is: (0, 1) unless started by torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 # --- folders -> persons -----------------------------------------------------------------------------------------------
@@ -289,9 +302,47 @@ def eval_transform(image_size: int, face_crop: float) -> Transform:
     return v2.Compose([FaceCrop(image_size, face_crop), *_TO_TENSOR])
 
 
-def train_transform(image_size: int, face_crop: float, zoom: float, shift: float) -> Transform:
-    """`eval_transform` with the crop jittered (see FaceCrop) and every second image mirrored."""
-    return v2.Compose([FaceCrop(image_size, face_crop, zoom, shift), v2.RandomHorizontalFlip(), *_TO_TENSOR])
+def train_transform(
+    image_size: int,
+    face_crop: float,
+    zoom: float,
+    shift: float,
+    distort: Callable[[Image.Image], Image.Image] | None = None,
+) -> Transform:
+    """`eval_transform` with the crop jittered (see FaceCrop) and every second image mirrored; `distort`, such as
+    RandomDistortion, sees the photo before the crop."""
+    before = [distort] if distort else []
+    return v2.Compose([*before, FaceCrop(image_size, face_crop, zoom, shift), v2.RandomHorizontalFlip(), *_TO_TENSOR])
+
+
+class RandomDistortion:
+    """With `probability` (0..1), 1..`most` kinds in turn, each of a severity even in 0..1: PIL image -> PIL image.
+
+    kinds: name -> (image, severity, generator) -> image, as in distortions.DISTORTIONS; drawn without repeats, so that
+    photos meet mixtures such as fog in the dark that no file on disk shows. Whole frames of more than `side` pixels
+    (shorter side) are shrunk to it first: the kinds scale with the frame, and the crop would throw the pixels away.
+    Drawn from torch's generator. Raises ValueError if a number is out of range.
+    """
+
+    def __init__(self, kinds: dict[str, Callable], probability: float, most: int, side: int):
+        if not 0 <= probability <= 1:
+            raise ValueError(f"DISTORT = {probability}: expected a probability, 0..1")
+        if not 1 <= most <= len(kinds):
+            raise ValueError(f"DISTORT_MOST = {most}: expected 1..{len(kinds)} kinds on one photo")
+        self.kinds, self.probability, self.most, self.side = dict(kinds), probability, most, side
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if torch.rand(()).item() >= self.probability:
+            return image
+        shrink = self.side / min(image.size)
+        if shrink < 1:
+            size = tuple(max(1, round(length * shrink)) for length in image.size)
+            image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        generator = np.random.default_rng(int(torch.randint(2**62, ())))
+        count = generator.integers(1, self.most, endpoint=True)
+        for name in generator.permutation(sorted(self.kinds))[:count]:
+            image = self.kinds[name](image, float(generator.random()), generator)
+        return image
 
 
 # --- datasets ---------------------------------------------------------------------------------------------------------
@@ -308,20 +359,27 @@ class _SeededDataset(Dataset):
         """Give the epoch that the coming items are drawn for."""
         self._epoch.fill_(epoch)
 
-    def _item_seed(self, index: int) -> int:
-        return hash((self.seed, int(self._epoch), index)) % 2**63  # a tuple of ints hashes alike in every process
+    def __iter__(self) -> Iterator[tuple]:
+        return (self[index] for index in range(len(self)))  # Python's own way ends at an IndexError: none comes
+
+    def files(self, index: int) -> list[Path]:
+        """The files that item `index` is made of, in the present epoch."""
+        raise NotImplementedError
 
     @contextlib.contextmanager
     def _seeded(self, index: int) -> Iterator[torch.Generator]:
         """A generator for this item; torch's own, which transforms draw from, is seeded as well and then put back."""
-        seed = self._item_seed(index)
+        seed = derived_seed(self.seed, int(self._epoch), index)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's too
             yield torch.Generator().manual_seed(seed ^ 1)
 
 
 class _LabelledPhotos(_SeededDataset):
-    """(image (3, H, W) float32, label int) of `samples`, a list of (path, label)."""
+    """(image (3, H, W) float32, label int) of `samples`, a list of (path, label).
+
+    Index i + n * len(self) is sample i once more, with another crop (see ShuffledBatches).
+    """
 
     samples: list[tuple[Path, int]]
 
@@ -329,9 +387,12 @@ class _LabelledPhotos(_SeededDataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
+        path, label = self.samples[index % len(self)]
         with self._seeded(index):
             return self.transform(load_image(path)), label
+
+    def files(self, index: int) -> list[Path]:
+        return [self.samples[index % len(self)][0]]
 
 
 def _scan_for_training(
@@ -444,7 +505,10 @@ class FacePairDataset(_SeededDataset):
     three (3, H, W) float32; label and negative label, int in 0..len(persons)-1. The negative's person is drawn evenly
     over persons, then the photo evenly over that person's. Positive and negative are drawn by (seed, epoch, index).
     A person without clean or without distorted photos is no anchor (told once, with the count), yet can be a negative.
+    With `negatives` False an item is (anchor, positive, label) alone, for negatives that are mined in the batch.
+    `positive_transform` is for photos other than the anchor: with random distortions, say, while anchors stay clean.
     `exclude` and `skip_kinds` leave out persons and kinds of distortion.
+    Index i + n * len(self) is anchor i once more, with another positive (see PersonBatches).
     Raises what `scan_persons` raises; ValueError if no anchor or fewer than two persons are left.
     """
 
@@ -453,12 +517,15 @@ class FacePairDataset(_SeededDataset):
         root: Path | str,
         transform: Transform,
         *,
+        positive_transform: Transform | None = None,
+        negatives: bool = True,
         exclude: Collection[str] = (),
         skip_kinds: Collection[str] = (),
         seed: int = 0,
         check_images: bool = True,
     ):
         super().__init__(transform, seed)
+        self.positive_transform, self.negatives = positive_transform or transform, negatives
         self._scanned = _scan_for_training(root, exclude, skip_kinds, check_images)
         self.persons = [person.name for person in self._scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
@@ -485,17 +552,23 @@ class FacePairDataset(_SeededDataset):
         def pick(count: int) -> int:
             return int(torch.randint(count, (), generator=generator))
 
-        anchor, label = self.anchors[index]
+        anchor, label = self.anchors[index % len(self)]
         positives = self._scanned[label].distorted
         negative_label = (label + 1 + pick(len(self.persons) - 1)) % len(self.persons)  # any but `label`, evenly
         negatives = self._scanned[negative_label].clean + self._scanned[negative_label].distorted
         return anchor, positives[pick(len(positives))], negatives[pick(len(negatives))], label, negative_label
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    def __getitem__(self, index: int) -> tuple:
         with self._seeded(index) as generator:
             anchor, positive, negative, label, negative_label = self.draw(index, generator)
-            images = [self.transform(load_image(path)) for path in (anchor, positive, negative)]
-        return *images, label, negative_label
+            images = [self.transform(load_image(anchor)), self.positive_transform(load_image(positive))]
+            if not self.negatives:
+                return *images, label
+            return *images, self.positive_transform(load_image(negative)), label, negative_label
+
+    def files(self, index: int) -> list[Path]:
+        with self._seeded(index) as generator:
+            return list(self.draw(index, generator)[: 2 + self.negatives])
 
 
 class PhotoList(Dataset):
@@ -509,3 +582,118 @@ class PhotoList(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.transform(load_image(self.paths[index]))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class _EpochBatches(Sampler[list[int]]):
+    """Batches of an epoch, the same for the same (seed, epoch) however many processes share them.
+
+    Every process yields its own contiguous part of each batch. `len()` is the number of batches of a whole epoch.
+    """
+
+    def __init__(self, seed: int):
+        self.seed, self.epoch, self.skip = seed, 1, 0
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Give the epoch to draw, and how many of its batches were had already (a resumed run's)."""
+        self.epoch, self.skip = epoch, skip
+
+    def batches(self) -> list[list[int]]:
+        """All batches of the epoch, undivided."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank, world = rank_and_world()
+        for batch in self.batches()[self.skip :]:
+            yield batch[len(batch) * rank // world : len(batch) * (rank + 1) // world]
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+
+
+class ShuffledBatches(_EpochBatches):
+    """Items 0..len(labels)-1 in random order, in batches of `batch_size`, or a little less so that all are alike.
+
+    balance 0: each item once per epoch. 1: each person (label) equally often, however many photos it has: an epoch is
+    as long, but a photo of a person with n of them comes up in proportion to n^-balance, rounded at random up or down;
+    copy k of photo i is index i + k * len(labels), which draws a crop of its own.
+    Raises ValueError if the batch is larger than the data, or too small for two items in each process.
+    """
+
+    def __init__(self, labels: Sequence[int], batch_size: int, seed: int, balance: float = 0.0):
+        super().__init__(seed)
+        self.labels, self.balance = torch.tensor(labels), balance
+        world = rank_and_world()[1]
+        if len(labels) < batch_size:
+            raise ValueError(f"BATCH_SIZE = {batch_size}: more than the {len(labels)} items of an epoch; lower it")
+        if batch_size < 2 * world:
+            raise ValueError(f"BATCH_SIZE = {batch_size}: too few for two photos in each of {world} processes")
+        # BatchNorm cannot work with one image, so none may be left for a last batch of its own.
+        self._count = min(math.ceil(len(labels) / batch_size), len(labels) // (2 * world))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self) -> list[list[int]]:
+        generator = self._generator()
+        order = torch.randperm(len(self.labels), generator=generator)
+        if self.balance:
+            weights = self.labels.bincount().double()[self.labels[order]] ** -self.balance
+            ends = weights.cumsum(0) * (len(order) / weights.sum())  # photo i fills an interval of its share
+            ticks = torch.arange(len(order)) + torch.rand((), generator=generator, dtype=torch.double)
+            place = torch.searchsorted(ends, ticks).clamp_max(len(order) - 1)
+            copy = torch.arange(len(place)) - torch.searchsorted(place, place)  # a photo's copies lie side by side
+            order = (order[place] + len(order) * copy)[torch.randperm(len(order), generator=generator)]
+        return [batch.tolist() for batch in order.tensor_split(self._count)]
+
+
+class PersonBatches(_EpochBatches):
+    """P x K (Hermans et al. 2017, arXiv:1703.07737, sec. 2): `persons` different persons (P) in each batch, each with
+    `pairs` pairs of a clean and a distorted photo (K = 2 pairs photos), for FacePairDataset.
+
+    labels: the person of each anchor. An epoch shows each anchor once; a person whose anchors run out fills its last
+    group with anchors anew, as indices beyond len(labels), which stand for other positives. A person of very many
+    photos cannot fill more than one place of a batch, and persons left over at the end make no batch: those anchors
+    miss the epoch, other ones each time.
+    Raises ValueError if there are fewer persons, or fewer pairs in a batch than processes.
+    """
+
+    def __init__(self, labels: Sequence[int], persons: int, pairs: int, seed: int):
+        super().__init__(seed)
+        self.persons, self.pairs, self.total = persons, pairs, len(labels)
+        self._anchors: dict[int, list[int]] = {}
+        for index, label in enumerate(labels):
+            self._anchors.setdefault(label, []).append(index)
+        if len(self._anchors) < persons:
+            raise ValueError(f"PERSONS_PER_BATCH = {persons}: only {len(self._anchors)} persons have pairs; lower it")
+        if persons * pairs < rank_and_world()[1]:
+            raise ValueError(f"PERSONS_PER_BATCH = {persons}: too few for {rank_and_world()[1]} processes")
+        groups = [math.ceil(len(anchors) / pairs) for anchors in self._anchors.values()]
+        # The most batches that can be filled: a person gives at most one group to each.
+        self._count = sum(groups) // persons
+        while sum(min(group, self._count) for group in groups) < self._count * persons:
+            self._count -= 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batches(self) -> list[list[int]]:
+        generator = self._generator()
+
+        def shuffled(items: list) -> list:
+            return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+        groups = []  # a person's lie side by side, at most one per batch
+        for anchors in shuffled(list(self._anchors.values())):
+            order = shuffled(anchors)
+            missing = -len(order) % self.pairs
+            order += [order[i % len(anchors)] + self.total * (1 + i // len(anchors)) for i in range(missing)]
+            of_person = [order[i : i + self.pairs] for i in range(0, len(order), self.pairs)]
+            groups += shuffled(of_person)[: self._count]
+        surplus = set(torch.randperm(len(groups), generator=generator)[self._count * self.persons :].tolist())
+        groups = [group for i, group in enumerate(groups) if i not in surplus]
+        # Dealt like cards: neighbours go to different batches, so a batch meets no person twice.
+        batches = [groups[i :: self._count] for i in range(self._count)]
+        return [[index for group in shuffled(batch) for index in group] for batch in shuffled(batches)]

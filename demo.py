@@ -71,6 +71,7 @@ def main() -> None:
 
     print("\n== stage 2: contrastive")
     set_constants(train_stage2, RUN_DIR=stage2, STAGE1_CHECKPOINT=stage1 / "best.pt", EPOCHS=STAGE2_EPOCHS, **common)
+    set_constants(train_stage2, PERSONS_PER_BATCH=min(train_stage2.PERSONS_PER_BATCH, TRAIN_PERSONS))
     train_stage2.main()
     set_constants(evaluate, CHECKPOINT=stage2 / "best.pt")
     evaluations["stage 2"] = evaluate.main()

@@ -46,7 +46,7 @@ def main() -> dict:
     device = training.pick_device()
     root = DATA_DIR / SPLIT
     if CHECKPOINT is None:
-        training.seed_epoch(SEED, 0)  # for PRETRAINED = None
+        torch.manual_seed(SEED)  # for PRETRAINED = None
         model = FaceNet(PRETRAINED, dropout=0).to(device, memory_format=torch.channels_last)
         facts = {"stage": 0, "pretrained": str(PRETRAINED), "image_size": IMAGE_SIZE, "face_crop": FACE_CROP}
         title, trained_on = "pretrained" if PRETRAINED else "random", set()
@@ -73,6 +73,8 @@ def main() -> dict:
     print(f"top-1 ({TEMPLATE} template): {100 * top1:.2f} %")
 
     results = RESULTS_DIR / f"{SPLIT}_{title}"
+    if not training.is_main():  # of several processes one writes
+        return details
     write_results(results, facts, details)
     if PICTURES:
         draw_pictures(results, gallery, details, FaceCrop(facts["image_size"], facts["face_crop"]))

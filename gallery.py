@@ -1,20 +1,18 @@
 """Retrieval: a gallery of clean embeddings, every distorted photo a query, cosine similarity, top-1."""
 
-import logging
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import Person, PhotoList, Transform, distortion_kind, scan_persons
-
-log = logging.getLogger(__name__)
+from datasets import Person, PhotoList, Transform, distortion_kind, rank_and_world, scan_persons, warn_once
 
 TEMPLATES = ("mean", "best")  # a person's mean embedding, or the best match over its photos
 TIE = 1e-6  # cosines closer than this are equal: float32 rounding
@@ -87,23 +85,32 @@ def embed(
 ) -> Tensor:
     """Embeddings (N, D) float32, rows of norm 1, on the CPU, of the photos at `paths`; `model` in eval mode meanwhile.
 
+    Under torchrun each process embeds its share of the photos, and all of them get all embeddings.
     Raises OSError for an unreadable photo, ValueError with the path if an embedding is not finite.
     """
     device = torch.device(device)
-    loader = DataLoader(
-        PhotoList(paths, transform), batch_size, num_workers=num_workers, pin_memory=device.type == "cuda"
-    )
+    rank, world = rank_and_world()
+    photos = PhotoList(paths[rank::world], transform)
+    loader = DataLoader(photos, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()
     batches = []
     try:
-        for images in tqdm(loader, desc=description, unit="batch", leave=False, disable=len(loader) < 3):
+        quiet = rank > 0 or len(loader) < 3
+        for images in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             batches.append(F.normalize(model(images).float()).cpu())
     finally:
         for module, training in modes:
             module.training = training
     embeddings = torch.cat(batches) if batches else torch.empty(0, 0)
+    if world > 1:
+        parts: list = [None] * world
+        dist.all_gather_object(parts, embeddings)
+        embeddings = torch.empty(len(paths), max(part.shape[1] for part in parts))
+        for other, part in enumerate(parts):
+            if len(part):
+                embeddings[other::world] = part
     broken = ~((embeddings.norm(dim=1) - 1).abs() < 1e-3)  # NaN, infinity or all zero
     if broken.any():
         first = paths[int(broken.int().argmax())]
@@ -196,7 +203,7 @@ def evaluate(
     truth = torch.tensor([label_of.get(name, -1) for name in names])  # -1: no gallery label equals it
     not_enrolled = int((truth == -1).sum())
     if not_enrolled:
-        log.warning(
+        warn_once(
             f"{root}: {not_enrolled} of {len(paths)} queries are of persons outside the gallery: counted as wrong"
         )
 

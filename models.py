@@ -19,6 +19,11 @@ PRETRAINED_URLS = {
     "vggface2": _RELEASE + "20180402-114759-vggface2.pt",  # 107 MB
     "casia-webface": _RELEASE + "20180408-102900-casia-webface.pt",  # 111 MB
 }
+# In the order of the data, the last linear layer and its BatchNorm excepted: something must train.
+BLOCKS = (
+    *("conv2d_1a", "conv2d_2a", "conv2d_2b", "conv2d_3b", "conv2d_4a", "conv2d_4b"),
+    *("repeat_1", "mixed_6a", "repeat_2", "mixed_7a", "repeat_3", "block8"),
+)
 CONNECT_TIMEOUT = 30  # seconds without an answer before a download is given up
 
 
@@ -28,16 +33,29 @@ class FaceNet(nn.Module):
     The network is InceptionResnetV1 (Szegedy et al. 2016, arXiv:1602.07261, as in facenet-pytorch); images are
     standardized as (x - 127.5) / 128. `pretrained` is "vggface2", "casia-webface" (downloaded once), the path of a
     state dict, or None for random weights. `dropout` (0..1) acts before the last linear layer, in training only.
+    `freeze_until` names the last block, in BLOCKS, of a trunk that stays as loaded: its weights take no gradient, so no
+    backward runs through it, and its BatchNorm keeps to its statistics in train mode too. None: everything trains.
     Raises what `load_pretrained` raises.
     """
 
-    def __init__(self, pretrained: str | Path | None, dropout: float):
+    def __init__(self, pretrained: str | Path | None, dropout: float, freeze_until: str | None = None):
         super().__init__()
+        if freeze_until is not None and freeze_until not in BLOCKS:
+            raise ValueError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, BLOCKS))}")
         if not 0 <= dropout < 1:
             raise ValueError(f"DROPOUT = {dropout}: expected a probability in [0, 1)")
         self.backbone = InceptionResnetV1(pretrained=None, dropout_prob=dropout)
         if pretrained is not None:
             self.backbone.load_state_dict(load_pretrained(pretrained))
+        frozen = BLOCKS[: BLOCKS.index(freeze_until) + 1] if freeze_until else ()
+        self._frozen = [self.backbone.get_submodule(name).requires_grad_(False) for name in frozen]
+        self.train()
+
+    def train(self, mode: bool = True) -> "FaceNet":
+        super().train(mode)
+        for block in self._frozen:  # statistics that moved would change what the trainable rest was fitted to
+            block.eval()
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         # The backbone normalizes too, but under autocast in half precision, which is 1 only to three digits.

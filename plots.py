@@ -1,4 +1,4 @@
-"""Pictures of a retrieval: t-SNE, similarity matrix and the sheet of mistakes. Each returns a matplotlib Figure."""
+"""Pictures of a retrieval (t-SNE, similarity matrix, the sheet of mistakes) and a run's curves: matplotlib Figures."""
 
 from collections.abc import Sequence
 
@@ -80,4 +80,52 @@ def mistakes_sheet(rows: Sequence[tuple[Sequence[Image.Image], Sequence[str]]]) 
             axes.set(xticks=[], yticks=[])
     for axes, title in zip(grid[0], ("query", "true person", "predicted person"), strict=True):
         axes.set_title(title, fontsize=9)
+    return figure
+
+
+def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
+    """A run at a glance: loss and learning rate per step, top-1 per epoch, overall and per kind.
+
+    history: rows of log.csv, with epoch, top1_mean, top1_best, top1_<kind>; steps: rows of steps.csv, as text.
+    """
+    figure = Figure(figsize=(13, 4), layout="constrained", dpi=DPI)
+    loss_axes, top1_axes, kind_axes = figure.subplots(1, 3)
+
+    update = [int(row["update"]) for row in steps]
+    loss = np.array([float(row["loss"]) for row in steps])
+    loss_axes.plot(update, loss, color="#b0b0b0", linewidth=0.6)
+    if len(loss) >= 20:  # the trend under the noise of single batches; a skipped step's NaN leaves a gap
+        width = max(5, len(loss) // 50)
+        smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
+        loss_axes.plot(update[width - 1 :], smooth, color="#0072b2", linewidth=1.8)
+    loss_axes.set(title="loss per step", xlabel="step")
+    rates = [name for name in (steps[0] if steps else {}) if name.endswith("_lr")]
+    rate_axes = loss_axes.twinx()
+    for name, style in zip(rates, ("--", ":"), strict=False):
+        values = [float(row[name]) for row in steps]
+        rate_axes.plot(update, values, style, color="#d55e00", linewidth=1, label=name.replace("_", " "))
+    rate_axes.set_yscale("log")  # head and backbone differ by orders of magnitude
+    loss_axes.xaxis.get_major_locator().set_params(integer=True)
+    rate_axes.tick_params(colors="#d55e00")
+    if rates:
+        rate_axes.legend(loc="upper right", frameon=False, fontsize=8)
+
+    epoch = [row["epoch"] for row in history]
+    names = [name for row in history for name in row if "top1_" in name]
+    for name in dict.fromkeys(names):
+        overall = name.endswith(("top1_mean", "top1_best"))
+        axes, style = (top1_axes, "-") if overall else (kind_axes, "-")
+        if name.startswith("ema_"):
+            style = "--"  # of the averaged weights
+        values = [100 * row.get(name, np.nan) for row in history]
+        label = name.replace("ema_", "averaged: ").replace("top1_", "")
+        axes.plot(epoch, values, style, marker="o", markersize=3, linewidth=1.2, label=label)
+    top1_axes.set(title="top-1, %, by template", xlabel="epoch")
+    kind_axes.set(title="top-1, %, by kind", xlabel="epoch")
+    for axes in (top1_axes, kind_axes):
+        axes.grid(alpha=0.3)
+        axes.set_ylim(top=101)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
     return figure

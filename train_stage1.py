@@ -2,28 +2,32 @@
 
     python train_stage1.py
 
-Writes RUN_DIR/best.pt (for stage 2 and evaluate.py), last.pt (for RESUME), log.csv and constants.json.
+Writes RUN_DIR/best.pt (for stage 2 and evaluate.py), last.pt (for RESUME), log.csv, steps.csv, curves.png,
+tensorboard/ and constants.json. Several GPUs: torchrun --nproc_per_node=2 train_stage1.py
 """
 
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import training
 from datasets import (
     FaceClassificationDataset,
     FaceCleanValDataset,
     Person,
+    RandomDistortion,
+    ShuffledBatches,
     eval_transform,
     scan_persons,
     split_holdout,
     train_transform,
     warn_shared,
 )
+from distortions import DISTORTIONS
 from gallery import build_gallery, check_template, evaluate, summary
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
@@ -31,22 +35,29 @@ from models import EMBEDDING_DIM, FaceNet
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
 RUN_DIR = Path("runs/stage1")  # checkpoints and log; another name for each run that is to be kept
-RESUME = False  # True: go on after the last finished epoch of RUN_DIR
+RESUME = False  # True: go on from RUN_DIR/last.pt, as if the run had never stopped
+SAVE_EVERY = 500  # optimizer updates between two saves of last.pt, besides each epoch's end; 0: then only
 CHECK_IMAGES = True  # decode every file once before training, list the broken ones and go on without them
-NUM_WORKERS = 2  # processes that load images, 0..CPU cores
 
 # --- validation ---
 HOLDOUT_PERSONS = 0  # train persons kept out of training to choose the best epoch on; 0: choose it on val
 TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, or "best" match among them
+PATIENCE = 0  # stop after so many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160; the pretrained networks saw 160
+FREEZE_UNTIL = None  # last block that stays as loaded, such as "mixed_6a" (see models.BLOCKS); None: all of it trains
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1; 1 for photos cropped to the face
-SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
-CROP_ZOOM = 0.1  # in training the crop's side varies by +- this share of it, 0..0.3
-CROP_SHIFT = 0.03  # in training the crop's centre moves by +- this share of the shorter side, 0..0.1
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
+
+# --- what is trained on ---
+SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
+BALANCE = 0.0  # 0: each photo once per epoch; 1: each person equally often, however many photos; 0..1
+CROP_ZOOM = 0.1  # the crop's side varies by +- this share of it, 0..0.3
+CROP_SHIFT = 0.03  # the crop's centre moves by +- this share of the shorter side, 0..0.1
+DISTORT = 0.0  # share of the photos that are distorted anew, at random, besides the files on disk, 0..1
+DISTORT_MOST = 2  # kinds on one such photo, 1..7
 
 # --- ArcFace ---
 MARGIN = 0.5  # m, radians, 0..pi/2
@@ -56,14 +67,22 @@ EASY_MARGIN = False  # True: margin only where cos > 0; gentler where training d
 # --- optimisation ---
 SEED = 0  # 0, 1, 2, ...
 EPOCHS = 4  # passes over the train photos, 1..999
-BATCH_SIZE = 32  # photos per step, >= 2
-BACKBONE_LR = 3e-4  # AdamW, per step, 1e-5..1e-3: pretrained, moves little
-HEAD_LR = 1e-2  # AdamW, per step, 1e-3..1e-1: class centres start random
+BATCH_SIZE = 32  # photos per step, on all GPUs together, >= 2
+ACCUMULATE = 1  # steps per update of the weights: batches that memory cannot hold, >= 1
+BACKBONE_LR = 3e-4  # AdamW, per update, 1e-5..1e-3: pretrained, moves little
+HEAD_LR = 1e-2  # AdamW, per update, 1e-3..1e-1: class centres start random
 WEIGHT_DECAY = 5e-4  # AdamW, 0..0.1
-WARMUP_STEPS = 50  # steps with rising learning rates: random class centres would tear at the network
+WARMUP_STEPS = 50  # updates with rising learning rates: random class centres would tear at the network
 GRAD_CLIP = 5.0  # largest norm of the gradient, > 0
-FREEZE_BATCHNORM = False  # True: keep the pretrained statistics; for batches under 16
-AMP = True  # mixed precision on a GPU; the CPU always computes in float32
+EMA_DECAY = 0.0  # weight of the past in an average of the weights, saved as best_ema.pt, 0.99..0.9999; 0: none
+# True: keep the pretrained statistics. For batches under 16 (their statistics are mostly noise), and for several
+# processes on CPUs, where each would see its own part of the batch only.
+FREEZE_BATCHNORM = False
+
+# --- speed ---
+NUM_WORKERS = 2  # processes that load images, for each GPU, 0..CPU cores
+AMP = "auto"  # "auto": bfloat16 or float16 on a GPU, float32 on the CPU; "bf16", "fp16"; None: float32
+COMPILE = False  # True: torch.compile the network; the first steps then take minutes, the others less
 
 
 def main() -> None:
@@ -77,34 +96,45 @@ def main() -> None:
     holdout = split_holdout([person.name for person in train_persons], HOLDOUT_PERSONS, SEED)
     val_persons = [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES)
     warn_shared(train_persons, val_persons)
-    augment = train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT)
+    distort = RandomDistortion(
+        {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
+        *(DISTORT, DISTORT_MOST),
+        side=round(IMAGE_SIZE / FACE_CROP),
+    )
+    augment = train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort)
     train_set = FaceClassificationDataset(
         train_dir, augment, exclude=holdout, skip_kinds=SKIP_KINDS, seed=SEED, check_images=CHECK_IMAGES
     )
-    loader = training.train_loader(train_set, BATCH_SIZE, NUM_WORKERS, device)
+    batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
+    loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP)
     clean_val = None if holdout else clean_val_loader(val_dir, val_persons, train_set, transform)
 
     # Model, head and optimizer.
-    training.seed_epoch(SEED, 0)
-    model = FaceNet(PRETRAINED, DROPOUT).to(device, memory_format=torch.channels_last)
+    torch.manual_seed(SEED)
+    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL).to(device, memory_format=torch.channels_last)
     head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     head = head.to(device)
     groups = [
-        {"params": model.parameters(), "lr": BACKBONE_LR},
-        {"params": head.parameters(), "lr": HEAD_LR},
+        {"name": "backbone", "params": training.trainable(model), "lr": BACKBONE_LR},
+        {"name": "head", "params": head.parameters(), "lr": HEAD_LR},
     ]
-    optimizer = AdamW(groups, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
-    scheduler = training.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * len(loader))
-    scaler = training.grad_scaler(device, AMP)
+    optimizer = AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
+    scheduler = training.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
+    if COMPILE:
+        model.compile()
+    ddp_model, ddp_head = training.parallel(model), training.parallel(head)
 
-    def validate() -> tuple[float, dict]:
+    def validate(network: FaceNet) -> tuple[float, dict]:
         """Top-1 of retrieval among persons that training does not know, and the row for the log."""
         root = train_dir if holdout else val_dir
         options = {"persons": holdout or None, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
-        gallery = build_gallery(model, root, transform, device, template=TEMPLATE, **options)
-        top1, details = evaluate(model, gallery, root, transform, device, **options)
-        return top1, summary(details)
+        gallery = build_gallery(network, root, transform, device, template=TEMPLATE, **options)
+        top1, details = evaluate(network, gallery, root, transform, device, **options)
+        row = summary(details)
+        if clean_val and run.epoch:  # before, the head is random
+            row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
+        return top1, row
 
     # Epochs; epoch 0 of the log is the network as loaded.
     facts = {
@@ -115,46 +145,45 @@ def main() -> None:
         "face_crop": FACE_CROP,
         "dropout": DROPOUT,
         "pretrained": str(PRETRAINED),
+        "freeze_until": FREEZE_UNTIL,
+        "balance": BALANCE,
+        "distort": [DISTORT, DISTORT_MOST],
         "persons": train_set.persons,
         "holdout": holdout,
         "template": TEMPLATE,
     }
-    progress = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    run = training.Run(RUN_DIR, facts, {"model": model, "head": head}, progress)
-    if not RESUME:
+    run = training.Run(
+        *(RUN_DIR, facts, {"model": model, "head": head}, optimizer, scheduler, loader),
+        **{"epochs": EPOCHS, "device": device, "wrapped": (ddp_model, ddp_head), "amp": AMP, "accumulate": ACCUMULATE},
+        **{"grad_clip": GRAD_CLIP, "ema_decay": EMA_DECAY, "patience": PATIENCE, "save_every": SAVE_EVERY},
+    )
+    if RESUME:
+        run.resume()
+    else:
         print(f"train: {len(train_set.persons)} persons, {len(train_set)} photos, {len(loader)} steps per epoch")
-        run.finish_epoch(0, EPOCHS, *validate())
-    for epoch in range(run.resume() if RESUME else 1, EPOCHS + 1):
-        training.seed_epoch(SEED, epoch)
-        train_set.set_epoch(epoch)
-        row = train_one_epoch(epoch, model, head, loader, optimizer, scheduler, scaler, device)
-        top1, val_row = validate()
-        if clean_val:
-            row["val_clean_accuracy"] = accuracy(model, head, clean_val, device)
-        run.finish_epoch(epoch, EPOCHS, top1, row | val_row)
+        run.finish_epoch(validate)
+    for _ in run.epochs():
+        train_one_epoch(run, ddp_model, ddp_head, head, device)
+        run.finish_epoch(validate)
     run.tell_end()
 
 
-def train_one_epoch(epoch, model, head, loader, optimizer, scheduler, scaler, device) -> dict:
-    """One pass over the train photos; returns the row for the log."""
+def train_one_epoch(run: training.Run, model, ddp_head, head: ArcMarginProduct, device: torch.device) -> None:
+    """One pass over the train photos."""
     model.train()
     if FREEZE_BATCHNORM:
         training.freeze_batchnorm(model)
-    meter = training.Meter()
-    for images, labels in (bar := tqdm(loader, desc=f"epoch {epoch}/{EPOCHS}", unit="batch", leave=False)):
-        images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        labels = labels.to(device, non_blocking=True)
+    for images, labels in run.steps():
         with training.autocast(device, AMP):
             embeddings = model(images)
-        logits = head(embeddings, labels)
+        embeddings, labels = training.gather(embeddings, labels)  # from here on each process has the whole batch
+        logits = ddp_head(embeddings, labels)
         loss = F.cross_entropy(logits, labels)
-        learning_rate = scheduler.get_last_lr()[0]
-        gradient_norm = training.step(loss, optimizer, scheduler, scaler, GRAD_CLIP)
-        # Without the margin, as at test time: with it the right logit is handicapped.
-        right = (head.cosine(embeddings.detach()).argmax(1) == labels).float().mean()
-        meter.add(len(images), loss=loss, accuracy=right, gradient_norm=gradient_norm)
-        bar.set_postfix_str(f"{meter}, lr {learning_rate:.1e}")
-    return meter.means() | {"backbone_lr": learning_rate}
+        with torch.no_grad():
+            # Without the margin, as at test time: with it the right logit is handicapped.
+            right = (head.cosine(embeddings).argmax(1) == labels).float().mean()
+            target = logits.gather(1, labels[:, None]).mean()  # s cos(t + m), on the way from 0 to s
+        run.step(loss, accuracy=right, target_logit=target)
 
 
 def clean_val_loader(

@@ -1,39 +1,61 @@
-"""What both training scripts share: device, seeds, the learning-rate schedule, checkpoints and the run's log."""
+"""What both training scripts share: device and processes, schedule, checkpoints, the log, and what surrounds a step."""
 
 import contextlib
 import csv
 import io
 import json
+import logging
 import math
 import os
+import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+import plots
+from datasets import derived_seed, rank_and_world
 from models import FaceNet, why_unreadable
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
+PREFETCH = 4  # batches that each worker prepares ahead
+BAD_IN_A_ROW = 3  # steps without a finite loss after which a run stops
 
 # What a run's constants may be; those that a module takes, it checks itself.
 RANGES = {
-    "SEED": (0, 2**32),
-    "EPOCHS": (1, 999),
-    "BATCH_SIZE": (2, math.inf),  # BatchNorm cannot work with one image
-    "NUM_WORKERS": (0, math.inf),
-    "BACKBONE_LR": (0, math.inf),
-    "HEAD_LR": (0, math.inf),
-    "LEARNING_RATE": (0, math.inf),
-    "WEIGHT_DECAY": (0, math.inf),
-    "WARMUP_STEPS": (0, math.inf),
-    "GRAD_CLIP": (1e-12, math.inf),
+    "SEED": (int, 0, 2**32),
+    "EPOCHS": (int, 1, 999),
+    "BATCH_SIZE": (int, 2, math.inf),  # BatchNorm cannot work with one image
+    "PERSONS_PER_BATCH": (int, 2, math.inf),  # a negative is another person
+    "PHOTOS_PER_PERSON": (int, 2, math.inf),
+    "ACCUMULATE": (int, 1, math.inf),
+    "NUM_WORKERS": (int, 0, math.inf),
+    "SAVE_EVERY": (int, 0, math.inf),
+    "PATIENCE": (int, 0, math.inf),
+    "BACKBONE_LR": (float, 0, math.inf),
+    "HEAD_LR": (float, 0, math.inf),
+    "LEARNING_RATE": (float, 0, math.inf),
+    "WEIGHT_DECAY": (float, 0, math.inf),
+    "WARMUP_STEPS": (int, 0, math.inf),
+    "GRAD_CLIP": (float, 1e-12, math.inf),
+    "EMA_DECAY": (float, 0, 0.999999),
+    "BALANCE": (float, 0, 1),
 }
 
 
@@ -45,63 +67,127 @@ def run(main: Callable[[], object]) -> None:
         if os.environ.get("TRACEBACK"):
             raise
         sys.exit(f"error: {error}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
-    except KeyboardInterrupt:
-        sys.exit("\ninterrupted; RESUME = True goes on after the last finished epoch")
+    except KeyboardInterrupt as interrupt:
+        sys.exit(
+            f"\n{str(interrupt) or 'interrupted; RESUME = True goes on from the last checkpoint, if there is one'}"
+        )
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-# --- device, seeds, data ----------------------------------------------------------------------------------------------
+# --- device and processes ---------------------------------------------------------------------------------------------
 
 
 def pick_device() -> torch.device:
-    """A CUDA GPU if there is one, else the CPU. TF32 is allowed: 10 bits of mantissa in the products, as trained nets
-    tolerate, for several times the speed."""
-    if torch.cuda.is_available():
+    """A CUDA GPU if there is one, else the CPU; under torchrun this process's own, and the processes are joined.
+
+    TF32 is allowed: 10 bits of mantissa in the products, as trained nets tolerate, for several times the speed.
+    """
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
-        return torch.device("cuda")
-    return torch.device("cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+        if not is_main():  # one process speaks for all; its siblings only tell why they fail
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            logging.disable(logging.WARNING)
+    return device
 
 
-def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """Mixed precision on CUDA: bfloat16 where the GPU has it, else float16 (see `grad_scaler`). Off on the CPU."""
-    return torch.autocast(device.type, dtype=_amp_dtype(device), enabled=enabled and device.type == "cuda")
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return rank_and_world()[0] == 0
 
 
-def grad_scaler(device: torch.device, enabled: bool) -> torch.amp.GradScaler:
-    """Scales the loss where `autocast` uses float16, whose gradients underflow otherwise; does nothing elsewhere."""
-    scale = enabled and device.type == "cuda" and _amp_dtype(device) == torch.float16
-    return torch.amp.GradScaler(device.type, enabled=scale)
+def parallel(network: nn.Module) -> nn.Module:
+    """`network`, its gradients averaged over the processes under torchrun; on GPUs BatchNorm then sees all of a batch
+    (Ioffe & Szegedy 2015 on the whole mini-batch), on the CPU each process only its own part."""
+    if rank_and_world()[1] == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
+        return network
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
 
-def _amp_dtype(device: torch.device) -> torch.dtype:
-    bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if bfloat16 else torch.float16
+def gather(*parts: Tensor) -> tuple[Tensor, ...]:
+    """Each (n, ...) of each process -> (N, ...) of all, in the order of the batch; in a single process as they are.
 
-
-def seed_epoch(seed: int, epoch: int) -> None:
-    """Seed torch for `epoch` (1, 2, ...; 0 for the initialisation), so that a resumed run draws what this one would."""
-    torch.manual_seed(1000 * seed + epoch)  # EPOCHS < 1000: no two seeds share a stream
-
-
-def train_loader(dataset: Dataset, batch_size: int, num_workers: int, device: torch.device) -> DataLoader:
-    """Shuffled batches, the incomplete last one dropped.
-
-    Raises ValueError if the dataset gives no full batch.
+    A loss over the gathered rows is the whole batch's, the same number in each process. Its gradient reaches this
+    process's rows only, and `parallel` averages over processes: hence the factor.
     """
-    if len(dataset) < batch_size:
-        raise ValueError(f"BATCH_SIZE = {batch_size}: more than the {len(dataset)} items of an epoch; lower it")
+    rank, world = rank_and_world()
+    if world == 1:
+        return parts
+    counts = [torch.zeros(1, dtype=torch.int64, device=parts[0].device) for _ in range(world)]
+    dist.all_gather(counts, torch.full_like(counts[0], len(parts[0])))
+    counts = torch.cat(counts).tolist()
+    whole = []
+    for rows in parts:
+        padded = F.pad(rows.detach(), [0, 0] * (rows.dim() - 1) + [0, max(counts) - len(rows)]).contiguous()
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        gathered = [other[:count] for other, count in zip(gathered, counts, strict=True)]
+        if rows.requires_grad:
+            rows.register_hook(lambda gradient: gradient * world)
+        gathered[rank] = rows
+        whole.append(torch.cat(gathered))
+    return tuple(whole)
+
+
+def precision(device: torch.device, amp: str | None) -> torch.dtype | None:
+    """What AMP stands for: "auto" is bfloat16 where the GPU has it, else float16, and float32 on the CPU; "bf16" and
+    "fp16" ask for one, "bf16" on the CPU too; None is float32, for which this returns None.
+
+    Raises ValueError for anything else, or where the device cannot.
+    """
+    cuda = device.type == "cuda"
+    if amp is None or (amp == "auto" and not cuda):
+        return None
+    if amp == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if amp not in ("bf16", "fp16"):
+        raise ValueError(f"AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None")
+    if amp == "fp16" and not cuda:
+        raise ValueError("AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU")
+    return torch.bfloat16 if amp == "bf16" else torch.float16
+
+
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """The forward pass in the precision that `amp` stands for."""
+    dtype = precision(device, amp)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def train_loader(dataset, batches, num_workers: int, device: torch.device) -> DataLoader:
+    """The batches of `batches` (see datasets.ShuffledBatches), from workers that live on between epochs."""
     return DataLoader(
         dataset,
-        batch_size,
-        shuffle=True,
-        drop_last=True,  # a batch of one image would break BatchNorm
+        batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        persistent_workers=num_workers > 0,
+        prefetch_factor=PREFETCH if num_workers else None,
+        worker_init_fn=_ignore_ctrl_c,
+        # The loader draws a base seed for its workers; from a generator of its own it leaves dropout's stream alone.
+        generator=torch.Generator(),
     )
 
 
+def _ignore_ctrl_c(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the main process ends its workers
+
+
 # --- optimisation -----------------------------------------------------------------------------------------------------
+
+
+def trainable(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
@@ -117,34 +203,24 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> 
     return LambdaLR(optimizer, factor)
 
 
-def step(
-    loss: Tensor, optimizer: Optimizer, scheduler: LambdaLR, scaler: torch.amp.GradScaler, grad_clip: float
-) -> float:
-    """Backward, clip the gradient's norm to `grad_clip`, update weights and learning rates; returns the norm before.
-
-    Raises FloatingPointError for a loss that is not finite, before any weight has changed.
-    """
-    if not loss.isfinite():
-        raise FloatingPointError(
-            f"the loss is {loss.item()}; the last finished epoch's checkpoint is kept: lower the learning rates and "
-            "set RESUME = True"
-        )
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip).item()
-    scaler.step(optimizer)
-    scaler.update()
-    scheduler.step()
-    return norm
-
-
 def freeze_batchnorm(model: nn.Module) -> None:
     """Put the BatchNorm layers into eval mode: normalise by the stored statistics and leave them as they are."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of `model` whose weights follow: w <- d w + (1 - d) new, d = min(decay, (1 + n) / (10 + n)) at update n,
+    so that a short run's average is not mostly its start. BatchNorm's statistics, averages already, are copied."""
+
+    def average(averaged: Tensor, new: Tensor, updates: Tensor | int) -> Tensor:
+        n = int(updates)
+        return averaged.lerp(new, 1 - min(decay, (1 + n) / (10 + n)))
+
+    average_of = AveragedModel(model, avg_fn=average)
+    average_of.n_averaged.fill_(1)  # at 0 the first update would copy, and forget where the model started
+    return average_of
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -194,10 +270,15 @@ def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
         )
     plain = (bool, int, float, str, Path, tuple, type(None))  # not torch.nn.functional as F
     capitals = {name: value for name, value in constants.items() if name.isupper() and isinstance(value, plain)}
-    for name, (low, high) in RANGES.items():
-        if name in capitals and not low <= capitals[name] <= high:
-            raise ValueError(f"{name} = {capitals[name]}: expected {low}..{high}")
-    if not resume:
+    for name, (kind, low, high) in RANGES.items():
+        if name not in capitals:
+            continue
+        value = capitals[name]
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # True is an int to Python
+        if not number or not low <= value <= high:
+            article = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} = {value!r}: expected {article}, {low}..{high}")
+    if not resume and is_main():
         write_json(run_dir / "constants.json", {n: str(v) if isinstance(v, Path) else v for n, v in capitals.items()})
 
 
@@ -242,31 +323,321 @@ def restore(path: Path, saved: dict, parts: dict) -> None:
             ) from error
 
 
-def load_facenet(path: Path | str, device: torch.device | str) -> tuple[FaceNet, dict]:
+def load_facenet(path: Path | str, device: torch.device | str, freeze_until: str | None = None) -> tuple[FaceNet, dict]:
     """The model of a checkpoint, on `device` in channels_last, and everything else that the checkpoint knows."""
     path = Path(path)
     saved = read_checkpoint(path)
-    model = FaceNet(None, saved["dropout"])
+    model = FaceNet(None, saved["dropout"], freeze_until)
     restore(path, saved, {"model": model})
     return model.to(device, memory_format=torch.channels_last), saved
 
 
-class Run:
-    """The files of one training run: best.pt, last.pt and log.csv in `run_dir`.
+class Journal:
+    """What a run writes for people: steps.csv, log.csv, TensorBoard events and curves.png, all in `run_dir`."""
 
-    facts: plain types that the checkpoint shall know; networks: what both checkpoints hold; progress: what only
-    last.pt holds, to resume with. Epochs count from 1; 0 is the network as loaded.
+    def __init__(self, run_dir: Path):
+        self.run_dir, self._rows, self._events = run_dir, [], None
+
+    def rewind(self, updates: int) -> None:
+        """Forget what was written of steps after `updates`, before the first of them is done again."""
+        rows = [row for row in self.steps() if int(row["update"]) <= updates]
+        if rows:
+            write_csv(self.run_dir / "steps.csv", rows)
+        else:
+            (self.run_dir / "steps.csv").unlink(missing_ok=True)
+        self._open_events(purge_step=updates + 1)
+
+    def step(self, row: dict) -> None:
+        self._rows.append(row)
+        for name, value in row.items():
+            if name not in ("update", "epoch", "batch"):
+                self._open_events().add_scalar(f"step/{name}", value, row["update"])
+
+    def flush(self) -> None:
+        """Bring the steps to disk."""
+        path = self.run_dir / "steps.csv"
+        if self._rows:
+            new = not path.exists()
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, self._rows[0], lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerows(self._rows)
+            self._rows.clear()
+        self._open_events().flush()
+
+    def epoch(self, history: list[dict]) -> None:
+        """Log the last row of `history`, one row per epoch so far."""
+        self.flush()
+        write_csv(self.run_dir / "log.csv", history)
+        for name, value in history[-1].items():
+            if name != "epoch":
+                self._open_events().add_scalar(f"epoch/{name}", value, history[-1]["epoch"])
+        self._open_events().flush()
+        with atomic_file(self.run_dir / "curves.png") as file:
+            plots.curves(history, self.steps()).savefig(file, format="png")
+
+    def steps(self) -> list[dict]:
+        """The rows of steps.csv, as text; a line cut short by a kill is left out."""
+        path = self.run_dir / "steps.csv"
+        if not path.exists():
+            return []
+        with open(path, encoding="utf-8", newline="") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]
+
+    def _open_events(self, purge_step: int | None = None):
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, which evaluate.py can do without
+
+            self._events = SummaryWriter(self.run_dir / "tensorboard", purge_step=purge_step)
+        return self._events
+
+
+class Run:
+    """One training run: its progress, what surrounds each step, and its files in `run_dir`.
+
+        for epoch in run.epochs():
+            for batch in run.steps():
+                run.step(loss of batch)
+            run.finish_epoch(validate)
+
+    facts: plain types that the checkpoint shall know; networks: "model" and what else is trained and saved, without
+    `parallel` around them (the wrapped ones go into `wrapped`). loader: of `train_loader`. Epochs count from 1; 0 is
+    the network as loaded. A step is one batch, an update the step of the optimizer after `accumulate` of them.
+
+    Whatever an epoch draws comes from (SEED, epoch, batch), never from where a generator happens to stand: a run that
+    is killed and resumed therefore repeats, on the CPU bit for bit, what it would have done.
     """
 
-    def __init__(self, run_dir: Path, facts: dict, networks: dict, progress: dict):
-        self.run_dir, self.networks, self.progress = run_dir, networks, progress
+    def __init__(
+        self,
+        run_dir: Path,
+        facts: dict,
+        networks: dict[str, nn.Module],
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+        loader: DataLoader,
+        *,
+        epochs: int,
+        device: torch.device,
+        wrapped: Iterable[nn.Module] = (),
+        amp: str | None = None,
+        accumulate: int = 1,
+        grad_clip: float = math.inf,
+        ema_decay: float = 0.0,
+        patience: int = 0,
+        save_every: int = 0,
+    ):
+        self.run_dir, self.networks, self.optimizer, self.scheduler = run_dir, networks, optimizer, scheduler
+        self.loader, self.last_epoch, self.device, self.journal = loader, epochs, device, Journal(run_dir)
+        self.accumulate, self.grad_clip, self.patience, self.save_every = accumulate, grad_clip, patience, save_every
+        self.wrapped = [network for network in wrapped if isinstance(network, DistributedDataParallel)]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == torch.float16)
+        self.ema = moving_average(networks["model"], ema_decay) if ema_decay else None
         holdout = len(facts["holdout"])
-        self.facts = facts | {"selected_on": f"{holdout} persons held out of train" if holdout else "val"}
+        selected_on = f"{holdout} persons held out of train" if holdout else "val"
+        self.facts = facts | {"ema_decay": ema_decay, "accumulate": accumulate, "selected_on": selected_on}
         self.history: list[dict] = []  # a row per epoch
         self.best = {"epoch": -1, "top1": -1.0}
+        self.best_ema = {"epoch": -1, "top1": -1.0}
+        self.epoch, self.batch, self.updates = 0, 0, 0  # the present epoch; batches of it, updates of the run done
+        self.meter, self.rates, self.skipped, self.bad_in_a_row = Meter(), {}, 0, 0
+        self._bar: tqdm | None = None
+        self._check_disk()
 
-    def resume(self) -> int:
-        """Restore everything from last.pt; returns the epoch to go on with.
+    # --- the loop ---
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs still to run; no more once none of the last `patience` was the best."""
+        while self.epoch < self.last_epoch:
+            waited = self.epoch - max(self.best["epoch"], self.best_ema["epoch"])
+            if self.patience and waited >= self.patience and not self.batch:
+                print(f"stopped early: {waited} epochs without a better top-1 (PATIENCE = {self.patience})")
+                return
+            self.epoch += 1
+            self.loader.dataset.set_epoch(self.epoch)
+            self.loader.batch_sampler.set_epoch(self.epoch, skip=self.batch)
+            yield self.epoch
+
+    def steps(self) -> Iterator[tuple[Tensor, ...]]:
+        """The epoch's remaining batches, on the device, images in channels_last. Each has to be followed by `step`.
+
+        Saves every `save_every` updates, and when Ctrl-C or SIGTERM asks to stop: raises KeyboardInterrupt then.
+        """
+        sizes = [len(batch) for batch in self.loader.batch_sampler.batches()]
+        rank = rank_and_world()[0]
+        norms = (nn.modules.batchnorm._BatchNorm,)
+        layers = [m for network in self.networks.values() for m in network.modules() if isinstance(m, norms)]
+        self._statistics = [t for m in layers if m.training for t in (m.running_mean, m.running_var)]
+        title = f"epoch {self.epoch}/{self.last_epoch}"
+        self._bar = tqdm(total=len(sizes), initial=self.batch, desc=title, unit="batch", leave=False, disable=rank > 0)
+        with self._bar, _stop_requests() as stop:
+            self._ready = time.perf_counter()
+            for batch in self.loader:
+                self._loaded = time.perf_counter()
+                first = self.batch - self.batch % self.accumulate
+                group = sizes[first : first + self.accumulate]
+                self._share = sizes[self.batch] / sum(group)  # of the update's items
+                self._images = sizes[self.batch] * sum(part.dim() == 4 for part in batch)
+                self._ends_update = self.batch + 1 == first + len(group)
+                if self.batch == first:
+                    self._begin_update()
+                for network in self.wrapped:
+                    network.require_backward_grad_sync = self._ends_update  # what DDP.no_sync() sets
+                # Dropout draws per batch, too, and other masks in each process.
+                torch.manual_seed(derived_seed(self.facts["seed"], self.epoch, self.batch, rank))
+                yield tuple(self._to_device(part) for part in batch)
+                self._bar.update()
+                if not self._ends_update:
+                    continue
+                stopping = self._any_process(bool(stop))
+                if stopping or (self.save_every and self.updates % self.save_every == 0):
+                    self.save()
+                if stopping:
+                    raise KeyboardInterrupt(
+                        f"stopped after batch {self.batch} of {len(sizes)} in epoch {self.epoch}, saved "
+                        f"{self.run_dir / 'last.pt'}; set RESUME = True to go on from there"
+                    )
+                self._ready = time.perf_counter()  # saving is no waiting for data
+
+    def step(self, loss: Tensor, **values: Tensor) -> None:
+        """Backward; with the last batch of an update clip the gradient, update weights, learning rates and averages.
+
+        loss: the mean over the whole batch, all processes' parts of it; values: more 0-dim means to log.
+        An update whose losses or gradient are not finite is skipped: weights and BatchNorm statistics stay as they
+        were, and the files are told. Raises FloatingPointError at the third in a row.
+        """
+        self.scaler.scale(loss * self._share).backward()
+        self._pending.append((self._images, self._share, {"loss": loss.detach(), **values}))
+        self.batch += 1
+        now = time.perf_counter()
+        self._waited += self._loaded - self._ready
+        self._seconds += now - self._ready
+        self._ready = now
+        if self._ends_update:
+            self._end_update()
+
+    def _begin_update(self) -> None:
+        self._pending, self._waited, self._seconds = [], 0.0, 0.0
+        self._kept = [statistic.clone() for statistic in self._statistics]
+
+    def _end_update(self) -> None:
+        started = time.perf_counter()
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        names = list(self._pending[0][2])
+        # One copy from the device for everything: each would wait for the GPU.
+        numbers = torch.stack([norm, *(values[name] for _, _, values in self._pending for name in names)]).tolist()
+        norm, losses = numbers[0], numbers[1 :: len(names)]
+        row = {"update": self.updates + 1, "epoch": self.epoch, "batch": self.batch}
+        for i, name in enumerate(names):
+            row[name] = sum(p[1] * value for p, value in zip(self._pending, numbers[1 + i :: len(names)], strict=True))
+        rates = {f"{group['name']}_lr": group["lr"] for group in self.optimizer.param_groups}
+        finite = math.isfinite(norm) and all(map(math.isfinite, losses))
+        # float16 overflows where the scale is too large: the scaler halves it, and nothing is wrong with the run.
+        overflow = self.scaler.is_enabled() and all(map(math.isfinite, losses)) and self.scaler.get_scale() > 1
+        if finite:
+            self.scaler.step(self.optimizer)
+            self.scheduler.step()
+            if self.ema:
+                self.ema.update_parameters(self.networks["model"])
+        elif self._statistics:
+            torch._foreach_copy_(self._statistics, self._kept)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+
+        now = time.perf_counter()
+        self._seconds += now - started
+        self._ready = now
+        images = sum(p[0] for p in self._pending)
+        speed = {"images_per_second": images / self._seconds, "loading": self._waited / self._seconds}
+        if is_main():
+            self.journal.step(row | {"gradient_norm": norm} | rates | speed | {"skipped": int(not finite)})
+        self.meter.add_time(images, self._seconds, self._waited)
+        if finite:
+            self.meter.add(images, gradient_norm=norm, **{name: row[name] for name in names})
+            self.rates = rates
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self.meter}, lr {next(iter(rates.values())):.1e}")
+        self.bad_in_a_row = 0 if finite or overflow else self.bad_in_a_row + 1
+        if not finite and not overflow:
+            self._tell_skipped(losses, norm)
+
+    def _tell_skipped(self, losses: list[float], norm: float) -> None:
+        self.skipped += 1
+        batches = self.loader.batch_sampler.batches()[self.batch - len(self._pending) : self.batch]
+        files = [str(path) for batch in batches for index in batch for path in self.loader.dataset.files(index)]
+        bad = next((loss for loss in losses if not math.isfinite(loss)), None)
+        what = f"the loss is {bad}" if bad is not None else f"the norm of the gradient is {norm}"
+        told = f"epoch {self.epoch}, batch {self.batch}: {what}"
+        log.warning(f"{told}; the step is skipped, its files:\n  " + "\n  ".join(files))
+        if self.bad_in_a_row >= BAD_IN_A_ROW:
+            raise FloatingPointError(
+                f"{told}, the {BAD_IN_A_ROW}rd time in a row; the last good checkpoint is kept. Look at the files "
+                "named above; if they are fine, lower the learning rates and set RESUME = True"
+            )
+
+    def finish_epoch(self, validate: Callable[[nn.Module], tuple[float, dict]]) -> None:
+        """Evaluate the model, and its average if there is one; save last.pt, what is the best so far (the earlier where
+        equal) as best.pt and best_ema.pt, and the log."""
+        top1, row = validate(self.networks["model"])
+        if self.meter.seen:
+            row = self.meter.means() | self.rates | {"skipped": self.skipped} | row
+        shown = f"top-1 {top1:.4f}"
+        improved = top1 > self.best["top1"]
+        if improved:
+            self.best = {"epoch": self.epoch, "top1": top1}
+            self._save("best.pt", {"top1": top1}, self.networks)
+        shown += " *" if improved else ""
+        if self.ema:
+            # Before the first step the average is the model.
+            ema_top1, ema_row = validate(self.ema.module) if self.epoch else (top1, row)
+            row = row | {f"ema_{name}": value for name, value in ema_row.items()}
+            improved = ema_top1 > self.best_ema["top1"]
+            if improved:
+                self.best_ema = {"epoch": self.epoch, "top1": ema_top1}
+                self._save("best_ema.pt", {"top1": ema_top1}, {"model": self.ema.module})
+            shown += f"  averaged {ema_top1:.4f}{' *' if improved else ''}"
+        self.history.append({"epoch": self.epoch, "top1": top1} | row)
+        self.meter, self.batch, self.skipped = Meter(), 0, 0
+        self.save()
+        if is_main():
+            self.journal.epoch(self.history)
+        means = "".join(f"  {name} {row[name]:.4f}" for name in ("loss", "accuracy") if name in row)
+        speed = f"  {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
+        print(f"epoch {self.epoch}/{self.last_epoch}{means}  {shown}{speed}", flush=True)
+
+    def tell_end(self) -> None:
+        """Print which epoch was best."""
+        for best, name in ((self.best, "best.pt"), (self.best_ema, "best_ema.pt")):
+            which = f"epoch {best['epoch']}" if best["epoch"] else "the network as loaded, no epoch was better"
+            if best["epoch"] >= 0:
+                print(f"best: {which}, top-1 {best['top1']:.4f} on {self.facts['selected_on']}: {self.run_dir / name}")
+
+    # --- checkpoints ---
+
+    def _parts(self) -> dict:
+        parts = self.networks | {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return parts | ({"ema": self.ema} if self.ema else {})
+
+    def _save(self, name: str, facts: dict, parts: dict) -> None:
+        if is_main():
+            save_checkpoint(self.run_dir / name, self.facts | {"epoch": self.epoch} | facts, parts)
+
+    def save(self) -> None:
+        """Write last.pt: everything that `resume` needs, after any update."""
+        if is_main():
+            self.journal.flush()
+        progress = {"epoch": self.epoch - (self.batch > 0), "batch": self.batch, "updates": self.updates}
+        progress |= {"meter": self.meter.state_dict(), "skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row}
+        progress |= {"history": self.history, "best": self.best, "best_ema": self.best_ema}
+        progress |= {"rates": self.rates, "top1": self.history[-1]["top1"]}
+        self._save("last.pt", progress, self._parts())
+
+    def resume(self) -> None:
+        """Restore everything from last.pt.
 
         Raises what `read_checkpoint` and `restore` raise; ValueError if the data or the image differs from that run's.
         """
@@ -277,61 +648,104 @@ class Run:
         for name, now in self.facts.items():
             if saved.get(name) != now:
                 then = saved.get(name)
-                told = f"{then} then, {now} now" if not isinstance(now, list) else "other persons than then"
+                told = f"{then} then, {now} now" if name not in ("persons", "holdout") else "other persons than then"
                 raise ValueError(
                     f"{path}: cannot be resumed, {name} has changed ({told}); start a run of another RUN_DIR"
                 )
-        optimizer, scheduler = self.progress["optimizer"], self.progress["scheduler"]
-        rates = scheduler.base_lrs
-        restore(path, saved, self.networks | self.progress)
-        scheduler.base_lrs = rates  # this run's constants, not those saved: what the loss turned NaN at may be lowered
-        for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-        self.history, self.best = saved["history"], saved["best"]
-        print(f"resumed {path} after epoch {saved['epoch']}")
-        return saved["epoch"] + 1
+        rates = self.scheduler.base_lrs
+        restore(path, saved, self._parts())
+        # This run's constants, not those saved: what the loss turned NaN at may be lowered.
+        self.scheduler.base_lrs = rates
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, self.scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(self.scheduler.last_epoch)
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.history, self.best, self.best_ema = saved["history"], saved["best"], saved["best_ema"]
+        self.epoch, self.batch, self.updates = saved["epoch"], saved["batch"], saved["updates"]
+        self.skipped, self.bad_in_a_row, self.rates = saved["skipped"], saved["bad_in_a_row"], saved["rates"]
+        self.meter.load_state_dict(saved["meter"])
+        if is_main():
+            self.journal.rewind(self.updates)
+        within = f", batch {self.batch} of epoch {self.epoch + 1}" if self.batch else ""
+        print(f"resumed {path} after epoch {self.epoch}{within}")
 
-    def finish_epoch(self, epoch: int, epochs: int, top1: float, row: dict) -> None:
-        """Save last.pt, best.pt where `top1` is the highest so far (the earlier epoch where equal), and the log."""
-        self.history.append({"epoch": epoch} | row)
-        improved = top1 > self.best["top1"]
-        if improved:
-            self.best = {"epoch": epoch, "top1": top1}
-        facts = self.facts | {"epoch": epoch, "top1": top1}
-        if improved:
-            save_checkpoint(self.run_dir / "best.pt", facts, self.networks)
-        everything = self.networks | self.progress
-        save_checkpoint(self.run_dir / "last.pt", facts | {"history": self.history, "best": self.best}, everything)
-        write_csv(self.run_dir / "log.csv", self.history)
-        shown = "".join(f"  {name} {row[name]:.4f}" for name in ("loss", "accuracy") if name in row)
-        speed = f"  {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
-        print(f"epoch {epoch}/{epochs}{shown}  top-1 {top1:.4f}{' *' if improved else ''}{speed}", flush=True)
+    def _check_disk(self) -> None:
+        """OSError, before the first step, where the checkpoints will not fit."""
+        weights = sum(t.numel() * t.element_size() for n in self.networks.values() for t in n.state_dict().values())
+        trained = sum(p.numel() * p.element_size() for group in self.optimizer.param_groups for p in group["params"])
+        average = weights if self.ema else 0
+        best, last = weights + average, weights + average + 2 * trained  # AdamW keeps two moments
+        exists = (self.run_dir / "last.pt").exists()
+        needed = last + (0 if exists else best + last)  # a file is written beside the one that it replaces
+        folder = next(parent for parent in [self.run_dir, *self.run_dir.absolute().parents] if parent.exists())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(
+                f"{self.run_dir}: {free / 2**20:.0f} MiB free, the checkpoints need {needed / 2**20:.0f}; "
+                "make room, or set RUN_DIR to another disk"
+            )
 
-    def tell_end(self) -> None:
-        which = f"epoch {self.best['epoch']}" if self.best["epoch"] else "the network as loaded, no epoch was better"
-        print(
-            f"best: {which}, top-1 {self.best['top1']:.4f} on {self.facts['selected_on']}: {self.run_dir / 'best.pt'}"
-        )
+    def _any_process(self, value: bool) -> bool:
+        """Whether `value` is true in any process: they have to stop after the same step."""
+        if rank_and_world()[1] == 1:
+            return value
+        flag = torch.tensor(int(value), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _to_device(self, part: Tensor) -> Tensor:
+        layout = torch.channels_last if part.dim() == 4 else torch.preserve_format
+        return part.to(self.device, non_blocking=True, memory_format=layout)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list]:
+    """A list that Ctrl-C or SIGTERM (a cluster's notice) fills, so that the step at hand can end; a second one stops at
+    once."""
+    requests: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals there only
+        yield requests
+        return
+    earlier = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requests
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 class Meter:
-    """Running means over an epoch, weighted by the batch, and images per second."""
+    """Means over an epoch, weighted by the images of each step, and images per second of its steps."""
 
     def __init__(self):
-        self.images, self.sums, self.started = 0, {}, time.perf_counter()
+        self.images, self.sums = 0, {}  # of steps that counted
+        self.seen, self.seconds, self.waited = 0, 0.0, 0.0  # images, time and time spent waiting for them, of all steps
 
-    def add(self, images: int, **values: float | Tensor) -> None:
+    def add(self, images: int, **values: float) -> None:
         self.images += images
         for name, value in values.items():
-            value = value.item() if isinstance(value, Tensor) else value
             self.sums[name] = self.sums.get(name, 0.0) + value * images
+
+    def add_time(self, images: int, seconds: float, waited: float) -> None:
+        self.seen, self.seconds, self.waited = self.seen + images, self.seconds + seconds, self.waited + waited
 
     def means(self) -> dict[str, float]:
         means = {name: total / self.images for name, total in self.sums.items()}
-        return means | {"images_per_second": self.images / (time.perf_counter() - self.started)}
+        seconds = max(self.seconds, 1e-9)
+        return means | {"images_per_second": self.seen / seconds, "loading": self.waited / seconds}
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
 
     def __str__(self) -> str:
         means = self.means()
-        shown = ", ".join(f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means)
-        return f"{shown}, {means['images_per_second']:.1f} images/s"
+        shown = "".join(f"{name} {means[name]:.3f}, " for name in ("loss", "accuracy") if name in means)
+        return f"{shown}{means['images_per_second']:.1f} images/s"

@@ -60,12 +60,14 @@ def task_b(tmp_path) -> Path:
 class TinyNet(nn.Module):
     """FaceNet's interface, BatchNorm and dropout included, in 10,000 weights: (B, 3, H, W) -> (B, 512) of norm 1."""
 
-    def __init__(self, pretrained=None, dropout=0.4):
+    def __init__(self, pretrained=None, dropout=0.4, freeze_until=None):
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
         self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(16, 512)
+        if freeze_until:
+            self.layers.requires_grad_(False)
 
     def forward(self, images):
         return nn.functional.normalize(self.linear(self.dropout(self.layers(images))))
@@ -76,7 +78,9 @@ def tiny_runs(monkeypatch, task_b, tmp_path):
     """Both training scripts, set to TinyNet on `task_b` for two short epochs; yields (train_stage1, train_stage2)."""
     monkeypatch.setattr(train_stage1, "FaceNet", TinyNet)
     monkeypatch.setattr(training, "FaceNet", TinyNet)
-    both = {"DATA_DIR": task_b, "NUM_WORKERS": 0, "EPOCHS": 2, "BATCH_SIZE": 4, "WARMUP_STEPS": 1}
+    both = {"DATA_DIR": task_b, "NUM_WORKERS": 0, "EPOCHS": 2, "WARMUP_STEPS": 1}
+    monkeypatch.setattr(train_stage1, "BATCH_SIZE", 4)
+    monkeypatch.setattr(train_stage2, "PERSONS_PER_BATCH", 3)
     for script, name in ((train_stage1, "stage1"), (train_stage2, "stage2")):
         for constant, value in (both | {"RUN_DIR": tmp_path / "runs" / name}).items():
             monkeypatch.setattr(script, constant, value)

@@ -21,6 +21,7 @@ from datasets import (
     FaceCleanValDataset,
     FaceCrop,
     FacePairDataset,
+    RandomDistortion,
     distortion_kind,
     eval_transform,
     find_unreadable,
@@ -31,6 +32,7 @@ from datasets import (
     train_transform,
     warn_shared,
 )
+from distortions import DISTORTIONS
 
 
 def write(path: Path, colour=(90, 90, 90), size=(8, 8)) -> Path:
@@ -784,3 +786,237 @@ def test_files_of_equal_size_but_other_content_are_no_copies(tmp_path, caplog):
     assert persons[0].clean[0].stat().st_size == persons[1].clean[0].stat().st_size
     warn_shared(persons, [])
     assert caplog.text == ""
+
+
+# --- pairs without negatives, with distorted positives, and beyond len ------------------------------------------------
+
+
+def test_without_negatives_an_item_is_anchor_positive_and_label(tree):
+    pairs, triplets = (FacePairDataset(tree, first_pixel, seed=2, negatives=negatives) for negatives in (False, True))
+    for index in range(len(pairs)):
+        anchor, positive, label = pairs[index]
+        assert anchor[0] == positive[0] == label and (anchor[2], positive[2]) == (0, 1)
+        assert [anchor.tolist(), positive.tolist(), label] == [
+            *(pixel.tolist() for pixel in triplets[index][:2]),
+            triplets[index][3],
+        ]  # a negative or none: the pair is the same
+
+
+def marked(image: Image.Image) -> torch.Tensor:
+    return first_pixel(image) + 100
+
+
+@pytest.mark.parametrize("negatives", [False, True])
+def test_positive_transform_is_for_all_photos_but_the_anchor(tree, negatives):
+    marking = FacePairDataset(tree, first_pixel, positive_transform=marked, negatives=negatives)
+    plain = FacePairDataset(tree, first_pixel, negatives=negatives)
+    for index in range(len(plain)):
+        (anchor, *others), (plain_anchor, *plain_others) = (
+            [pixel.tolist() for pixel in dataset[index][: 2 + negatives]] for dataset in (marking, plain)
+        )
+        assert anchor == plain_anchor
+        assert others == [[value + 100 for value in pixel] for pixel in plain_others]
+
+
+def test_without_a_positive_transform_every_photo_goes_through_the_transform(tree):
+    *pixels, _, _ = FacePairDataset(tree, marked)[0]
+    assert all((pixel >= 100).all() for pixel in pixels)
+
+
+def test_an_index_beyond_len_is_the_anchor_again_with_draws_of_its_own(tree):
+    dataset = FacePairDataset(tree, jittered_pixel)
+    cy = next(i for i, (_, label) in enumerate(dataset.anchors) if label == 2)
+    items = [dataset[cy + n * len(dataset)] for n in range(40)]
+    assert {(tuple(anchor[2:].tolist()), label) for anchor, *_, label, _ in items} == {((2, 0, 0), 2)}
+    assert {tuple(positive[2:].tolist()) for _, positive, *_ in items} == {(2, k, 1) for k in range(6)}
+    assert {negative_label for *_, negative_label in items} == {0, 1, 3}
+    assert len({tuple(anchor[:2].tolist()) for anchor, *_ in items}) == 40  # the augmentation differs too
+    again = dataset[cy + 5 * len(dataset)]
+    assert all(torch.equal(a, b) for a, b in zip(again[:3], items[5][:3], strict=True)) and again[3:] == items[5][3:]
+
+
+# --- random distortions -----------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Kinds of distortion that do nothing but note what they are given."""
+
+    def __init__(self, *names: str):
+        self.seen: list[tuple[str, tuple[int, int], float]] = []
+        self.kinds = {name: self.kind(name) for name in names}
+
+    def kind(self, name: str):
+        def distort(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
+            assert isinstance(severity, float) and isinstance(generator, np.random.Generator)
+            self.seen.append((name, image.size, severity))
+            return image.copy()
+
+        return distort
+
+    def calls(self, times: int, size=(8, 8), **options) -> list[list[tuple[str, tuple[int, int], float]]]:
+        """What each of `times` calls gave to the kinds."""
+        distortion = RandomDistortion(self.kinds, **({"probability": 1, "most": 1, "side": 100} | options))
+        calls = []
+        for _ in range(times):
+            self.seen = []
+            distortion(Image.new("RGB", size))
+            calls.append(self.seen)
+        return calls
+
+
+def test_a_distortion_of_probability_0_is_the_image_itself():
+    image = Image.fromarray(noise(300, 200))
+    distort = RandomDistortion(DISTORTIONS, probability=0, most=7, side=100)
+    torch.manual_seed(0)
+    assert all(distort(image) is image for _ in range(200))
+
+
+@pytest.mark.parametrize("kind", DISTORTIONS)
+def test_a_distortion_of_probability_1_always_marks_the_image_and_leaves_the_original(kind):
+    pixels = noise(100, 100)
+    image = Image.fromarray(pixels)
+    distort = RandomDistortion({kind: DISTORTIONS[kind]}, probability=1, most=1, side=100)
+    torch.manual_seed(0)
+    for _ in range(20):
+        distorted = distort(image)
+        assert distorted.size == image.size and distorted.mode == "RGB"
+        assert not np.array_equal(np.asarray(distorted), pixels)
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_a_share_of_the_photos_is_distorted(probability):
+    torch.manual_seed(0)
+    calls = Recorder("a", "b").calls(1000, probability=probability)
+    assert sum(map(bool, calls)) == pytest.approx(1000 * probability, abs=64)  # 4 standard deviations of at most 16
+
+
+def test_severities_are_even_in_0_to_1_for_every_kind_of_a_mixture():
+    torch.manual_seed(0)
+    calls = Recorder("a", "b", "c").calls(600, most=3)
+    for place in range(3):
+        severities = [call[place][2] for call in calls if len(call) > place]
+        found, _ = np.histogram(severities, bins=4, range=(0, 1))
+        assert found.sum() == len(severities) > 150  # none outside
+        assert found.min() > 0.17 * len(severities)  # a quarter each
+        assert min(severities) < 0.03 and max(severities) > 0.97
+    assert all(len({severity for *_, severity in call}) == len(call) for call in calls)  # each kind its own
+
+
+@pytest.mark.parametrize("most", [1, 2, 4])
+def test_1_to_most_kinds_are_mixed_evenly_without_repeats_and_in_any_order(most):
+    torch.manual_seed(0)
+    calls = [[name for name, *_ in call] for call in Recorder(*"abcd").calls(800, most=most)]
+    assert all(len(set(call)) == len(call) for call in calls)
+    numbers = Counter(map(len, calls))
+    assert set(numbers) == set(range(1, most + 1))
+    assert all(count == pytest.approx(800 / most, abs=60) for count in numbers.values())
+    for place in range(most):
+        kinds = Counter(call[place] for call in calls if len(call) > place)
+        assert set(kinds) == set("abcd") and min(kinds.values()) > 0.17 * kinds.total()  # a quarter each
+
+
+def test_kinds_act_in_turn_on_what_the_last_one_left():
+    def add(image, severity, generator):
+        return image.point(lambda value: value + 1)
+
+    torch.manual_seed(0)
+    distort = RandomDistortion(dict.fromkeys("abcd", add), probability=1, most=4, side=100)
+    black = Image.new("RGB", (8, 8))
+    assert {distort(black).getpixel((3, 3)) for _ in range(100)} == {(n, n, n) for n in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("size", "seen"),
+    [
+        ((300, 600), (100, 200)),
+        ((600, 300), (200, 100)),
+        ((101, 101), (100, 100)),
+        ((5000, 120), (4167, 100)),
+        ((100, 300), (100, 300)),
+        ((99, 3000), (99, 3000)),
+        ((8, 8), (8, 8)),
+    ],
+)
+def test_large_frames_are_shrunk_before_the_kinds_see_them_and_small_ones_are_not(size, seen):
+    recorder = Recorder("a", "b")
+    assert {shape for call in recorder.calls(5, size, most=2) for _, shape, _ in call} == {seen}
+    assert RandomDistortion(recorder.kinds, 1, 1, side=100)(Image.new("RGB", size)).size == seen
+
+
+def test_a_frame_that_is_not_distorted_keeps_its_size():
+    image = Image.new("RGB", (300, 600))
+    assert RandomDistortion(DISTORTIONS, 0, 1, side=100)(image) is image and image.size == (300, 600)
+
+
+def test_a_shrunk_frame_shows_the_same_scene():
+    ramp = np.tile(np.linspace(0, 250, 400).astype(np.uint8)[None, :, None], (400, 1, 3))
+    small = RandomDistortion(Recorder("a").kinds, 1, 1, side=50)(Image.fromarray(ramp))
+    assert np.asarray(small)[25, ::10, 0] == pytest.approx(ramp[200, 4::80, 0], abs=4)
+
+
+def test_distortions_follow_torchs_seed_and_nothing_else():
+    image = Image.fromarray(noise(80, 60))
+    distort = RandomDistortion(DISTORTIONS, probability=0.8, most=3, side=50)
+
+    def draws(seed: int, numpy_seed: int) -> list[bytes]:
+        torch.manual_seed(seed)
+        np.random.seed(numpy_seed)
+        return [distort(image).tobytes() for _ in range(10)]
+
+    first = draws(0, 0)
+    assert draws(0, 1) == first
+    assert len(set(first)) > 5
+    assert not set(draws(1, 0)) & (set(first) - {image.tobytes()})
+
+
+def test_the_order_in_which_kinds_are_named_changes_no_draw():
+    torch.manual_seed(3)
+    calls = Recorder(*"abc").calls(20, most=3)
+    torch.manual_seed(3)
+    assert Recorder(*"cab").calls(20, most=3) == calls
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1, math.nan])
+def test_a_distortion_share_that_is_no_probability_is_refused_by_its_constant(probability):
+    with pytest.raises(ValueError, match=rf"DISTORT = {probability}: expected a probability, 0\.\.1"):
+        RandomDistortion(DISTORTIONS, probability, most=1, side=100)
+
+
+@pytest.mark.parametrize("most", [-1, 0, 8])
+def test_a_number_of_distortions_that_cannot_be_mixed_is_refused_by_its_constant(most):
+    with pytest.raises(ValueError, match=rf"DISTORT_MOST = {most}: expected 1\.\.7 kinds on one photo"):
+        RandomDistortion(DISTORTIONS, 0.5, most, side=100)
+    assert RandomDistortion(DISTORTIONS, 0.5, 7, side=100).most == 7
+
+
+def test_train_transform_distorts_the_whole_photo_before_the_crop():
+    recorder = Recorder("a")
+    distort = RandomDistortion(recorder.kinds, 1, 1, side=500)
+    assert train_transform(76, 0.5, zoom=0, shift=0, distort=distort)(Image.new("RGB", (200, 300))).shape == (3, 76, 76)
+    assert [size for _, size, _ in recorder.seen] == [(200, 300)]
+
+
+def test_distortions_are_the_same_with_and_without_workers_and_differ_between_items_and_epochs(tmp_path):
+    for name in ("ann", "bob"):
+        for number in range(4):
+            path = tmp_path / name / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(noise(90, 90)).save(path)  # one and the same photo: what differs are the draws
+    distort = RandomDistortion(DISTORTIONS, probability=1, most=3, side=80)
+    dataset = FaceClassificationDataset(tmp_path, train_transform(76, 1.0, zoom=0, shift=0, distort=distort), seed=1)
+
+    def drawn(epoch: int, workers: int) -> torch.Tensor:
+        dataset.set_epoch(epoch)
+        return torch.cat([images for images, _ in DataLoader(dataset, 3, num_workers=workers)])
+
+    first, second = drawn(1, 0), drawn(2, 0)
+    assert torch.equal(drawn(1, 2), first) and torch.equal(drawn(2, 2), second)
+    assert len(torch.cat([first, second]).unique(dim=0)) == 16
+
+
+def test_an_index_beyond_the_photos_is_the_same_photo_with_another_crop(task_b):
+    photos = FaceClassificationDataset(task_b / "train", train_transform(76, 0.5, 0.2, 0.1))
+    (once, label), (again, same_label) = photos[2], photos[2 + len(photos)]
+    assert label == same_label and photos.files(2) == photos.files(2 + len(photos))
+    assert not torch.equal(once, again)

@@ -1,3 +1,4 @@
+import copy
 import http.client
 import io
 import pickle
@@ -11,7 +12,7 @@ from conftest import MakesFolderWhenLoaded, same_tensors
 from PIL import Image
 
 from datasets import eval_transform
-from models import EMBEDDING_DIM, PRETRAINED_URLS, FaceNet, load_pretrained
+from models import BLOCKS, EMBEDDING_DIM, PRETRAINED_URLS, FaceNet, load_pretrained
 
 SHARED = Path(__file__).parents[2] / "shared"
 URL = PRETRAINED_URLS["vggface2"]
@@ -393,3 +394,122 @@ def test_the_real_network_tells_persons_apart(real_network):
     nearest = cosine.argmax(1).tolist()
     right = sum(other // 2 == own // 2 for own, other in enumerate(nearest))
     assert right >= 9  # of 12; chance is about 1
+
+
+# --- a frozen trunk ---------------------------------------------------------------------------------------------------
+
+UNTIL = "mixed_6a"
+TRUNK = BLOCKS[: BLOCKS.index(UNTIL) + 1]
+
+
+@pytest.fixture
+def frozen(saved) -> FaceNet:
+    """`model`'s weights and statistics, frozen up to and with mixed_6a."""
+    return FaceNet(saved, dropout=0.0, freeze_until=UNTIL)
+
+
+def block_of(name: str) -> str:
+    """'mixed_6a' of backbone.mixed_6a.branch0.conv.weight"""
+    return name.split(".")[1]
+
+
+def test_the_blocks_are_all_that_has_weights_but_the_last_linear_layer_and_its_norm(model):
+    with_weights = [name for name, child in model.backbone.named_children() if list(child.parameters())]
+    assert sorted(with_weights) == sorted([*BLOCKS, "last_linear", "last_bn"])  # and no classifier, `logits`
+    assert {block_of(name) for name, _ in model.named_parameters()} == set(with_weights)
+    assert len(set(BLOCKS)) == len(BLOCKS)
+
+
+def test_the_blocks_are_named_in_the_order_of_the_data(model, images):
+    order = []
+    hooks = [
+        child.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+        for name, child in model.backbone.named_children()
+        if list(child.parameters())
+    ]
+    with torch.inference_mode():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    assert order == [*BLOCKS, "last_linear", "last_bn"]
+
+
+def test_a_frozen_trunk_gets_no_gradient_and_all_that_follows_does(frozen, images):
+    outputs = {}
+    for name in (UNTIL, "repeat_2"):
+        frozen.backbone.get_submodule(name).register_forward_hook(
+            lambda _, args, output, name=name: outputs.update({name: output})
+        )
+    frozen.train()(images)[:, 0].sum().backward()
+    for name, parameter in frozen.named_parameters():
+        assert parameter.requires_grad == (block_of(name) not in TRUNK), name
+        assert (parameter.grad is None) == (block_of(name) in TRUNK), name
+    assert all(p.grad.abs().max() > 0 for p in frozen.backbone.last_linear.parameters())
+    assert not outputs[UNTIL].requires_grad and outputs["repeat_2"].requires_grad  # no backward through the trunk
+
+
+@torch.no_grad()
+def test_frozen_statistics_stay_in_train_mode_and_later_ones_move(frozen, model, images):
+    before = dict(model.named_buffers())
+    frozen.eval()
+    assert same_tensors(dict(frozen.named_buffers()), before)
+    frozen.train()
+    assert frozen.training and frozen.backbone.training and frozen.backbone.repeat_2.training
+    frozen(images)
+    for name, buffer in frozen.named_buffers():
+        assert torch.equal(buffer, before[name]) == (block_of(name) in TRUNK), name
+
+
+@torch.no_grad()
+def test_a_network_fresh_from_its_constructor_keeps_its_frozen_statistics_too(frozen, model, images):
+    assert frozen.training  # as any module of torch starts: nobody need have called train()
+    frozen(images)
+    before = dict(model.named_buffers())
+    assert all(torch.equal(b, before[n]) for n, b in frozen.named_buffers() if block_of(n) in TRUNK)
+
+
+@torch.no_grad()
+def test_without_freezing_all_statistics_move_and_all_weights_train(saved, model, images):
+    free, before = FaceNet(saved, dropout=0.0).train(), dict(model.named_buffers())
+    free(images)
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in free.named_buffers())
+    assert all(parameter.requires_grad for parameter in free.parameters())
+    assert all(module.training for module in free.modules())
+
+
+def test_freezing_changes_no_embedding_and_no_name_of_the_state(frozen, model, images):
+    with torch.inference_mode():
+        assert torch.equal(frozen.eval()(images), model(images))
+    assert same_tensors(frozen.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_whichever_block_is_named_it_and_those_before_it_freeze_and_the_last_layers_train(name):
+    with torch.device("meta"):  # no weights needed
+        network = FaceNet(None, dropout=0.0, freeze_until=name).train()
+    trunk = BLOCKS[: BLOCKS.index(name) + 1]
+    trained = {block_of(n) for n, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trained == {*BLOCKS, "last_linear", "last_bn"} - set(trunk)
+    assert {"last_linear", "last_bn"} <= trained
+    for block, child in network.backbone.named_children():
+        assert all(module.training == (block not in trunk) for module in child.modules()), block
+
+
+@pytest.mark.parametrize("name", ["mixed_6b", "last_linear", "logits", "Mixed_6a", ""])
+def test_an_unknown_block_to_freeze_is_refused_with_the_choices(name):
+    with pytest.raises(ValueError, match=rf"FREEZE_UNTIL = '{name}': expected None or one of") as error:
+        FaceNet(None, dropout=0.0, freeze_until=name)
+    assert all(repr(block) in str(error.value) for block in BLOCKS)
+
+
+def test_a_copy_freezes_blocks_of_its_own():
+    with torch.device("meta"):
+        network = FaceNet(None, dropout=0.0, freeze_until=UNTIL)
+    network.backbone.train()  # past FaceNet.train: so that a copy that froze the original's blocks would show
+    clone = copy.deepcopy(network)
+    clone.train()
+    for block in TRUNK:
+        assert not any(module.training for module in clone.backbone.get_submodule(block).modules())
+        assert all(module.training for module in network.backbone.get_submodule(block).modules())
+    assert clone.backbone.repeat_2.training
+    assert not any(p.requires_grad for block in TRUNK for p in clone.backbone.get_submodule(block).parameters())

@@ -37,7 +37,9 @@ def read_csv(path):
 def test_three_scripts_in_sequence_with_the_real_network(task_b, tmp_path, monkeypatch):
     common = {"DATA_DIR": task_b, "NUM_WORKERS": 0}
     stage1, stage2 = tmp_path / "s1", tmp_path / "s2"
-    training_constants = common | {"EPOCHS": 1, "BATCH_SIZE": 7}
+    training_constants = common | {"EPOCHS": 1}
+    monkeypatch.setattr(train_stage1, "BATCH_SIZE", 7)
+    monkeypatch.setattr(train_stage2, "PERSONS_PER_BATCH", 4)
     for script, constants in (
         (train_stage1, training_constants | {"RUN_DIR": stage1, "PRETRAINED": None, "IMAGE_SIZE": 76}),
         (train_stage2, training_constants | {"RUN_DIR": stage2, "STAGE1_CHECKPOINT": stage1 / "best.pt"}),

@@ -1,3 +1,4 @@
+import copy
 import csv
 import json
 import math
@@ -12,14 +13,15 @@ import pytest
 import torch
 from conftest import KINDS, MakesFolderWhenLoaded, TinyNet, same_tensors, write_photo
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import datasets
 import training
 
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-FACTS = {"stage": 1, "image_size": 160, "face_crop": 0.52, "dropout": 0.4, "persons": ["ann", "bob"], "holdout": []}
+FACTS = {"stage": 1, "seed": 0, "image_size": 160, "face_crop": 0.52, "dropout": 0.4}
+FACTS |= {"persons": ["ann", "bob"], "holdout": []}
 
 
 def linear(*weights: float) -> nn.Linear:
@@ -27,6 +29,30 @@ def linear(*weights: float) -> nn.Linear:
     layer = nn.Linear(len(weights), 1, bias=False)
     layer.weight.data = torch.tensor([weights])
     return layer
+
+
+class Rows(TensorDataset):
+    """`rows` (N, W) as one-line images (1, 1, W), with the rest of what a run asks of its dataset."""
+
+    def __init__(self, rows):
+        super().__init__(torch.tensor(rows)[:, None, None])
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def files(self, index: int) -> list[Path]:
+        return [Path(f"row{index}.png")]
+
+
+def small_run(run_dir: Path, *models: nn.Linear, rows, seed: int = 0, **options) -> training.Run:
+    """A run over `rows`, two in each batch, by SGD at a learning rate of 1 without warm-up; one group per model."""
+    dataset, options = Rows(rows), {"epochs": 1, "device": CPU} | options
+    loader = training.train_loader(dataset, datasets.ShuffledBatches([0] * len(dataset), 2, seed), 0, CPU)
+    groups = [{"name": f"part{i}", "params": model.parameters()} for i, model in enumerate(models)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    scheduler = training.warmup_cosine(optimizer, 0, options["epochs"] * len(loader))
+    networks = {"model": models[0]} | {f"part{i}": model for i, model in enumerate(models) if i}
+    return training.Run(run_dir, FACTS | {"seed": seed}, networks, optimizer, scheduler, loader, **options)
 
 
 def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -82,61 +108,85 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, kind):
 
 
 def test_an_interrupted_script_tells_how_to_go_on():
-    with pytest.raises(SystemExit, match="interrupted; RESUME = True goes on after the last finished epoch"):
+    with pytest.raises(SystemExit) as end:
         training.run(raising(KeyboardInterrupt()))
+    assert end.value.code == "\ninterrupted; RESUME = True goes on from the last checkpoint, if there is one"
+
+
+def test_an_interrupted_run_that_could_still_save_tells_where_it_stopped():
+    with pytest.raises(SystemExit) as end:
+        training.run(raising(KeyboardInterrupt("stopped after batch 3")))
+    assert end.value.code == "\nstopped after batch 3"
 
 
 # --- device, seeds, data ----------------------------------------------------------------------------------------------
 
 
-def test_no_two_seeds_or_epochs_share_a_stream():
+def random_numbers(run_dir: Path, seed: int, epoch: int, disturbed: bool = False) -> list[tuple[float, ...]]:
+    """What a model could draw, as dropout does, in each of the two steps of an epoch."""
+    model = linear(0.0)
+    run = small_run(run_dir, model, rows=[[1.0]] * 4, seed=seed, epochs=epoch)
+    run.epoch, draws = epoch - 1, []
+    assert next(run.epochs()) == epoch
+    for (images,) in run.steps():
+        draws.append(tuple(torch.rand(4).tolist()))
+        if disturbed:
+            torch.rand(100)
+        run.step(model(images).mean())
+    assert len(draws) == 2
+    return draws
+
+
+def test_no_two_seeds_epochs_or_steps_share_a_stream(tmp_path):
     streams = set()
-    for seed, epoch in [(0, 0), (0, 1), (0, 999), (1, 0), (1, 1), (1, 999), (2, 0)]:
-        training.seed_epoch(seed, epoch)
-        streams.add(tuple(torch.rand(4).tolist()))
-    assert len(streams) == 7
+    for seed, epoch in [(0, 1), (0, 2), (0, 999), (1, 1), (1, 2), (1, 999), (2, 1)]:
+        streams.update(random_numbers(tmp_path, seed, epoch))
+    assert len(streams) == 14
 
 
-def test_a_seeded_epoch_draws_the_same_again():
-    training.seed_epoch(3, 5)
-    first = torch.rand(4)
-    torch.rand(100)
-    training.seed_epoch(3, 5)
-    assert torch.equal(torch.rand(4), first)
+def test_an_epoch_draws_the_same_again_whatever_was_drawn_before(tmp_path):
+    first = random_numbers(tmp_path, 3, 5)
+    torch.rand(17)
+    assert random_numbers(tmp_path, 3, 5, disturbed=True) == first
 
 
-def test_the_largest_seed_and_epoch_can_be_set():
-    training.seed_epoch(2**32, 999)
+def test_the_largest_seed_and_epoch_can_be_set(tmp_path):
+    random_numbers(tmp_path, 2**32, 999)
 
 
-def test_the_train_loader_gives_full_shuffled_batches_without_repeats():
-    loader = training.train_loader(TensorDataset(torch.arange(50)), 8, num_workers=0, device=CPU)
-    training.seed_epoch(0, 1)
+def loader_of(items: int, batch_size: int, num_workers: int = 0) -> tuple[DataLoader, datasets.ShuffledBatches]:
+    """A loader of the numbers 0..items-1, and its batches."""
+    batches = datasets.ShuffledBatches([0] * items, batch_size, seed=0)
+    return training.train_loader(TensorDataset(torch.arange(items)), batches, num_workers, CPU), batches
+
+
+def test_the_train_loader_gives_shuffled_batches_of_all_items_without_repeats():
+    loader, epoch = loader_of(50, 8)
     batches = [batch.tolist() for (batch,) in loader]
-    assert len(loader) == len(batches) == 6  # 2 of 50 are left over
-    assert all(len(batch) == 8 for batch in batches)
+    assert len(loader) == len(batches) == 7
+    assert sorted(map(len, batches)) == [7] * 6 + [8]  # none much smaller than the others
     seen = [index for batch in batches for index in batch]
-    assert len(set(seen)) == 48 and seen != sorted(seen)
-    training.seed_epoch(0, 2)
+    assert sorted(seen) == list(range(50)) and seen != sorted(seen)
+    epoch.set_epoch(2)
     assert [batch.tolist() for (batch,) in loader] != batches
 
 
 def test_a_batch_of_the_whole_dataset_is_possible_and_a_larger_one_an_error():
-    dataset = TensorDataset(torch.arange(4))
-    assert len(training.train_loader(dataset, 4, 0, CPU)) == 1
+    assert len(loader_of(4, 4)[0]) == 1
     with pytest.raises(ValueError, match="BATCH_SIZE = 5: more than the 4 items of an epoch; lower it"):
-        training.train_loader(dataset, 5, 0, CPU)
+        loader_of(4, 5)
 
 
 def test_an_epoch_draws_the_same_batches_whether_or_not_one_went_before_and_for_any_workers():
-    """A loader that keeps its workers draws one random number less in its second epoch."""
+    """A loader draws a base seed for its workers: once if it keeps them, else in each epoch."""
 
     def second_epoch(num_workers: int, first: bool) -> list:
-        loader = training.train_loader(TensorDataset(torch.arange(12)), 4, num_workers, CPU)
+        loader, drawn = loader_of(12, 4, num_workers)
+        torch.manual_seed(0)
         for epoch in (1, 2) if first else (2,):
-            training.seed_epoch(0, epoch)
+            drawn.set_epoch(epoch)
             batches = [batch.tolist() for (batch,) in loader]
-        return [*batches, torch.rand(1).item()]  # dropout draws from the same stream
+        return [*batches, torch.rand(1).item()]  # dropout draws from the common stream
 
     expected = second_epoch(0, first=True)
     assert second_epoch(0, first=False) == expected
@@ -144,10 +194,39 @@ def test_an_epoch_draws_the_same_batches_whether_or_not_one_went_before_and_for_
     assert second_epoch(1, first=True) == expected
 
 
-def test_mixed_precision_is_off_on_the_cpu():
-    with training.autocast(CPU, enabled=True):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    assert not training.grad_scaler(CPU, enabled=True).is_enabled()
+def product_type(amp: str | None) -> torch.dtype:
+    with training.autocast(CPU, amp):
+        return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+
+@pytest.mark.parametrize("amp", ["auto", None])
+def test_mixed_precision_is_off_on_the_cpu(tmp_path, amp):
+    assert training.precision(CPU, amp) is None
+    assert product_type(amp) == torch.float32
+    assert not small_run(tmp_path, linear(0.0), rows=[[1.0]] * 2, amp=amp).scaler.is_enabled()
+
+
+def test_bfloat16_can_be_asked_for_on_the_cpu_and_needs_no_scaler(tmp_path):
+    assert training.precision(CPU, "bf16") == product_type("bf16") == torch.bfloat16
+    assert not small_run(tmp_path, linear(0.0), rows=[[1.0]] * 2, amp="bf16").scaler.is_enabled()
+
+
+@pytest.mark.parametrize("ask", [training.precision, training.autocast])
+def test_a_precision_that_the_device_lacks_is_told(ask):
+    with pytest.raises(ValueError, match=r"^AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU"):
+        ask(CPU, "fp16")
+    for amp in (True, False, "float16", ""):
+        with pytest.raises(ValueError, match=f"^AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None"):
+            ask(CPU, amp)
+
+
+# a GPU without bfloat16 is one from before Ampere
+@pytest.mark.parametrize("has_bfloat16, automatic", [(True, torch.bfloat16), (False, torch.float16)])
+def test_mixed_precision_on_a_gpu_is_what_it_can_and_what_was_asked_for(monkeypatch, has_bfloat16, automatic):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
+    gpu = torch.device("cuda", 0)
+    asked = [training.precision(gpu, amp) for amp in ("auto", "bf16", "fp16", None)]
+    assert asked == [automatic, torch.bfloat16, torch.float16, None]
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------
@@ -188,36 +267,41 @@ def test_the_learning_rate_stays_at_zero_after_the_end():
     assert optimizer.param_groups[0]["lr"] == 0
 
 
-def take_step(model: nn.Linear, loss: torch.Tensor, grad_clip: float) -> tuple[float, torch.optim.Optimizer]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    scheduler = training.warmup_cosine(optimizer, 0, 2)
-    return training.step(loss, optimizer, scheduler, training.grad_scaler(CPU, True), grad_clip), optimizer
+def gradient_norms(run: training.Run, loss) -> list[float]:
+    """Train an epoch on `loss` of the images; the norms that each step has logged."""
+    next(run.epochs())
+    for (images,) in run.steps():
+        run.step(loss(images))
+    run.journal.flush()
+    return [float(row["gradient_norm"]) for row in run.journal.steps()]
 
 
 @pytest.mark.parametrize("grad_clip, change", [(1.0, (0.6, 0.8)), (10.0, (3.0, 4.0))])
-def test_a_step_clips_the_gradient_to_its_norm_and_returns_the_norm_before(grad_clip, change):
+def test_a_step_clips_the_gradient_to_its_norm_and_logs_the_norm_before(tmp_path, grad_clip, change):
     model = linear(1.0, 1.0)
-    model.weight.grad = torch.full((1, 2), 99.0)  # left over: must not add up
-    norm, optimizer = take_step(model, model(torch.tensor([[3.0, 4.0]])).sum(), grad_clip)
-    assert norm == pytest.approx(5)
-    assert model.weight[0].tolist() == pytest.approx([1 - change[0], 1 - change[1]], abs=1e-5)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5)  # the schedule has moved on
+    run = small_run(tmp_path, model, rows=[[3.0, 4.0]] * 4, grad_clip=grad_clip)
+    norms = gradient_norms(run, lambda images: model(images).mean())
+    assert norms == pytest.approx([5, 5])  # the first step's gradient has not added up
+    rate = 1 + 0.5  # of both steps: the schedule moves on
+    assert model.weight[0].tolist() == pytest.approx([1 - rate * change[0], 1 - rate * change[1]], abs=1e-5)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0)
 
 
-def test_a_step_clips_over_all_parameter_groups_together():
+def test_a_step_clips_over_all_parameter_groups_together(tmp_path):
     a, b = linear(0.0), linear(0.0)
-    optimizer = torch.optim.SGD([{"params": a.parameters()}, {"params": b.parameters()}], lr=1.0)
-    scheduler = training.warmup_cosine(optimizer, 0, 2)
-    loss = a(torch.tensor([[3.0]])).sum() + b(torch.tensor([[4.0]])).sum()
-    assert training.step(loss, optimizer, scheduler, training.grad_scaler(CPU, True), 1.0) == pytest.approx(5)
+    run = small_run(tmp_path, a, b, rows=[[1.0]] * 2, grad_clip=1.0)
+    assert gradient_norms(run, lambda images: 3 * a(images).mean() + 4 * b(images).mean()) == pytest.approx([5])
     assert [a.weight.item(), b.weight.item()] == pytest.approx([-0.6, -0.8], abs=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_stops_before_any_weight_changes(value):
+def test_a_loss_that_is_never_finite_stops_before_any_weight_changes(tmp_path, value):
     model = linear(1.0, 1.0)
-    with pytest.raises(FloatingPointError, match=rf"the loss is {value}; .*checkpoint is kept: lower the learning"):
-        take_step(model, model(torch.tensor([[value, 0.0]])).sum(), grad_clip=1.0)
+    run = small_run(tmp_path, model, rows=[[value, 0.0]] * 8)
+    with pytest.raises(
+        FloatingPointError, match=rf"batch 3: the loss is {value}, .*checkpoint is kept.*lower the lear"
+    ):
+        gradient_norms(run, lambda images: model(images).mean())
     assert model.weight.tolist() == [[1.0, 1.0]]
 
 
@@ -260,10 +344,12 @@ def test_rows_are_written_under_the_keys_of_all_of_them(tmp_path):
 
 
 def test_a_run_notes_its_constants(tmp_path):
-    constants = {"EPOCHS": 4, "DATA_DIR": Path("Task_B"), "AMP": True, "PRETRAINED": None, "F": math, "main": 3}
+    constants = {"EPOCHS": 4, "DATA_DIR": Path("Task_B"), "RESUME": False, "AMP": "auto", "PRETRAINED": None}
+    constants |= {"SKIP_KINDS": ("sunny",), "F": math, "main": 3}
     training.start_run(tmp_path / "runs" / "new", False, constants)
     noted = json.loads((tmp_path / "runs" / "new" / "constants.json").read_text())
-    assert noted == {"EPOCHS": 4, "DATA_DIR": "Task_B", "AMP": True, "PRETRAINED": None}
+    expected = {"EPOCHS": 4, "DATA_DIR": "Task_B", "RESUME": False, "AMP": "auto", "PRETRAINED": None}
+    assert noted == expected | {"SKIP_KINDS": ["sunny"]}
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
@@ -285,7 +371,12 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, name):
         ("EPOCHS", 0),
         ("EPOCHS", 1000),
         ("BATCH_SIZE", 1),
+        ("PERSONS_PER_BATCH", 1),
+        ("PHOTOS_PER_PERSON", 1),
+        ("ACCUMULATE", 0),
         ("NUM_WORKERS", -1),
+        ("SAVE_EVERY", -1),
+        ("PATIENCE", -1),
         ("BACKBONE_LR", -1e-9),
         ("BACKBONE_LR", math.nan),
         ("HEAD_LR", -1.0),
@@ -293,18 +384,47 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, name):
         ("WEIGHT_DECAY", -0.1),
         ("WARMUP_STEPS", -1),
         ("GRAD_CLIP", 0.0),
+        ("EMA_DECAY", -0.1),
+        ("EMA_DECAY", 1.0),
+        ("BALANCE", -0.1),
+        ("BALANCE", 1.1),
     ],
 )
 def test_a_constant_out_of_range_is_named_before_anything_is_written(tmp_path, name, value):
-    with pytest.raises(ValueError, match=rf"^{name} = {value}: expected "):
+    kind, low, high = training.RANGES[name]
+    article = {int: "a whole number", float: "a number"}[kind]
+    with pytest.raises(ValueError) as error:
         training.start_run(tmp_path / "run", False, {name: value})
+    assert str(error.value) == f"{name} = {value}: expected {article}, {low}..{high}"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("EPOCHS", 4.0, "a whole number, 1..999"),
+        ("EPOCHS", True, "a whole number, 1..999"),
+        ("EPOCHS", None, "a whole number, 1..999"),
+        ("BATCH_SIZE", "32", "a whole number, 2..inf"),
+        ("NUM_WORKERS", 0.5, "a whole number, 0..inf"),
+        ("LEARNING_RATE", "3e-5", "a number, 0..inf"),
+        ("GRAD_CLIP", None, "a number, 1e-12..inf"),
+        ("BALANCE", False, "a number, 0..1"),
+    ],
+)
+def test_a_constant_of_another_type_is_named_before_anything_is_written(tmp_path, name, value, expected):
+    with pytest.raises(ValueError) as error:
+        training.start_run(tmp_path / "run", False, {name: value})
+    assert str(error.value) == f"{name} = {value!r}: expected {expected}"
     assert not (tmp_path / "run").exists()
 
 
 def test_the_ends_of_the_ranges_are_allowed(tmp_path):
-    least = {"SEED": 0, "EPOCHS": 1, "BATCH_SIZE": 2, "NUM_WORKERS": 0, "CROP_ZOOM": 0, "CROP_SHIFT": 0}
-    training.start_run(tmp_path / "least", False, least | {"WARMUP_STEPS": 0, "WEIGHT_DECAY": 0})
-    training.start_run(tmp_path / "most", False, {"SEED": 2**32, "EPOCHS": 999, "CROP_ZOOM": 0.9, "CROP_SHIFT": 0.5})
+    least = {"SEED": 0, "EPOCHS": 1, "BATCH_SIZE": 2, "PERSONS_PER_BATCH": 2, "PHOTOS_PER_PERSON": 2, "ACCUMULATE": 1}
+    least |= {"NUM_WORKERS": 0, "SAVE_EVERY": 0, "PATIENCE": 0, "WARMUP_STEPS": 0, "WEIGHT_DECAY": 0, "HEAD_LR": 0}
+    training.start_run(tmp_path / "least", False, least | {"EMA_DECAY": 0, "BALANCE": 0, "GRAD_CLIP": 1e-12})
+    most = {"SEED": 2**32, "EPOCHS": 999, "EMA_DECAY": 0.999999, "BALANCE": 1, "GRAD_CLIP": math.inf}
+    training.start_run(tmp_path / "most", False, most)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -431,15 +551,28 @@ def test_restore_names_the_part_that_does_not_fit(part):
 @pytest.fixture
 def model_and_run(tmp_path) -> tuple[nn.Linear, training.Run]:
     model = linear(0.0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return model, training.Run(tmp_path, FACTS, {"model": model}, {"optimizer": optimizer})
+    return model, small_run(tmp_path, model, rows=[[1.0]] * 2, epochs=3)
+
+
+def finish_epoch(run: training.Run, top1: float, loss: float | None = None) -> None:
+    """End an epoch of 4 images in 2 seconds at `loss`, or the one before any training, with `top1`."""
+    if loss is not None:
+        next(run.epochs())
+        run.meter.add(4, loss=loss)
+        run.meter.add_time(4, seconds=2.0, waited=0.5)
+
+    def validate(network: nn.Module) -> tuple[float, dict]:
+        assert network is run.networks["model"]
+        return top1, {"top1_mean": top1}
+
+    run.finish_epoch(validate)
 
 
 def test_the_best_checkpoint_is_the_highest_top1_and_the_earlier_where_equal(tmp_path, model_and_run, capsys):
     model, run = model_and_run
     for epoch, top1 in enumerate([0.5, 0.75, 0.75, 0.625]):
         model.weight.data.fill_(epoch)
-        run.finish_epoch(epoch, 3, top1, {"loss": 3.0 - epoch, "top1_mean": top1})
+        finish_epoch(run, top1, loss=3.0 - epoch if epoch else None)
     run.tell_end()
     best, last = (training.read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
     assert (best["epoch"], best["top1"], best["model"]["weight"].item()) == (1, 0.75, 1.0)
@@ -448,37 +581,56 @@ def test_the_best_checkpoint_is_the_highest_top1_and_the_earlier_where_equal(tmp
     assert "optimizer" in last and "optimizer" not in best
     assert best["selected_on"] == last["selected_on"] == "val"
     told = capsys.readouterr().out.splitlines()
-    assert told[1] == "epoch 1/3  loss 2.0000  top-1 0.7500 *"
-    assert told[2] == "epoch 2/3  loss 1.0000  top-1 0.7500"
-    assert told[4] == f"best: epoch 1, top-1 0.7500 on val: {tmp_path / 'best.pt'}"
+    assert told[0] == "epoch 0/3  top-1 0.5000 *"
+    assert told[1] == "epoch 1/3  loss 2.0000  top-1 0.7500 *  2 images/s"
+    assert told[2] == "epoch 2/3  loss 1.0000  top-1 0.7500  2 images/s"
+    assert told[4:] == [f"best: epoch 1, top-1 0.7500 on val: {tmp_path / 'best.pt'}"]
 
 
 def test_the_history_is_in_the_log_and_in_the_checkpoint(tmp_path, model_and_run):
     _, run = model_and_run
-    run.finish_epoch(0, 1, 0.5, {"top1_mean": 0.5})
-    run.finish_epoch(1, 1, 0.25, {"loss": 2.0, "top1_mean": 0.25})
-    assert (tmp_path / "log.csv").read_text() == "epoch,top1_mean,loss\n0,0.5,\n1,0.25,2.0\n"
-    history = training.read_checkpoint(tmp_path / "last.pt")["history"]
-    assert history == [{"epoch": 0, "top1_mean": 0.5}, {"epoch": 1, "loss": 2.0, "top1_mean": 0.25}]
+    finish_epoch(run, 0.5)
+    finish_epoch(run, 0.25, loss=2.0)
+    assert (tmp_path / "log.csv").read_text().splitlines() == [
+        "epoch,top1,top1_mean,loss,images_per_second,loading,skipped",
+        "0,0.5,0.5,,,,",
+        "1,0.25,0.25,2.0,2.0,0.25,0",
+    ]
+    before, after = training.read_checkpoint(tmp_path / "last.pt")["history"]
+    assert before == {"epoch": 0, "top1": 0.5, "top1_mean": 0.5}
+    speed = {"images_per_second": 2.0, "loading": 0.25}
+    assert after == {"epoch": 1, "top1": 0.25, "top1_mean": 0.25, "loss": 2.0, "skipped": 0} | speed
 
 
 def test_the_network_as_loaded_can_be_the_best(model_and_run, capsys):
     _, run = model_and_run
-    run.finish_epoch(0, 1, 0.0, {})
-    run.finish_epoch(1, 1, 0.0, {})
+    finish_epoch(run, 0.0)
+    finish_epoch(run, 0.0, loss=2.0)
     run.tell_end()
     assert "best: the network as loaded, no epoch was better, top-1 0.0000 on val" in capsys.readouterr().out
 
 
-def test_the_meter_weighs_each_batch_by_its_images(monkeypatch):
-    now = iter([100.0, 104.0])
-    monkeypatch.setattr(training.time, "perf_counter", lambda: next(now))
+def test_the_meter_weighs_each_batch_by_its_images_and_times_all_that_were_seen():
     meter = training.Meter()
-    meter.add(2, loss=1.0, accuracy=torch.tensor(1.0))
-    meter.add(6, loss=torch.tensor(3.0, requires_grad=True), accuracy=0.5)
-    means = meter.means()
-    assert means == pytest.approx({"loss": (2 * 1 + 6 * 3) / 8, "accuracy": (2 + 3) / 8, "images_per_second": 8 / 4})
-    assert all(type(value) is float for value in means.values())
+    meter.add(2, loss=1.0, accuracy=1.0)
+    meter.add(6, loss=3.0, accuracy=0.5)
+    for images, seconds, waited in [(2, 1.0, 0.5), (6, 2.0, 0.5), (4, 1.0, 0.0)]:  # the third step did not count
+        meter.add_time(images, seconds, waited)
+    expected = {"loss": (2 * 1 + 6 * 3) / 8, "accuracy": (2 + 3) / 8, "images_per_second": 12 / 4, "loading": 1 / 4}
+    assert meter.means() == pytest.approx(expected)
+    assert str(meter) == "loss 2.500, accuracy 0.625, 3.0 images/s"
+
+
+def test_a_meter_goes_on_from_its_saved_state():
+    meter, resumed = training.Meter(), training.Meter()
+    meter.add(2, loss=1.0)
+    meter.add_time(2, 1.0, 0.5)
+    resumed.load_state_dict(copy.deepcopy(meter.state_dict()))  # as a file holds it
+    for other in (meter, resumed):
+        other.add(6, loss=3.0)
+        other.add_time(6, 2.0, 0.5)
+    assert resumed.means() == meter.means()
+    assert meter.means() == pytest.approx({"loss": 2.5, "images_per_second": 8 / 3, "loading": 1 / 3})
 
 
 # --- whole runs of both stages ----------------------------------------------------------------------------------------
@@ -503,7 +655,8 @@ def trained(tiny_runs, monkeypatch):
 
 def log(saved: dict) -> list[dict]:
     """The rows of the log, without what the clock says."""
-    return [{key: value for key, value in row.items() if key != "images_per_second"} for row in saved["history"]]
+    clock = ("images_per_second", "loading")
+    return [{key: value for key, value in row.items() if key not in clock} for row in saved["history"]]
 
 
 def assert_same_run(a: dict, b: dict, parts: tuple[str, ...]) -> None:
@@ -526,11 +679,10 @@ def stopped_after_epoch_1(trained, monkeypatch):
     def train(script, name: str, **constants) -> None:
         whole = script.train_one_epoch
 
-        def interrupted(epoch, *args):
-            row = whole(epoch, *args)
-            if epoch == 2:
+        def interrupted(run, *args):
+            whole(run, *args)
+            if run.epoch == 2:
                 raise KeyboardInterrupt
-            return row
 
         with monkeypatch.context() as context:
             context.setattr(script, "train_one_epoch", interrupted)
@@ -591,14 +743,18 @@ def test_lower_learning_rates_take_effect_on_resume(tiny_runs, trained, stopped_
     assert last["history"][2]["backbone_lr"] < 1e-5
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_resume_with_another_crop_is_refused_and_leaves_the_run_as_it_was(tiny_runs, trained):
     stage1, _ = tiny_runs
     trained(stage1, "run", EPOCHS=1)
-    before = {path.name: path.read_bytes() for path in stage1.RUN_DIR.iterdir()}
+    before = contents(stage1.RUN_DIR)
     with pytest.raises(ValueError, match=r"cannot be resumed, face_crop has changed \(0.8 then, 0.7 now\)") as error:
         trained(stage1, "run", FACE_CROP=0.7, RESUME=True)
     assert str(stage1.RUN_DIR / "last.pt") in str(error.value) and "another RUN_DIR" in str(error.value)
-    assert {path.name: path.read_bytes() for path in stage1.RUN_DIR.iterdir()} == before
+    assert contents(stage1.RUN_DIR) == before
 
 
 def test_resume_with_other_persons_is_refused(tiny_runs, trained):
@@ -696,10 +852,9 @@ def test_stage_2_is_never_below_the_network_it_loaded_even_where_training_ruins_
     assert best1["top1"] == 1
     whole = stage2.train_one_epoch
 
-    def ruinous(epoch, model, *args):
-        row = whole(epoch, model, *args)
+    def ruinous(run, model, *args):
+        whole(run, model, *args)
         model.linear.weight.data.zero_()  # every photo has the same embedding now, and eve is everybody's nearest
-        return row
 
     monkeypatch.setattr(stage2, "train_one_epoch", ruinous)
     best2, last2 = trained(stage2, "stage2", LEARNING_RATE=1e3)
@@ -726,9 +881,8 @@ def persons_trained_on(tiny_runs, monkeypatch) -> set[str]:
 
         def watched(*args, whole=script.train_one_epoch):
             in_training.append(True)
-            row = whole(*args)
+            whole(*args)
             in_training.clear()
-            return row
 
         monkeypatch.setattr(script, "train_one_epoch", watched)
     return seen
@@ -748,7 +902,7 @@ def test_held_out_persons_choose_the_epoch_without_a_val_folder_and_train_in_nei
     assert "val_clean_accuracy" not in last1["history"][2] and "top1_mean" in last1["history"][2]
 
     persons_trained_on.clear()
-    best2, _ = trained(stage2, "stage2", BATCH_SIZE=2)
+    best2, _ = trained(stage2, "stage2", PERSONS_PER_BATCH=2)
     assert persons_trained_on == set(best1["persons"])
     assert set(best2["holdout"]) == held_out and best2["persons"] == best1["persons"]
     assert best2["selected_on"] == "2 persons held out of train"
@@ -835,10 +989,10 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_runs, tra
     stage1, _ = tiny_runs
     whole = stage1.train_one_epoch
 
-    def poisoned(epoch, model, *args):
-        if epoch == 2:
+    def poisoned(run, model, *args):
+        if run.epoch == 2:
             model.linear.weight.data.fill_(math.nan)
-        return whole(epoch, model, *args)
+        whole(run, model, *args)
 
     monkeypatch.setattr(stage1, "train_one_epoch", poisoned)
     with pytest.raises(FloatingPointError, match="the loss is nan"):
@@ -852,8 +1006,8 @@ def test_a_batch_larger_than_the_data_is_told_before_the_first_step(tiny_runs, t
     with pytest.raises(ValueError, match="BATCH_SIZE = 22: more than the 21 items of an epoch"):
         trained(stage1, "run", BATCH_SIZE=22)
     trained(stage1, "stage1", EPOCHS=1)
-    with pytest.raises(ValueError, match="BATCH_SIZE = 8: more than the 7 items of an epoch"):
-        trained(stage2, "stage2", BATCH_SIZE=8)
+    with pytest.raises(ValueError, match="PERSONS_PER_BATCH = 5: only 4 persons have pairs; lower it"):
+        trained(stage2, "stage2", PERSONS_PER_BATCH=5)
 
 
 def test_a_missing_val_folder_is_told_before_the_first_step(tiny_runs, trained):

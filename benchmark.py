@@ -1,0 +1,220 @@
+"""How fast this machine trains and embeds: stage 1 as it is against a plain loop, and against what the machine can do.
+
+    python benchmark.py
+
+Prints images/s, the ratios, the share of time spent waiting for data, peak memory, the machine's rate of float32 matrix
+products (GEMM) and which fraction of it is reached. Needs no data and no weights: speed does not depend on them.
+"""
+
+import concurrent.futures
+import csv
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from facenet_pytorch import InceptionResnetV1
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_stage1
+import training
+from datasets import eval_transform
+from gallery import embed
+from losses import ArcMarginProduct
+from models import EMBEDDING_DIM, FaceNet
+
+BATCH_SIZE = 32  # photos per step, >= 2
+IMAGE_SIZE = 160  # pixels, 76..160
+STEPS = 8  # timed steps of each kind in each round, >= 3; one more goes before them, untimed
+ROUNDS = 2  # the kinds take turns, so that a busy spell hits all of them, >= 1
+FREEZE_UNTIL = "mixed_6a"  # of the frozen case, see models.BLOCKS
+PERSONS = 32  # synthetic, for the head and the files, >= 4
+GEMM_SIZE = 2048  # rows and columns of the matrices multiplied
+
+
+def main() -> dict[str, dict]:
+    """Measure, print the table; returns the figures of each case."""
+    kinds = {
+        "plain training loop": (plain_training, ()),
+        "stage 1": (stage1, (None,)),
+        f"stage 1, frozen up to {FREEZE_UNTIL}": (stage1, (FREEZE_UNTIL,)),
+        "plain embedding": (plain_embedding, ()),
+        "gallery.embed": (our_embedding, ()),
+    }
+    rates = [in_own_process(gemm_rate)]
+    found: dict[str, list[dict]] = {name: [] for name in kinds}
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(Path(folder) / "Task_B")
+        for _ in range(ROUNDS):
+            for name, (measure, arguments) in kinds.items():
+                found[name].append(in_own_process(measure, Path(folder) / "Task_B", settings(), *arguments))
+            rates.append(in_own_process(gemm_rate))
+    gemm = max(rates)  # what the machine can do, a busy spell apart
+    print(f"{torch.__version__}, {device_name()}, float32 GEMM {gemm / 1e9:.0f} GFLOP/s")
+    print(f"batch {BATCH_SIZE}, {IMAGE_SIZE} pixels, median of {ROUNDS} x {STEPS} steps\n")
+    print(f"{'':<34}{'images/s':>9}{'ratio':>8}{'loading':>9}{'peak MiB':>10}{'of GEMM':>9}")
+    results = {}
+    for name, rounds in found.items():
+        speed = statistics.median([value for of_round in rounds for value in of_round["images_per_second"]])
+        loading = statistics.median([of_round["loading"] for of_round in rounds])
+        peak = max(of_round["peak"] for of_round in rounds)
+        base = "plain embedding" if "embed" in name else "plain training loop"
+        results[name] = {"images_per_second": speed, "loading": loading, "peak": peak}
+        results[name] |= {
+            "ratio": speed / results[base]["images_per_second"],
+            "gemm": rounds[0]["flops"] * speed / gemm,
+        }
+        ratio, reached = results[name]["ratio"], results[name]["gemm"]
+        print(f"{name:<34}{speed:>9.1f}{ratio:>8.2f}{loading:>9.1%}{peak / 2**20:>10.0f}{reached:>9.0%}")
+    return results
+
+
+def settings() -> dict:
+    """The constants, for a process of its own, which sees this file as it is on disk."""
+    return {"batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE, "steps": STEPS, "persons": PERSONS}
+
+
+def in_own_process(measure, *arguments):
+    """`measure(*arguments)` in a new process: its peak memory, threads and caches are its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+# --- the cases, each in a process of its own --------------------------------------------------------------------------
+
+
+def gemm_rate() -> float:
+    """Floating-point operations per second of a float32 matrix product, the best of several."""
+    device = training.pick_device()
+    a, b = torch.rand(2, GEMM_SIZE, GEMM_SIZE, device=device)
+    seconds = [timed(lambda: a @ b, device) for _ in range(12)]
+    return 2 * GEMM_SIZE**3 / min(seconds[2:])
+
+
+def plain_training(data_dir: Path, s: dict) -> dict:
+    """torch as it comes: float32, NCHW, AdamW by default, images that already lie in memory."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = InceptionResnetV1(pretrained=None, dropout_prob=0.4).to(device).train()
+    head = ArcMarginProduct(EMBEDDING_DIM, s["persons"], s=32, m=0.5).to(device)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 3e-4)
+    images = torch.randn(s["batch_size"], 3, s["image_size"], s["image_size"], device=device)
+    labels = torch.randint(s["persons"], (s["batch_size"],), device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(head(model(images), labels), labels).backward()
+        optimizer.step()
+
+    seconds = [timed(step, device) for _ in range(s["steps"] + 1)][1:]
+    return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=True))
+
+
+def stage1(data_dir: Path, s: dict, freeze_until: str | None) -> dict:
+    """train_stage1.main() itself, files and all, for one epoch."""
+    with tempfile.TemporaryDirectory() as run_dir:
+        constants = {
+            **{"DATA_DIR": data_dir, "RUN_DIR": Path(run_dir), "RESUME": False, "CHECK_IMAGES": False, "EPOCHS": 1},
+            **{"PRETRAINED": None, "IMAGE_SIZE": s["image_size"], "BATCH_SIZE": s["batch_size"], "SAVE_EVERY": 0},
+            **{"HOLDOUT_PERSONS": 0, "FREEZE_UNTIL": freeze_until, "BACKBONE_LR": 1e-5},
+        }
+        for name, value in constants.items():
+            getattr(train_stage1, name)
+            setattr(train_stage1, name, value)
+        train_stage1.main()
+        with open(Path(run_dir) / "steps.csv", newline="") as file:
+            rows = list(csv.DictReader(file))[1:]
+    speeds = [float(row["images_per_second"]) for row in rows]
+    loading = statistics.mean(float(row["loading"]) for row in rows)
+    return figures(speeds, loading, training.pick_device(), flops(s["image_size"], freeze_until, training=True))
+
+
+@torch.inference_mode()
+def plain_embedding(data_dir: Path, s: dict) -> dict:
+    """torch as it comes, images that already lie in memory."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = InceptionResnetV1(pretrained=None).to(device).eval()
+    images = torch.randn(s["batch_size"], 3, s["image_size"], s["image_size"], device=device)
+    seconds = [timed(lambda: model(images), device) for _ in range(s["steps"] + 1)][1:]
+    return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=False))
+
+
+def our_embedding(data_dir: Path, s: dict) -> dict:
+    """gallery.embed, files and all."""
+    device = training.pick_device()
+    model = FaceNet(None, 0.0).to(device, memory_format=torch.channels_last)
+    photos = sorted((data_dir / "train").glob("*/clean/*.jpg"))
+    transform = eval_transform(s["image_size"], 0.52)
+
+    def embed_photos() -> None:
+        embed(model, photos, transform, device, batch_size=s["batch_size"], num_workers=train_stage1.NUM_WORKERS)
+
+    embed(model, photos[: s["batch_size"]], transform, device, batch_size=s["batch_size"])
+    seconds = timed(embed_photos, device)
+    return figures([len(photos) / seconds], 0.0, device, flops(s["image_size"], None, training=False))
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def timed(work, device: torch.device) -> float:
+    """Seconds that `work()` takes, until the device has done it."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def figures(images_per_second: list[float], loading: float, device: torch.device, flops_per_image: float) -> dict:
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"images_per_second": images_per_second, "loading": loading, "peak": peak, "flops": flops_per_image}
+
+
+def flops(image_size: int, freeze_until: str | None, training: bool) -> float:
+    """Floating-point operations per image of the network, forward and, with `training`, backward."""
+    model = FaceNet(None, 0.0, freeze_until).train(training)
+    images = torch.randn(2, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
+        embeddings = model(images)
+        if training:
+            embeddings.sum().backward()
+    return counter.get_total_flops() / len(images)
+
+
+def write_photos(data_dir: Path) -> None:
+    """A tree of smooth random pictures of 250 x 250, a batch for each step, and two persons to validate on."""
+    generator = np.random.default_rng(0)
+
+    def write(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        small = generator.integers(0, 256, (25, 25, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((250, 250), Image.Resampling.BICUBIC).save(path)
+
+    for number in range((STEPS + 1) * BATCH_SIZE):
+        person = f"person_{number % PERSONS:03d}"
+        write(data_dir / "train" / person / "clean" / f"{person}_{number:05d}.jpg")
+    for person in ("val_1", "val_2"):
+        write(data_dir / "val" / person / "clean" / f"{person}_00001.jpg")
+        write(data_dir / "val" / person / "distortion" / f"{person}_00001_blurred.jpg")
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -1,0 +1,424 @@
+"""Runs in real processes: killed, stopped and resumed ones, and two processes that share a run."""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COLOURS, write_person
+
+TESTS = Path(__file__).parent
+SPEEDS = ("images_per_second", "loading")  # the only figures that differ from run to run
+
+# What a child runs: the jobs of a JSON file, one after the other, in one training.run.
+SCRIPT = '''
+import io, json, os, signal, sys, time
+from pathlib import Path
+
+import torch
+
+import datasets, gallery, train_stage1, train_stage2, training
+from conftest import TinyNet
+
+out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+job, seen, written = {}, [], []
+train_stage1.FaceNet = training.FaceNet = TinyNet
+defaults = {module: dict(vars(module)) for module in (train_stage1, train_stage2)}
+
+step, get_item, save = training.Run.step, datasets.FaceClassificationDataset.__getitem__, torch.save
+
+
+def hooked_step(run, loss, **values):
+    step(run, loss, **values)
+    if run.updates == job.get("kill_at"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if run.updates == job.get("wait_at"):
+        (out / "waiting").touch()
+        while not (out / "go").exists():
+            time.sleep(0.01)
+    if [run.updates, datasets.rank_and_world()[0]] == job.get("stop_at"):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def hooked_get_item(dataset, index):
+    image, label = get_item(dataset, index)
+    seen.append((job["name"], int(dataset._epoch), index))
+    count = sum(name == job["name"] for name, _, _ in seen)
+    if [count, datasets.rank_and_world()[0]] == job.get("poison"):
+        image = image * float("nan")
+    return image, label
+
+
+def hooked_save(content, file):
+    if job.get("kill_saving") and content.get("updates") == job["kill_saving"]:
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, file)
+
+
+def note_writing(event, args):
+    """Whatever this process changes in a run's folder."""
+    if event == "open":
+        path, mode, flags = args
+        if not (set("wax+") & set(mode or "") or (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            return
+    elif event not in ("os.mkdir", "os.rename", "os.remove"):
+        return
+    if isinstance(args[0], (str, Path)) and "runs" in Path(args[0]).parts:
+        written.append((job["name"], Path(args[0]).name))
+
+
+training.Run.step, datasets.FaceClassificationDataset.__getitem__ = hooked_step, hooked_get_item
+torch.save = hooked_save
+sys.addaudithook(note_writing)
+
+
+def mixed_gradient():
+    """Gradient of a loss in which each row meets each other, and the rows and labels as gathered."""
+    generator = torch.Generator().manual_seed(0)
+    rows, layer = torch.randn(5, 3, generator=generator), torch.nn.Linear(3, 2)
+    layer.weight.data = torch.randn(2, 3, generator=generator)
+    layer.bias.data = torch.randn(2, generator=generator)
+    rank, world = datasets.rank_and_world()
+    mine = slice(5 * rank // world, 5 * (rank + 1) // world)
+    network = training.parallel(layer)
+    whole, labels = training.gather(network(rows[mine]), torch.arange(5)[mine])
+    (torch.tanh(whole @ whole.T) * torch.arange(25.0).view(5, 5)).mean().backward()
+    return {"weight": layer.weight.grad, "bias": layer.bias.grad, "rows": whole.detach(), "labels": labels}
+
+
+def main():
+    global job
+    device, results = training.pick_device(), {}
+    for job in jobs:
+        print(f"# {job['name']}", flush=True)
+        if job["name"] == "gradient":
+            results["gradient"] = mixed_gradient()
+        elif job["name"] == "embed":
+            torch.manual_seed(0)
+            transform = datasets.eval_transform(76, 0.8)
+            model = TinyNet()
+            results["embed"] = gallery.embed(model, [Path(p) for p in job["photos"]], transform, device, batch_size=2)
+            alone = [transform(datasets.load_image(Path(p))) for p in job["photos"]]
+            with torch.no_grad():
+                results["embed alone"] = model.eval()(torch.stack(alone))
+        else:
+            script = (train_stage1, train_stage2)[job["stage"] - 1]
+            vars(script).update(defaults[script])
+            paths = {name: Path(value) for name, value in job["paths"].items()}
+            vars(script).update(job["constants"] | paths)
+            networks, init = [], training.Run.__init__
+
+            def noting(run, *args, **options):
+                init(run, *args, **options)
+                networks.append(run.networks)
+
+            training.Run.__init__ = noting
+            script.main()
+            training.Run.__init__ = init
+            results[job["name"]] = {name: network.state_dict() for name, network in networks[0].items()}
+    rank = datasets.rank_and_world()[0]
+    save({"results": results, "seen": seen, "written": written}, out / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    training.run(main)
+'''
+
+
+@dataclass
+class Child:
+    """A started child: its process, what it prints, and its folder."""
+
+    process: subprocess.Popen
+    out: Path
+
+    def end(self) -> "Child":
+        self.process.wait(timeout=60)
+        return self
+
+    @property
+    def stdout(self) -> str:
+        return (self.out / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.out / "stderr").read_text()
+
+    def result(self, rank: int = 0) -> dict:
+        return torch.load(self.out / f"rank{rank}.pt", weights_only=True)
+
+    def printed(self, name: str) -> str:
+        """What job `name` printed, less its speed."""
+        lines = self.stdout.partition(f"# {name}\n")[2].partition("\n# ")[0]
+        return re.sub(r"  \d+ images/s", "", lines).strip()
+
+
+@contextmanager
+def child(out: Path, *jobs: dict, processes: int = 1) -> Iterator[Child]:
+    """A process of its own group that does `jobs`, or two under torchrun; killed at the end if it still runs."""
+    out.mkdir(parents=True)
+    (out / "script.py").write_text(SCRIPT)
+    (out / "jobs.json").write_text(json.dumps(jobs))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    settings = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Not pipes: a loader's worker that outlives its killed parent would hold them open.
+    with open(out / "stdout", "w") as stdout, open(out / "stderr", "w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, *(launcher if processes > 1 else []), "script.py", ".", "jobs.json"],
+            cwd=out,
+            env=os.environ | settings | {"TRACEBACK": ""},
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    try:
+        yield Child(process, out)
+    finally:
+        process.kill() if processes == 1 else process.terminate()  # torchrun then ends its processes
+        process.wait(timeout=60)
+
+
+def done(out: Path, *jobs: dict, processes: int = 1) -> Child:
+    """A child that has ended well."""
+    with child(out, *jobs, processes=processes) as started:
+        started.end()
+    assert started.process.returncode == 0, started.stderr
+    return started
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Holds Task_B, of 21 train photos (7 of them clean), and the reference runs."""
+    root = tmp_path_factory.mktemp("processes")
+    for (name, colour), photos in zip(COLOURS.items(), (1, 2, 3, 1), strict=True):
+        write_person(root / "Task_B" / "train" / name, colour, photos)
+    write_person(root / "Task_B" / "val" / "eve", (200, 40, 200), 2)
+    write_person(root / "Task_B" / "val" / "fay", (40, 200, 200), 1)
+    return root
+
+
+def job(name: str, root: Path, runs: Path, stage: int = 1, constants: dict | None = None, **hooks) -> dict:
+    """A run of two short epochs in `runs`/<name>; stage 2 starts from the reference run "whole" of stage 1."""
+    both = {"NUM_WORKERS": 0, "EPOCHS": 2, "SAVE_EVERY": 1, "WARMUP_STEPS": 1, "CHECK_IMAGES": False}
+    own = {"BATCH_SIZE": 4, "IMAGE_SIZE": 76, "FACE_CROP": 0.8} if stage == 1 else {"PERSONS_PER_BATCH": 3}
+    paths = {"DATA_DIR": root / "Task_B", "RUN_DIR": runs / name}
+    if stage == 2:
+        paths["STAGE1_CHECKPOINT"] = root / "runs" / hooks.pop("start", "whole") / "best.pt"
+    paths = {constant: str(path) for constant, path in paths.items()}
+    return {"name": name, "stage": stage, "paths": paths, "constants": both | own | (constants or {})} | hooks
+
+
+# In two processes BatchNorm's statistics and dropout's masks differ from those of one; five batches of 5, 4, 4, 4, 4
+# photos, so that the shares are uneven.
+ALIKE = {"BATCH_SIZE": 5, "FREEZE_BATCHNORM": True, "DROPOUT": 0.0}
+SHARED = ("shared", "shared accumulating", "shared stage 2")
+
+
+def shared_jobs(root: Path, runs: Path) -> list[dict]:
+    """What one process and two have to do alike."""
+    photos = sorted(map(str, (root / "Task_B" / "train").glob("*/clean/*.png")))[:5]
+    return [
+        job("shared", root, runs, constants=ALIKE),
+        job("shared accumulating", root, runs, constants=ALIKE | {"ACCUMULATE": 2}),
+        job("shared stage 2", root, runs, stage=2, constants={"FREEZE_BATCHNORM": True}, start="shared"),
+        {"name": "gradient"},
+        {"name": "embed", "photos": photos},
+    ]
+
+
+@pytest.fixture(scope="module")
+def one(root) -> Child:
+    """The reference: a single process that nothing stops."""
+    runs = root / "runs"
+    whole = [
+        job("whole", root, runs, constants={"EMA_DECAY": 0.9}),
+        job("whole stage 2", root, runs, stage=2),
+    ]
+    return done(root / "one", *whole, *shared_jobs(root, runs))
+
+
+@pytest.fixture(scope="module")
+def two(root, one) -> Child:
+    """The same shared jobs in two processes, and runs in which one photo of one process is NaN."""
+    runs = root / "two" / "runs"
+    poisoned = [job(f"poisoned {rank}", root, runs, constants={"BATCH_SIZE": 5}, poison=[4, rank]) for rank in (0, 1)]
+    return done(root / "two", *shared_jobs(root, runs), *poisoned, processes=2)
+
+
+def checkpoint(run_dir: Path) -> dict:
+    saved = torch.load(run_dir / "last.pt", weights_only=True)
+    for row in saved["history"]:
+        for name in SPEEDS:
+            row.pop(name, None)
+    return saved
+
+
+def steps(run_dir: Path) -> list[dict]:
+    with open(run_dir / "steps.csv", newline="") as file:
+        return [{name: text for name, text in row.items() if name not in SPEEDS} for row in csv.DictReader(file)]
+
+
+def assert_same_run(run_dir: Path, whole: Path) -> None:
+    """That two runs ended with the same checkpoint, bit for bit, and tell of the same steps."""
+    torch.testing.assert_close(checkpoint(run_dir), checkpoint(whole), rtol=0, atol=0)
+    assert [int(row["update"]) for row in steps(run_dir)] == list(range(1, len(steps(whole)) + 1))
+    assert steps(run_dir) == steps(whole)
+
+
+def numbers(row: dict) -> dict:
+    return {name: float(value) for name, value in row.items()}
+
+
+def assert_close_run(run_dir: Path, whole: Path) -> None:
+    """That two runs are the same within rounding: every step, every epoch, and the networks at their end."""
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    ours, theirs = checkpoint(run_dir), checkpoint(whole)
+    for part in {"model", "head"} & theirs.keys():
+        torch.testing.assert_close(ours[part], theirs[part], **close)
+    torch.testing.assert_close(ours["history"], theirs["history"], **close)
+    assert len(ours["history"]) == 3
+    torch.testing.assert_close(list(map(numbers, steps(run_dir))), list(map(numbers, steps(whole))), **close)
+
+
+# --- killed and stopped -----------------------------------------------------------------------------------------------
+
+KILLED = {
+    "in mid-epoch": (1, {"EMA_DECAY": 0.9}, {"kill_at": 9}),
+    "in mid-epoch of stage 2": (2, {}, {"kill_at": 3}),
+    "while writing last.pt": (1, {"EMA_DECAY": 0.9, "NUM_WORKERS": 1}, {"kill_saving": 9}),
+}
+
+
+@pytest.mark.parametrize("when", KILLED)
+def test_a_killed_run_ends_as_if_it_had_never_stopped(root, one, tmp_path, when):
+    stage, constants, hook = KILLED[when]
+    with child(tmp_path / "first", job("run", root, tmp_path, stage, constants, **hook)) as killed:
+        killed.end()
+    assert killed.process.returncode == -signal.SIGKILL, killed.stderr
+    (update,) = hook.values()
+    saved = checkpoint(tmp_path / "run")
+    assert saved["updates"] == update - 1 and saved["batch"] > 0
+    if "kill_saving" in hook:
+        assert 0 < (tmp_path / "run" / "last.pt.tmp").stat().st_size < (tmp_path / "run" / "last.pt").stat().st_size
+    again = done(tmp_path / "again", job("run", root, tmp_path, stage, constants | {"RESUME": True}))
+    assert f"resumed {tmp_path / 'run' / 'last.pt'} after epoch 1, batch {saved['batch']} of epoch 2" in again.stdout
+    assert_same_run(tmp_path / "run", root / "runs" / ("whole" if stage == 1 else "whole stage 2"))
+
+
+@pytest.mark.parametrize("number, workers", [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_a_stopped_run_says_where_and_ends_as_if_it_had_never_stopped(root, one, tmp_path, number, workers):
+    constants = {"EMA_DECAY": 0.9, "NUM_WORKERS": workers, "SAVE_EVERY": 0}
+    with child(tmp_path / "first", job("run", root, tmp_path, 1, constants, wait_at=8)) as stopped:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "first" / "waiting").exists():
+            assert time.monotonic() < deadline and stopped.process.poll() is None, stopped.stderr
+            time.sleep(0.02)
+        if number == signal.SIGINT:  # a terminal sends it to all processes of the group
+            os.killpg(stopped.process.pid, number)
+        else:
+            stopped.process.send_signal(number)
+        (tmp_path / "first" / "go").touch()
+        stopped.end()
+    assert stopped.process.returncode == 1
+    last = tmp_path / "run" / "last.pt"
+    told = f"stopped after batch 2 of 6 in epoch 2, saved {last}; set RESUME = True to go on from there"
+    assert stopped.stderr.splitlines()[-1] == told
+    assert "Traceback" not in stopped.stderr
+    assert "epoch 2/2" not in stopped.stdout
+    done(tmp_path / "again", job("run", root, tmp_path, 1, constants | {"RESUME": True}))
+    assert_same_run(tmp_path / "run", root / "runs" / "whole")
+
+
+# --- two processes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_train_what_one_does(root, two, name):
+    assert_close_run(root / "two" / "runs" / name, root / "runs" / name)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_both_processes_end_with_the_same_weights(two, name):
+    torch.testing.assert_close(two.result(0)["results"][name], two.result(1)["results"][name], rtol=0, atol=0)
+
+
+def test_two_processes_see_each_photo_once_per_epoch(two):
+    for epoch in (1, 2):
+        shares = [[i for n, e, i in two.result(rank)["seen"] if (n, e) == ("shared", epoch)] for rank in (0, 1)]
+        assert sorted(shares[0] + shares[1]) == list(range(21))
+        assert {len(share) for share in shares} == {10, 11}
+
+
+def test_only_the_first_of_two_processes_writes(two):
+    written = [two.result(rank)["written"] for rank in (0, 1)]
+    assert written[1] == []
+    names = {"last.pt.tmp", "best.pt.tmp", "steps.csv", "log.csv.tmp", "constants.json.tmp", "curves.png.tmp"}
+    for name in SHARED:
+        files = {file for job_name, file in written[0] if job_name == name}
+        assert names <= files and any(file.startswith("events.out") for file in files)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_print_what_one_does_once(root, one, two, name):
+    printed = one.printed(name).replace(str(root / "runs"), str(root / "two" / "runs"))
+    assert "epoch 2/2" in printed
+    assert two.printed(name) == printed
+
+
+def test_embeddings_by_two_processes_are_in_the_order_of_the_photos(one, two):
+    alone = one.result()["results"]["embed alone"]
+    assert len(alone.unique(dim=0)) == 5
+    for result in (one.result(), two.result(0), two.result(1)):
+        torch.testing.assert_close(result["results"]["embed"], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gradient_through_gathered_rows_of_two_processes_is_that_of_one(one, two, rank):
+    ours, theirs = two.result(rank)["results"]["gradient"], one.result()["results"]["gradient"]
+    assert theirs["weight"].norm() > 0.1
+    assert theirs["labels"].tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_nan_in_one_process_is_skipped_by_both(root, two, rank):
+    name = f"poisoned {rank}"
+    rows = steps(root / "two" / "runs" / name)
+    assert [row["update"] for row in rows if row["skipped"] == "1"] == ["2"]
+    assert all(math.isfinite(float(row["loss"])) == (row["skipped"] == "0") for row in rows)
+    assert len(rows) == 10
+    results = [two.result(other)["results"][name] for other in (0, 1)]
+    for parts in results:
+        assert all(bool(t.isfinite().all()) for part in parts.values() for t in part.values())
+    weights = [{n: t for n, t in parts["model"].items() if "running" not in n} for parts in results]
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0]["head"], results[1]["head"], rtol=0, atol=0)
+    assert two.stderr.count("epoch 1, batch 2: the loss is nan; the step is skipped") == 2  # once in each of two runs
+
+
+def test_one_process_goes_on_with_the_run_of_two_that_a_notice_to_one_of_them_stopped(root, one, tmp_path):
+    constants = ALIKE | {"SAVE_EVERY": 0}
+    with child(tmp_path / "first", job("run", root, tmp_path, 1, constants, stop_at=[7, 1]), processes=2) as stopped:
+        stopped.end()
+    last = tmp_path / "run" / "last.pt"
+    told = f"stopped after batch 2 of 5 in epoch 2, saved {last}; set RESUME = True to go on from there"
+    assert stopped.process.returncode != 0
+    assert told in stopped.stderr
+    assert checkpoint(tmp_path / "run")["updates"] == 7
+    done(tmp_path / "again", job("run", root, tmp_path, 1, constants | {"RESUME": True}))
+    assert_close_run(tmp_path / "run", root / "runs" / "shared")
