@@ -383,7 +383,7 @@ class Journal:
         if not path.exists():
             return []
         with open(path, encoding="utf-8", newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
+            return [row for row in csv.DictReader(file) if not {None, ""} & set(row.values())]
 
     def _open_events(self, purge_step: int | None = None):
         if self._events is None:
@@ -582,6 +582,8 @@ class Run:
     def finish_epoch(self, validate: Callable[[nn.Module], tuple[float, dict]]) -> None:
         """Evaluate the model, and its average if there is one; save last.pt, what is the best so far (the earlier where
         equal) as best.pt and best_ema.pt, and the log."""
+        if self.epoch == 0 and is_main():
+            self.journal.rewind(0)  # of an earlier run whose checkpoints were deleted
         top1, row = validate(self.networks["model"])
         if self.meter.seen:
             row = self.meter.means() | self.rates | {"skipped": self.skipped} | row
