@@ -147,6 +147,8 @@ def main() -> None:
         "pretrained": str(PRETRAINED),
         "freeze_until": FREEZE_UNTIL,
         "balance": BALANCE,
+        "skip_kinds": list(SKIP_KINDS),
+        "photos": len(train_set),
         "distort": [DISTORT, DISTORT_MOST],
         "persons": train_set.persons,
         "holdout": holdout,

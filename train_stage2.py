@@ -132,6 +132,7 @@ def main() -> None:
     facts |= {"stage": 2, "persons": train_set.persons, "template": TEMPLATE, "seed": SEED}
     facts |= {"freeze_until": FREEZE_UNTIL, "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
     facts |= {"distort": [DISTORT, DISTORT_MOST], "hard_negatives": HARD_NEGATIVES}
+    facts |= {"skip_kinds": list(SKIP_KINDS), "photos": len(train_set)}
     run = training.Run(
         *(RUN_DIR, facts, {"model": model}, optimizer, scheduler, loader),
         **{"epochs": EPOCHS, "device": device, "wrapped": (ddp_model,), "amp": AMP, "accumulate": ACCUMULATE},

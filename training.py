@@ -574,6 +574,8 @@ class Run:
         told = f"epoch {self.epoch}, batch {self.batch}: {what}"
         log.warning(f"{told}; the step is skipped, its files:\n  " + "\n  ".join(files))
         if self.bad_in_a_row >= BAD_IN_A_ROW:
+            if is_main():
+                self.journal.flush()
             raise FloatingPointError(
                 f"{told}, the {BAD_IN_A_ROW}rd time in a row; the last good checkpoint is kept. Look at the files "
                 "named above; if they are fine, lower the learning rates and set RESUME = True"
