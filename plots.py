@@ -104,7 +104,8 @@ def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
     for name, style in zip(rates, ("--", ":"), strict=False):
         values = [float(row[name]) for row in steps]
         rate_axes.plot(update, values, style, color="#d55e00", linewidth=1, label=name.replace("_", " "))
-    rate_axes.set_yscale("log")  # head and backbone differ by orders of magnitude
+    if any(float(row[name]) > 0 for row in steps for name in rates):
+        rate_axes.set_yscale("log")  # head and backbone differ by orders of magnitude
     loss_axes.xaxis.get_major_locator().set_params(integer=True)
     rate_axes.tick_params(colors="#d55e00")
     if rates:

@@ -173,14 +173,17 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device) -> Da
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCH if num_workers else None,
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_outlive_signals,
         # The loader draws a base seed for its workers; from a generator of its own it leaves dropout's stream alone.
         generator=torch.Generator(),
     )
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the main process ends its workers
+def _outlive_signals(worker: int) -> None:
+    """A terminal, or a cluster, signals all processes of a job; the main one needs its workers to end the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The first only: the main process ends its workers by this signal.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------
@@ -436,6 +439,7 @@ class Run:
         self.ema = moving_average(networks["model"], ema_decay) if ema_decay else None
         holdout = len(facts["holdout"])
         selected_on = f"{holdout} persons held out of train" if holdout else "val"
+        facts = facts | {"steps": len(loader)}
         self.facts = facts | {"ema_decay": ema_decay, "accumulate": accumulate, "selected_on": selected_on}
         self.history: list[dict] = []  # a row per epoch
         self.best = {"epoch": -1, "top1": -1.0}
