@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_stage1
 import training
 from datasets import eval_transform
+from demo import set_constants
 from gallery import embed
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
@@ -125,9 +126,7 @@ def stage1(data_dir: Path, s: dict, freeze_until: str | None) -> dict:
             **{"PRETRAINED": None, "IMAGE_SIZE": s["image_size"], "BATCH_SIZE": s["batch_size"], "SAVE_EVERY": 0},
             **{"HOLDOUT_PERSONS": 0, "FREEZE_UNTIL": freeze_until, "BACKBONE_LR": 1e-5},
         }
-        for name, value in constants.items():
-            getattr(train_stage1, name)
-            setattr(train_stage1, name, value)
+        set_constants(train_stage1, **constants)
         train_stage1.main()
         with open(Path(run_dir) / "steps.csv", newline="") as file:
             rows = list(csv.DictReader(file))[1:]

@@ -439,8 +439,8 @@ class Run:
         self.ema = moving_average(networks["model"], ema_decay) if ema_decay else None
         holdout = len(facts["holdout"])
         selected_on = f"{holdout} persons held out of train" if holdout else "val"
-        facts = facts | {"steps": len(loader)}
-        self.facts = facts | {"ema_decay": ema_decay, "accumulate": accumulate, "selected_on": selected_on}
+        self.facts = facts | {"ema_decay": ema_decay, "accumulate": accumulate, "steps": len(loader)}
+        self.facts["selected_on"] = selected_on
         self.history: list[dict] = []  # a row per epoch
         self.best = {"epoch": -1, "top1": -1.0}
         self.best_ema = {"epoch": -1, "top1": -1.0}
@@ -593,21 +593,13 @@ class Run:
         top1, row = validate(self.networks["model"])
         if self.meter.seen:
             row = self.meter.means() | self.rates | {"skipped": self.skipped} | row
-        shown = f"top-1 {top1:.4f}"
-        improved = top1 > self.best["top1"]
-        if improved:
-            self.best = {"epoch": self.epoch, "top1": top1}
-            self._save("best.pt", {"top1": top1}, self.networks)
-        shown += " *" if improved else ""
+        shown = f"top-1 {top1:.4f}{self._keep_best(self.best, top1, 'best.pt', self.networks)}"
         if self.ema:
             # Before the first step the average is the model.
             ema_top1, ema_row = validate(self.ema.module) if self.epoch else (top1, row)
             row = row | {f"ema_{name}": value for name, value in ema_row.items()}
-            improved = ema_top1 > self.best_ema["top1"]
-            if improved:
-                self.best_ema = {"epoch": self.epoch, "top1": ema_top1}
-                self._save("best_ema.pt", {"top1": ema_top1}, {"model": self.ema.module})
-            shown += f"  averaged {ema_top1:.4f}{' *' if improved else ''}"
+            star = self._keep_best(self.best_ema, ema_top1, "best_ema.pt", {"model": self.ema.module})
+            shown += f"  averaged {ema_top1:.4f}{star}"
         self.history.append({"epoch": self.epoch, "top1": top1} | row)
         self.meter, self.batch, self.skipped = Meter(), 0, 0
         self.save()
@@ -616,6 +608,14 @@ class Run:
         means = "".join(f"  {name} {row[name]:.4f}" for name in ("loss", "accuracy") if name in row)
         speed = f"  {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
         print(f"epoch {self.epoch}/{self.last_epoch}{means}  {shown}{speed}", flush=True)
+
+    def _keep_best(self, best: dict, top1: float, name: str, parts: dict) -> str:
+        """Save `parts` and note it in `best` if `top1` is higher; returns the mark for it, " *", or nothing."""
+        if top1 <= best["top1"]:
+            return ""
+        best.update(epoch=self.epoch, top1=top1)
+        self._save(name, {"top1": top1}, parts)
+        return " *"
 
     def tell_end(self) -> None:
         """Print which epoch was best."""
