@@ -1,5 +1,6 @@
 """What both training scripts share: device and processes, schedule, checkpoints, the log, and what surrounds a step."""
 
+import atexit
 import contextlib
 import csv
 import io
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -166,7 +168,7 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
 
 def train_loader(dataset, batches, num_workers: int, device: torch.device) -> DataLoader:
     """The batches of `batches` (see datasets.ShuffledBatches), from workers that live on between epochs."""
-    return DataLoader(
+    loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
@@ -177,6 +179,8 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device) -> Da
         # The loader draws a base seed for its workers; from a generator of its own it leaves dropout's stream alone.
         generator=torch.Generator(),
     )
+    atexit.register(_end_workers, weakref.ref(loader))
+    return loader
 
 
 def _outlive_signals(worker: int) -> None:
@@ -184,6 +188,15 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The first only: the main process ends its workers by this signal.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
+def _end_workers(loader: weakref.ref) -> None:
+    """End the workers of a loader that still lives when Python exits, as one in a reference cycle may.
+
+    Python would send them a single SIGTERM, which they outlive, and then wait for them for ever.
+    """
+    if loader() is not None and loader()._iterator is not None:
+        loader()._iterator._shutdown_workers()  # torch has no public way
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------

@@ -368,6 +368,41 @@ def test_a_stopped_run_says_where_and_ends_as_if_it_had_never_stopped(root, one,
     assert_same_run(tmp_path / "run", root / "runs" / "whole")
 
 
+EXIT = """
+import torch
+import training
+from datasets import ShuffledBatches
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.zeros(1), 0
+
+
+if __name__ == "__main__":
+    loader = training.train_loader(Data(), ShuffledBatches([0, 0, 1, 1], 2, 0), 1, torch.device("cpu"))
+    loader.itself = loader  # a reference cycle: only Python's exit ends it
+    for _ in loader:
+        {in_the_loop}
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("in_the_loop", "status"), [("pass", 0), ("break", 0), ("raise SystemExit(3)", 3)])
+def test_a_process_ends_though_a_loader_with_workers_still_lives(tmp_path, in_the_loop, status):
+    (tmp_path / "script.py").write_text(EXIT.replace("{in_the_loop}", in_the_loop))
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment, start_new_session=True)
+    try:
+        assert process.wait(timeout=60) == status
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
