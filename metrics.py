@@ -1,0 +1,460 @@
+"""Figures of a retrieval: rank-k, CMC, mAP, macro F1, ROC, EER, open-set rates, and their intervals. Tensors only.
+
+A query scores against each person of the gallery: the cosine with the person's mean embedding (template "mean") or
+with its most similar photo ("best"). All scores of a query are looked at, a block of queries at a time.
+
+Shapes used throughout: queries (Q, D) and gallery (G, D), rows of norm 1; labels (G,) int64 in 0..P-1, the person of
+each gallery row, every person with at least one; truth (Q,) int64, the query's person, -1 if not enrolled; sources
+(Q,) int64, the gallery row that the query must not be compared with (its own source photo), -1 for none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TEMPLATES = ("mean", "best")  # a person's mean embedding, or the best match over its photos
+TIE = 1e-6  # cosines closer than this are equal: float32 rounding
+BLOCK_SCORES = 2**24  # cosines held at a time: 64 MiB of float32
+MIN_ERRORS = 10  # false accepts that a rate must let one expect, or it is not reported: fewer are chance
+MIN_PERSONS = 10  # to draw an interval from
+REPLICATES = 2000  # of the bootstrap
+BINS = 100  # of the score histograms, over -1..1
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def mean_templates(gallery: Tensor, labels: Tensor) -> Tensor:
+    """(P, D): the sum of each person's embeddings, renormalised."""
+    return F.normalize(_sums(gallery, labels))
+
+
+def _sums(gallery: Tensor, labels: Tensor) -> Tensor:
+    return torch.zeros(int(labels.max()) + 1, gallery.shape[1]).index_add_(0, labels, gallery)
+
+
+def person_scores(
+    queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str
+) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of queries and their scores (B, P) against every person; at most BLOCK_SCORES cosines at a time.
+
+    A query with a source is scored against its person's other photos only; -inf if there is none.
+    """
+    check_template(template)
+    sums = _sums(gallery, labels)
+    persons, means = len(sums), F.normalize(sums)
+    left_out = (sources >= 0) & (truth >= 0)
+    columns = gallery if template == "best" else means
+    one_photo_each = len(gallery) == persons
+    rows = max(1, BLOCK_SCORES // len(columns))
+    for start in range(0, len(queries), rows):
+        block = slice(start, min(start + rows, len(queries)))
+        scores = queries[block] @ columns.T
+        of_block = left_out[block].nonzero()[:, 0]  # rows of the block with a source to leave out
+        own, source = truth[block][of_block], sources[block][of_block]
+        if template == "best":
+            scores[of_block, source] = -torch.inf
+            if one_photo_each:
+                scores = torch.empty_like(scores).index_copy_(1, labels, scores)
+            else:
+                by_person = scores.new_full((len(scores), persons), -torch.inf)
+                scores = by_person.scatter_reduce_(1, labels.expand_as(scores), scores, "amax")
+        elif len(of_block):
+            rest = sums[own] - gallery[source]
+            # A person with no other photo: what rounding leaves of the difference is no direction.
+            lone = torch.bincount(labels, minlength=persons)[own] == 1
+            cosine = (queries[block][of_block] * F.normalize(rest)).sum(1)
+            scores[of_block, own] = torch.where(lone, -torch.inf, cosine)
+        yield block, scores
+
+
+def check_template(template: str) -> None:
+    if template not in TEMPLATES:
+        raise ValueError(f"TEMPLATE = {template!r}: expected one of {', '.join(map(repr, TEMPLATES))}")
+
+
+# --- closed set: who is it? -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What each query was answered; all (Q,).
+
+    predicted: int64, person of the highest score; score: float32, that cosine. rank: int64 from 1, place of the right
+    person, P + 1 if it is not enrolled. genuine: score of the right person, NaN if not enrolled. rival: highest score
+    of another person, -inf if there is no other.
+    """
+
+    predicted: Tensor
+    score: Tensor
+    rank: Tensor
+    genuine: Tensor
+    rival: Tensor
+
+
+def ranking(queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str) -> Ranking:
+    """Every query's answer and the rank of its person. Scores within TIE of each other are equal: the lower label goes
+    first, be it the right one or not.
+
+    Raises ValueError if there is no query or no gallery row.
+    """
+    if len(queries) == 0 or len(gallery) == 0:
+        raise ValueError(f"retrieval needs queries and a gallery, got {len(queries)} and {len(gallery)} rows")
+    parts: list[tuple[Tensor, ...]] = []
+    for block, scores in person_scores(queries, truth, sources, gallery, labels, template):
+        own = truth[block]
+        enrolled = own >= 0
+        column = own.clamp(min=0)[:, None]
+        # Equal rows differ by rounding, with their place in the product: argmax() of the scores would pick by chance.
+        tied = scores >= scores.amax(1, keepdim=True) - TIE
+        predicted = tied.to(torch.uint8).argmax(1)  # argmax() gives the first of equals
+        genuine = scores.gather(1, column)
+        above = (scores > genuine + TIE).sum(1)
+        level = ((scores - genuine).abs() <= TIE) & (torch.arange(scores.shape[1]) < column)
+        rank = 1 + above + level.sum(1)
+        # TIE chains: a lower label may be level with the right person and not with the highest score.
+        rank = torch.where(predicted == own, 1, rank.clamp(min=2))
+        score = scores.gather(1, predicted[:, None])[:, 0]
+        others = torch.where(enrolled[:, None], scores.scatter(1, column, -torch.inf), scores)
+        parts.append(
+            (
+                predicted,
+                score,
+                torch.where(enrolled, rank, scores.shape[1] + 1),
+                torch.where(enrolled, genuine[:, 0], torch.nan),
+                others.amax(1),
+            )
+        )
+    return Ranking(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def cmc(rank: Tensor, ranks: int) -> Tensor:
+    """(ranks,): share of the queries whose person is among the first 1, 2, ... (cumulative match characteristic)."""
+    counts = torch.bincount(rank.clamp(max=ranks + 1), minlength=ranks + 2)[1 : ranks + 1]
+    return counts.cumsum(0).double() / len(rank)
+
+
+def average_precision(queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor) -> Tensor:
+    """(Q,): each query's average precision over the gallery's photos, its person's photos being the relevant ones.
+
+    mean over relevant photos of (relevant among the first r) / r, r the photo's place; 0 if no photo is relevant.
+    Their mean over queries is the mAP. The source is no part of the list. Equal cosines keep the gallery's order.
+    """
+    found = []
+    rows = max(1, BLOCK_SCORES // (4 * len(gallery)))  # sorted values, their indices and two masks beside
+    for start in range(0, len(queries), rows):
+        block = slice(start, start + rows)
+        cosine = queries[block] @ gallery.T
+        relevant = labels == truth[block][:, None]
+        with_source = (sources[block] >= 0).nonzero()[:, 0]
+        cosine[with_source, sources[block][with_source]] = -torch.inf  # last place
+        relevant[with_source, sources[block][with_source]] = False
+        hits = relevant.gather(1, cosine.argsort(dim=1, descending=True, stable=True))
+        precision = hits.cumsum(1).double() / torch.arange(1, len(gallery) + 1)
+        found.append((precision * hits).sum(1) / hits.sum(1).clamp(min=1))
+    return torch.cat(found)
+
+
+def macro_f1(predicted: Tensor, truth: Tensor) -> float:
+    """Mean over persons of F1 = 2 TP / (asked + answered), of all persons that are asked for or answered.
+
+    A person named by mistake only has F1 0; likewise one who asks and is not enrolled (truth -1, as one person).
+    """
+    persons = torch.cat([predicted, truth]).unique()
+
+    def count(of: Tensor) -> Tensor:
+        return torch.bincount(torch.searchsorted(persons, of), minlength=len(persons))
+
+    right, pairs = count(predicted[predicted == truth]), count(truth) + count(predicted)
+    return (2 * right / pairs).double().mean().item()
+
+
+# --- verification: is it the same person? -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Roc:
+    """Accepting at score >= threshold, at every threshold where the true accept rate changes: the genuine scores.
+
+    thresholds: (T,) falling; far, tar: (T,) float64 rising, shares of impostor and of genuine pairs accepted.
+    genuine_pairs, impostor_pairs: how many there are. edges (BINS + 1,), genuine_bins, impostor_bins (BINS,): counts.
+    """
+
+    thresholds: Tensor
+    far: Tensor
+    tar: Tensor
+    genuine_pairs: int
+    impostor_pairs: int
+    edges: Tensor
+    genuine_bins: Tensor
+    impostor_bins: Tensor
+
+    def at_far(self, far: float) -> tuple[float, float] | None:
+        """(TAR, threshold) with the lowest threshold that keeps the false accept rate at `far` or below.
+
+        TAR is 0, at a threshold above every genuine score, where no such threshold accepts a genuine pair. None if
+        there are too few impostor pairs to expect MIN_ERRORS false accepts, or no genuine pair.
+        """
+        if not self.genuine_pairs or self.impostor_pairs * far < MIN_ERRORS:
+            return None
+        within = int((self.far <= far).sum())
+        return (self.tar[within - 1].item(), self.thresholds[within - 1].item()) if within else (0.0, torch.inf)
+
+    def eer(self) -> float | None:
+        """Equal error rate: the least, over thresholds, of the larger of false accept and false reject rate.
+
+        Both are steps and need not meet; this is the rate that some threshold keeps both at or below.
+        None if there are fewer than MIN_ERRORS genuine or impostor pairs.
+        """
+        if min(self.genuine_pairs, self.impostor_pairs) < MIN_ERRORS:
+            return None
+        return torch.maximum(self.far, 1 - self.tar).min().clamp(max=1).item()
+
+
+def roc(queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str) -> Roc:
+    """Exact over all pairs of a query and a person, in two passes over the scores, holding one score per query.
+
+    The curve rises at genuine scores alone, so it is known from how many impostors reach each of them.
+    """
+    inputs = (queries, truth, sources, gallery, labels, template)
+    genuine = torch.empty(len(queries))
+    for block, scores in person_scores(*inputs):
+        genuine[block] = scores.gather(1, truth[block].clamp(min=0)[:, None])[:, 0]
+    genuine = genuine[truth >= 0]
+    rising = genuine.unique()
+    reached = torch.zeros(len(rising) + 1, dtype=torch.int64)  # impostors that reach exactly the first i thresholds
+    impostor_bins, pairs = torch.zeros(BINS, dtype=torch.int64), 0
+    for block, scores in person_scores(*inputs):
+        impostor = torch.ones_like(scores, dtype=torch.bool)
+        own = truth[block]
+        impostor[(own >= 0).nonzero()[:, 0], own[own >= 0]] = False
+        of_block = scores[impostor]
+        reached += torch.bincount(torch.searchsorted(rising, of_block, right=True), minlength=len(reached))
+        impostor_bins += _bins(of_block)
+        pairs += len(of_block)
+    at_least = reached[1:].flip(0).cumsum(0)  # of the thresholds, falling
+    refused = torch.searchsorted(genuine.sort().values, rising.flip(0))
+    return Roc(
+        thresholds=rising.flip(0),
+        far=at_least.double() / max(pairs, 1),
+        tar=(len(genuine) - refused).double() / max(len(genuine), 1),
+        genuine_pairs=len(genuine),
+        impostor_pairs=pairs,
+        edges=torch.linspace(-1, 1, BINS + 1),
+        genuine_bins=_bins(genuine),
+        impostor_bins=impostor_bins,
+    )
+
+
+def _bins(scores: Tensor) -> Tensor:
+    return torch.histc(scores.clamp(-1, 1), BINS, -1, 1).long()
+
+
+# --- open set: is it anyone we know? ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenSet:
+    """Every query asks twice: once enrolled (score, right: whether its person came first), once a stranger (stranger:
+    the highest score in a gallery that holds other persons). All (Q,)."""
+
+    score: Tensor
+    right: Tensor
+    stranger: Tensor
+
+    def at_fpir(self, fpir: float) -> tuple[float, float] | None:
+        """(DIR, threshold): detection and identification rate, the share of enrolled queries answered right at a score
+        above the threshold; and the lowest threshold that names at most a share `fpir` of the strangers (false
+        positive identification rate; both ISO/IEC 19795-1). None if too few strangers ask to expect MIN_ERRORS.
+        """
+        if len(self.stranger) * fpir < MIN_ERRORS:
+            return None
+        threshold = threshold_for(self.stranger, fpir)
+        return (self.right & (self.score >= threshold)).double().mean().item(), threshold
+
+
+def open_set(
+    queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str, seed: int
+) -> OpenSet:
+    """Half of the persons, drawn by `seed`, are enrolled and the others are strangers; then the halves change places.
+
+    Queries of persons outside the gallery are left out. Raises ValueError with fewer than two persons.
+    """
+    persons = int(labels.max()) + 1
+    if persons < 2:
+        raise ValueError("an open-set test needs at least two persons in the gallery: one enrolled, one a stranger")
+    enrolled = torch.zeros(persons, dtype=torch.bool)
+    enrolled[torch.randperm(persons, generator=torch.Generator().manual_seed(seed))[: persons // 2]] = True
+    score, right = torch.zeros(len(queries)), torch.zeros(len(queries), dtype=torch.bool)
+    stranger = torch.zeros(len(queries))
+    for half in (enrolled, ~enrolled):
+        rows = half[labels]
+        new_label = half.cumsum(0) - 1
+        new_row = rows.cumsum(0) - 1
+        mated = (truth >= 0) & half[truth.clamp(min=0)]
+        found = ranking(
+            queries,
+            torch.where(mated, new_label[truth.clamp(min=0)], -1),
+            torch.where(mated & (sources >= 0), new_row[sources.clamp(min=0)], -1),
+            gallery[rows],
+            new_label[labels[rows]],
+            template,
+        )
+        score[mated], right[mated] = found.score[mated], found.rank[mated] == 1
+        stranger[~mated] = found.score[~mated]
+    asks = truth >= 0
+    return OpenSet(score[asks], right[asks], stranger[asks])
+
+
+def threshold_for(strangers: Tensor, rate: float) -> float:
+    """The lowest float32 threshold that at most a share `rate` of the `strangers`' scores (N,) reach."""
+    allowed = int(rate * len(strangers) + 1e-9)  # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
+    if allowed >= len(strangers):
+        return -torch.inf
+    highest_refused = strangers.float().sort(descending=True).values[allowed]
+    return torch.nextafter(highest_refused, torch.tensor(torch.inf)).item()
+
+
+# --- how sure? --------------------------------------------------------------------------------------------------------
+
+
+def bootstrap(
+    values: Tensor, persons: Tensor, seed: int, replicates: int = REPLICATES, bounded: bool = True
+) -> Tensor | None:
+    """(2, M): 95 % percentile intervals of the column means of `values` (Q, M), by resampling persons (Q,) int64.
+
+    A person's photos succeed or fail together, so persons are drawn, with all their queries. NaN: the query does not
+    count in that column. Two checkpoints on the same queries are compared by the interval of their difference, row by
+    row (paired). None with fewer than MIN_PERSONS persons.
+
+    bounded: a share that is 0 or 1 for every person has no spread to resample: the exact binomial bound over persons
+    (Clopper & Pearson 1934) then takes the place of an interval of no width. A column without a value is NaN.
+    """
+    _, index = persons.unique(return_inverse=True)
+    count = int(index.max()) + 1 if len(index) else 0
+    if count < MIN_PERSONS:
+        return None
+    counted = (~values.isnan()).double()
+    sums = torch.zeros(count, values.shape[1], dtype=torch.double).index_add_(0, index, values.double().nan_to_num())
+    sizes = torch.zeros_like(sums).index_add_(0, index, counted)
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    rows = max(1, BLOCK_SCORES // count)
+    for start in range(0, replicates, rows):
+        drawn = torch.randint(count, (min(rows, replicates - start), count), generator=generator)
+        weights = torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+        means.append((weights @ sums) / (weights @ sizes))
+    interval = torch.cat(means).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=0)
+    units = (sizes > 0).sum(0)  # persons that count in the column
+    bound = 0.025 ** (1 / units.clamp(min=1).double())  # of a share of 1: what as many successes still allow
+    exact = ((values == 0) | (values == 1) | values.isnan()).all(0)
+    exact &= bounded
+    interval[0] = torch.where(exact & (sums == sizes).all(0), bound, interval[0])
+    interval[1] = torch.where(exact & (sums == 0).all(0), 1 - bound, interval[1])
+    return torch.where(units > 0, interval, torch.nan)
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+RANKS = (1, 5, 10)
+FARS = (1e-2, 1e-3, 1e-4)
+FPIRS = (1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one set of queries under one template.
+
+    figures: name -> {value, low, high}, shares in 0..1 with their 95 % interval; None where there is too little to say.
+    Names: rank-1, rank-5, rank-10, mAP, macro F1, EER, TAR@FAR=0.01, 0.001, 0.0001, DIR@FPIR=0.01, 0.1.
+    thresholds: cosine behind each TAR and DIR that has a value. values: name -> (Q,) float64, what each query adds to
+    a figure that is a mean over queries; NaN where it does not count. cmc: (ranks,), or (P,) if fewer; roc: the curve.
+    """
+
+    figures: dict[str, dict[str, float | None]]
+    thresholds: dict[str, float]
+    values: dict[str, Tensor]
+    cmc: Tensor
+    roc: Roc
+
+
+def measure(
+    queries: Tensor,
+    truth: Tensor,
+    sources: Tensor,
+    gallery: Tensor,
+    labels: Tensor,
+    template: str,
+    persons: Tensor,
+    seed: int,
+    ranks: int = 20,
+) -> Measured:
+    """Everything this module knows, of (Q, D) queries; persons: (Q,) int64, whom each shows, enrolled or not.
+
+    The intervals of TAR and DIR hold the threshold that all queries gave: they tell how the rate depends on the persons
+    asked, not on the draw of the strangers. macro F1 and EER have none. seed: of open_set's halves and the bootstrap.
+    """
+    inputs = (queries, truth, sources, gallery, labels, template)
+    found, curve = ranking(*inputs), roc(*inputs)
+    values = {f"rank-{k}": (found.rank <= k).double() for k in RANKS}
+    values["mAP"] = average_precision(queries, truth, sources, gallery, labels)
+    thresholds, missing = {}, []
+    nothing = torch.full((len(queries),), torch.nan, dtype=torch.double)
+    for far in FARS:
+        name, point = f"TAR@FAR={far:g}", curve.at_far(far)
+        if point is None:
+            missing.append(name)
+            continue
+        thresholds[name] = point[1]
+        values[name] = torch.where(truth >= 0, (found.genuine >= point[1]).double(), torch.nan)
+    opened = open_set(*inputs, seed) if int(labels.max()) else None
+    for fpir in FPIRS:
+        name, point = f"DIR@FPIR={fpir:g}", opened.at_fpir(fpir) if opened else None
+        if point is None:
+            missing.append(name)
+            continue
+        thresholds[name] = point[1]
+        values[name] = nothing.clone()
+        values[name][truth >= 0] = (opened.right & (opened.score >= point[1])).double()
+    interval = bootstrap(torch.stack(list(values.values()), 1), persons, seed)
+    figures: dict[str, dict[str, float | None]] = {}
+    for column, (name, value) in enumerate(values.items()):
+        low, high = interval[:, column].tolist() if interval is not None else (None, None)
+        figures[name] = {"value": value.nanmean().item(), "low": low, "high": high}
+    for name, value in (("macro F1", macro_f1(found.predicted, truth)), ("EER", curve.eer())):
+        figures[name] = {"value": value, "low": None, "high": None}
+    figures |= {name: {"value": None, "low": None, "high": None} for name in missing}
+    shown = min(ranks, int(labels.max()) + 1)
+    return Measured({name: figures[name] for name in FIGURES}, thresholds, values, cmc(found.rank, shown), curve)
+
+
+FIGURES = (
+    *(f"rank-{k}" for k in RANKS),
+    *("mAP", "macro F1", "EER"),
+    *(f"TAR@FAR={far:g}" for far in FARS),
+    *(f"DIR@FPIR={fpir:g}" for fpir in FPIRS),
+)
+
+
+def compare(before: Measured, after: Measured, persons: Tensor, seed: int) -> dict[str, dict[str, float | None]]:
+    """name -> {value, low, high}: after minus before, of the same queries in the same order, with the 95 % interval of
+    the paired difference; of the figures that both know and that are means over queries.
+
+    Raises ValueError if the numbers of queries differ.
+    """
+    if len(before.values["rank-1"]) != len(after.values["rank-1"]) or len(persons) != len(after.values["rank-1"]):
+        raise ValueError(
+            f"a comparison needs the same queries: {len(before.values['rank-1'])} before, "
+            f"{len(after.values['rank-1'])} after, {len(persons)} persons"
+        )
+    names = [name for name in before.values if name in after.values]
+    difference = torch.stack([after.values[name] - before.values[name] for name in names], 1)
+    interval = bootstrap(difference, persons, seed, bounded=False)
+    found = {}
+    for column, name in enumerate(names):
+        low, high = interval[:, column].tolist() if interval is not None else (None, None)
+        found[name] = {"value": difference[:, column].nanmean().item(), "low": low, "high": high}
+    return found
