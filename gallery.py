@@ -1,8 +1,9 @@
 """Retrieval: a gallery of clean embeddings, every distorted photo a query, cosine similarity, top-1."""
 
+import difflib
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +13,22 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import Person, PhotoList, Transform, distortion_kind, rank_and_world, scan_persons, warn_once
+import metrics
+from datasets import (
+    Person,
+    PhotoList,
+    Transform,
+    distortion_kind,
+    rank_and_world,
+    scan_persons,
+    source_photo,
+    warn_once,
+)
+from metrics import BLOCK_SCORES, TEMPLATES, TIE, check_template
+from models import why_unreadable
+from training import atomic_file
 
-TEMPLATES = ("mean", "best")  # a person's mean embedding, or the best match over its photos
-TIE = 1e-6  # cosines closer than this are equal: float32 rounding
-BLOCK_SCORES = 2**24  # cosines held at a time: 64 MiB of float32
+PROTOCOLS = ("same", "cross", "clean")  # see by_protocol
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,8 @@ class Gallery:
 
     embeddings: (G, D) float32 on the CPU, rows of norm 1; labels: (G,) int64, index into persons; paths: G photos.
     persons: sorted names, each with at least one photo. template: which of TEMPLATES counts in `evaluate`.
+    made_by: of the model, its fingerprint, image_size and face_crop: what other embeddings must share.
+    threshold: of `calibrate`; None: every query is given a name.
     """
 
     embeddings: Tensor
@@ -32,6 +46,8 @@ class Gallery:
     persons: list[str]
     paths: list[Path]
     template: str
+    made_by: dict = field(default_factory=dict)
+    threshold: dict | None = None
 
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
         """(T, D) rows of norm 1 to match against, and (T,) their labels: all photos for "best", one row per person
@@ -42,13 +58,7 @@ class Gallery:
         check_template(template)
         if template == "best":
             return self.embeddings, self.labels
-        sums = torch.zeros(len(self.persons), self.embeddings.shape[1]).index_add_(0, self.labels, self.embeddings)
-        return F.normalize(sums), torch.arange(len(self.persons))
-
-
-def check_template(template: str) -> None:
-    if template not in TEMPLATES:
-        raise ValueError(f"TEMPLATE = {template!r}: expected one of {', '.join(map(repr, TEMPLATES))}")
+        return metrics.mean_templates(self.embeddings, self.labels), torch.arange(len(self.persons))
 
 
 def nearest(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,11 +138,14 @@ def build_gallery(
     *,
     persons: Collection[str] | None = None,
     template: str = "mean",
+    made_by: dict | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     check_images: bool = True,
 ) -> Gallery:
     """Embed each clean photo of `root` (see datasets.scan_persons), of `persons` only if they are given.
+
+    made_by: see Gallery; to be kept with a gallery that is saved.
 
     Raises what `scan_persons` raises; ValueError if there is no clean photo, or for an unknown template.
     """
@@ -148,7 +161,8 @@ def build_gallery(
     embeddings = embed(
         model, paths, transform, device, batch_size=batch_size, num_workers=num_workers, description="gallery"
     )
-    return Gallery(embeddings, torch.tensor(labels), [person.name for person in enrolled], paths, template)
+    names = [person.name for person in enrolled]
+    return Gallery(embeddings, torch.tensor(labels), names, paths, template, made_by or {})
 
 
 def _select(root: Path | str, persons: Collection[str] | None, check_images: bool) -> list[Person]:
@@ -165,6 +179,163 @@ def _select(root: Path | str, persons: Collection[str] | None, check_images: boo
     return [person for person in scanned if person.name in asked]
 
 
+@dataclass(frozen=True)
+class Queries:
+    """Photos that ask a gallery, in the order of `paths`, by what `metrics` needs.
+
+    embeddings: (Q, D) float32, rows of norm 1; truth: (Q,) int64, index into the gallery's persons, -1 for a person
+    outside it; sources: (Q,) int64, gallery row of the photo that must not be compared with, -1 for none.
+    persons: Q names, as the folders say; kinds: Q kinds of distortion, "clean" for a photo of the gallery.
+    """
+
+    embeddings: Tensor
+    truth: Tensor
+    sources: Tensor
+    paths: list[Path]
+    persons: list[str]
+    kinds: list[str]
+
+    def subset(self, chosen: Tensor) -> "Queries":
+        """Those at the indices `chosen` (N,) int64."""
+        lists = ([of[i] for i in chosen.tolist()] for of in (self.paths, self.persons, self.kinds))
+        return Queries(self.embeddings[chosen], self.truth[chosen], self.sources[chosen], *lists)
+
+    def groups(self) -> dict[str, Tensor]:
+        """Name -> indices: each kind, "without sunny" where there is a sunny among others, and "all"."""
+        kinds = sorted(set(self.kinds))
+        of = {kind: torch.tensor([i for i, other in enumerate(self.kinds) if other == kind]) for kind in kinds}
+        everything = torch.arange(len(self.kinds))
+        if "sunny" in of and len(of) > 1:  # what a tight crop cannot see at all drags the overall figure down
+            of["without sunny"] = everything[torch.tensor([kind != "sunny" for kind in self.kinds])]
+        return of | {"all": everything}
+
+    def person_index(self) -> Tensor:
+        """(Q,) int64: whom each query shows, enrolled or not, to resample by."""
+        index = {name: i for i, name in enumerate(sorted(set(self.persons)))}
+        return torch.tensor([index[name] for name in self.persons])
+
+
+def embed_queries(
+    model: nn.Module,
+    gallery: Gallery,
+    root: Path | str,
+    transform: Transform,
+    device: torch.device | str,
+    *,
+    persons: Collection[str] | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    check_images: bool = True,
+) -> Queries:
+    """Every distorted photo of `root` (of `persons` only if given), with its source photo where the gallery holds it.
+
+    Raises what `scan_persons` raises; ValueError if there is no distorted photo.
+    """
+    scanned = _select(root, persons, check_images)
+    paths = [path for person in scanned for path in person.distorted]
+    names = [person.name for person in scanned for _ in person.distorted]
+    if not paths:
+        raise ValueError(f"{root}: no distorted photo to ask the gallery; expected {root}/<person>/distortion/*.jpg")
+    embeddings = embed(
+        model, paths, transform, device, batch_size=batch_size, num_workers=num_workers, description="queries"
+    )
+    label_of = {name: label for label, name in enumerate(gallery.persons)}
+    truth = torch.tensor([label_of.get(name, -1) for name in names])
+    if not_enrolled := int((truth == -1).sum()):
+        warn_once(
+            f"{root}: {not_enrolled} of {len(paths)} queries are of persons outside the gallery: counted as wrong"
+        )
+    photos: dict[int, dict[Path, int]] = {}
+    for row, (path, label) in enumerate(zip(gallery.paths, gallery.labels.tolist(), strict=True)):
+        photos.setdefault(label, {})[path] = row
+    sources = []
+    for path, label in zip(paths, truth.tolist(), strict=True):
+        of_person = photos.get(label, {})
+        sources.append(of_person.get(source_photo(path, list(of_person)), -1))
+    kinds = [distortion_kind(path) for path in paths]
+    return Queries(embeddings, truth, torch.tensor(sources), paths, names, kinds)
+
+
+def by_protocol(gallery: Gallery, queries: Queries | None, protocol: str) -> Queries:
+    """Who asks what: the queries of one of PROTOCOLS, from those of `embed_queries` (not needed for "clean").
+
+    same: all of them, against all photos. cross: none is compared with the photo that it was made from; those whose
+    person has no other photo do not ask, and their person stays in the gallery. clean: each photo of the gallery
+    whose person has another one asks, itself left out.
+    Raises ValueError if nobody asks, or for another `protocol`.
+    """
+    check_protocol(protocol)
+    several = torch.bincount(gallery.labels, minlength=len(gallery.persons)) > 1
+    if protocol == "clean":
+        rows = several[gallery.labels].nonzero()[:, 0]
+        names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
+        paths = [gallery.paths[row] for row in rows.tolist()]
+        found = Queries(gallery.embeddings[rows], gallery.labels[rows], rows, paths, names, ["clean"] * len(rows))
+    elif protocol == "cross":
+        asks = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
+        found = queries.subset(asks.nonzero()[:, 0])
+    else:
+        return replace(queries, sources=torch.full_like(queries.sources, -1))
+    if not len(found.paths):
+        raise ValueError(f"PROTOCOL {protocol!r}: no query, since no person of the gallery has a second clean photo")
+    return found
+
+
+def check_protocol(protocol: str) -> None:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"PROTOCOL {protocol!r}: expected one of {', '.join(map(repr, PROTOCOLS))}")
+
+
+def ask(gallery: Gallery, queries: Queries) -> dict:
+    """The gallery's answers to the queries of `by_protocol`.
+
+        template, top1 {"mean", "best"}      which template counts; the share of right answers under each
+        persons, photos, queries             sizes of the gallery and number of queries
+        not_enrolled                         queries whose person has no clean photo: counted as wrong
+        per_kind {kind: {queries, top1}}     by the suffix of the file's name
+        per_person {name: {queries, top1}}
+        per_query [{path, kind, person, mean: {predicted, score, rank}, best: {...}}]   score: cosine
+        embeddings                           (Q, D) Tensor in the order of per_query
+
+    A tie goes to the person that sorts first, be it the right one or not.
+    """
+    per_query = [
+        {"path": str(path), "kind": kind, "person": name}
+        for path, kind, name in zip(queries.paths, queries.kinds, queries.persons, strict=True)
+    ]
+    right = {}
+    for template in TEMPLATES:
+        found = metrics.ranking(
+            queries.embeddings, queries.truth, queries.sources, gallery.embeddings, gallery.labels, template
+        )
+        right[template] = found.rank == 1
+        answers = zip(found.predicted.tolist(), found.score.tolist(), found.rank.tolist(), strict=True)
+        for query, (label, score, rank) in zip(per_query, answers, strict=True):
+            query[template] = {"predicted": gallery.persons[label], "score": score, "rank": rank}
+
+    def by(names: list[str]) -> dict[str, dict]:
+        rows: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            rows.setdefault(name, []).append(i)
+        return {name: {"queries": len(rows[name]), "top1": share(rows[name])} for name in sorted(rows)}
+
+    def share(of: Sequence[int] | slice) -> dict[str, float]:
+        return {template: hits[of].double().mean().item() for template, hits in right.items()}
+
+    return {
+        "template": gallery.template,
+        "top1": share(slice(None)),
+        "persons": len(gallery.persons),
+        "photos": len(gallery.paths),
+        "queries": len(per_query),
+        "not_enrolled": int((queries.truth == -1).sum()),
+        "per_kind": by(queries.kinds),
+        "per_person": by(queries.persons),
+        "per_query": per_query,
+        "embeddings": queries.embeddings,
+    }
+
+
 def evaluate(
     model: nn.Module,
     gallery: Gallery,
@@ -177,66 +348,14 @@ def evaluate(
     num_workers: int = 0,
     check_images: bool = True,
 ) -> tuple[float, dict]:
-    """Every distorted photo of `root` (of `persons` only if given) asks the gallery for its person.
+    """Every distorted photo of `root` (of `persons` only if given) asks the gallery for its person: protocol "same".
 
-    Returns (top1_accuracy, details): the share (0..1) of queries answered right by `gallery.template`, and
-
-        template, top1 {"mean", "best"}      which template counts; the share under each
-        persons, photos, queries             sizes of the gallery and number of queries
-        not_enrolled                         queries whose person has no clean photo: counted as wrong, and told
-        per_kind {kind: {queries, top1}}     by the suffix of the file's name
-        per_query [{path, kind, person, mean: {predicted, score}, best: {predicted, score}}]   score: cosine
-        embeddings                           (Q, D) Tensor in the order of per_query
-
-    A tie goes to the person that sorts first. Raises what `scan_persons` raises; ValueError if there is no query.
+    Returns (top1_accuracy, details): the share (0..1) of queries answered right by `gallery.template`, and what `ask`
+    found. Raises what `embed_queries` raises.
     """
-    scanned = _select(root, persons, check_images)
-    paths = [path for person in scanned for path in person.distorted]
-    names = [person.name for person in scanned for _ in person.distorted]
-    if not paths:
-        raise ValueError(f"{root}: no distorted photo to ask the gallery; expected {root}/<person>/distortion/*.jpg")
-    kinds = [distortion_kind(path) for path in paths]
-    embeddings = embed(
-        model, paths, transform, device, batch_size=batch_size, num_workers=num_workers, description="queries"
-    )
-    label_of = {name: label for label, name in enumerate(gallery.persons)}
-    truth = torch.tensor([label_of.get(name, -1) for name in names])  # -1: no gallery label equals it
-    not_enrolled = int((truth == -1).sum())
-    if not_enrolled:
-        warn_once(
-            f"{root}: {not_enrolled} of {len(paths)} queries are of persons outside the gallery: counted as wrong"
-        )
-
-    per_query = [
-        {"path": str(path), "kind": kind, "person": name} for path, kind, name in zip(paths, kinds, names, strict=True)
-    ]
-    correct = {}
-    for template in TEMPLATES:
-        rows, row_labels = gallery.templates(template)
-        index, score = nearest(embeddings, rows)
-        predicted = row_labels[index]
-        correct[template] = predicted == truth
-        for query, label, cosine in zip(per_query, predicted.tolist(), score.tolist(), strict=True):
-            query[template] = {"predicted": gallery.persons[label], "score": cosine}
-
-    def share(of: Sequence[int] | slice) -> dict[str, float]:
-        return {template: hits[of].double().mean().item() for template, hits in correct.items()}
-
-    per_kind = {}
-    for kind in sorted(set(kinds)):
-        of_kind = [i for i, other in enumerate(kinds) if other == kind]
-        per_kind[kind] = {"queries": len(of_kind), "top1": share(of_kind)}
-    details = {
-        "template": gallery.template,
-        "top1": share(slice(None)),
-        "persons": len(gallery.persons),
-        "photos": len(gallery.paths),
-        "queries": len(paths),
-        "not_enrolled": not_enrolled,
-        "per_kind": per_kind,
-        "per_query": per_query,
-        "embeddings": embeddings,
-    }
+    options = {"batch_size": batch_size, "num_workers": num_workers, "check_images": check_images}
+    queries = embed_queries(model, gallery, root, transform, device, persons=persons, **options)
+    details = ask(gallery, by_protocol(gallery, queries, "same"))
     return details["top1"][gallery.template], details
 
 
@@ -280,3 +399,179 @@ def top1_table(evaluations: dict[str, dict]) -> str:
         cells = (f"{100 * value['mean']:.1f}  {100 * value['best']:>5.1f}" for value in values)
         lines.append(f"{name:<{first_width}}{queries:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)
+
+
+# --- a gallery that is kept -------------------------------------------------------------------------------------------
+
+
+def enroll(
+    gallery: Gallery | None, embeddings: Tensor, persons: Sequence[str], paths: Sequence[Path], **new
+) -> Gallery:
+    """`gallery` with photos added, of persons in it or new ones; what is there is not embedded again.
+
+    embeddings: (N, D) float32, rows of norm 1; persons, paths: of each. A photo that is there already, by its path or
+    its embedding, is not added twice (told); one that is there under another name is added, and told.
+    gallery None: a new one, `new` its template and made_by.
+    Raises ValueError for an empty name or embeddings of another length than the gallery's.
+    """
+    if gallery is None:
+        gallery = Gallery(torch.empty(0, embeddings.shape[1]), torch.empty(0, dtype=torch.int64), [], [], **new)
+    if embeddings.shape[1] != gallery.embeddings.shape[1]:
+        raise ValueError(
+            f"embeddings of {embeddings.shape[1]} numbers cannot join a gallery of {gallery.embeddings.shape[1]}"
+        )
+    if not all(persons):
+        raise ValueError("a person needs a name to be enrolled")
+    rows = torch.cat([gallery.embeddings, embeddings])
+    names = [gallery.persons[label] for label in gallery.labels.tolist()]
+    if names and len(embeddings):
+        twin, cosine = nearest(embeddings, gallery.embeddings)
+        for path, name, row, score in zip(paths, persons, twin.tolist(), cosine.tolist(), strict=True):
+            if score > 1 - TIE and names[row] != name:
+                warn_once(f"{path}: enrolled as {name}, and the same photo as {names[row]}; one name is wrong")
+    kept, all_paths = list(range(len(names))), list(gallery.paths)  # rows, and the photos of all rows
+    of_person: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        of_person.setdefault(name, []).append(row)
+    for row, (name, path) in enumerate(zip(persons, paths, strict=True), start=len(names)):
+        all_paths.append(path)
+        there = of_person.setdefault(name, [])
+        if any(all_paths[other] == path or (rows[other] @ rows[row]).item() > 1 - TIE for other in there):
+            warn_once(f"{path}: {name} is enrolled with this photo already, not added again")
+            continue
+        there.append(row)
+        kept.append(row)
+    names += persons
+    return _from_rows(gallery, rows[kept], [names[row] for row in kept], [all_paths[row] for row in kept])
+
+
+def remove(gallery: Gallery, person: str) -> Gallery:
+    """`gallery` without that person. Raises ValueError if it holds no such person, or nobody else."""
+    if person not in gallery.persons:
+        close = difflib.get_close_matches(person, gallery.persons, n=1)
+        raise ValueError(f"{person!r} is not in the gallery{f'; did you mean {close[0]!r}?' if close else ''}")
+    if len(gallery.persons) == 1:
+        raise ValueError(f"{person!r} is the last person of the gallery; delete its file instead")
+    rows = (gallery.labels != gallery.persons.index(person)).nonzero()[:, 0]
+    names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
+    return _from_rows(gallery, gallery.embeddings[rows], names, [gallery.paths[row] for row in rows.tolist()])
+
+
+def _from_rows(gallery: Gallery, embeddings: Tensor, names: list[str], paths: list[Path]) -> Gallery:
+    """`gallery` holding these photos: persons sorted, the photos of each side by side in the order given."""
+    order = sorted(range(len(names)), key=lambda row: names[row])  # stable
+    persons = sorted(set(names))
+    index = {name: label for label, name in enumerate(persons)}
+    labels = torch.tensor([index[names[row]] for row in order])
+    return replace(
+        gallery, embeddings=embeddings[order], labels=labels, persons=persons, paths=[paths[row] for row in order]
+    )
+
+
+def calibrate(gallery: Gallery, queries: Queries, far: float, source: str) -> dict:
+    """The threshold under which an answer is 'unknown': of the queries, asked while their own person is left out of the
+    gallery, at most a share `far` is then given a name.
+
+    source: where the queries come from, for people. The rate is of this gallery's size: in one of twice as many persons
+    a stranger finds a look-alike about twice as often.
+    Returns {cosine, far, template, strangers, persons, source}, plain types. Raises ValueError if `far` is no share,
+    the gallery holds one person, or fewer strangers ask than let one expect metrics.MIN_ERRORS false accepts.
+    """
+    if not 0 < far < 1:
+        raise ValueError(f"FALSE_ACCEPT = {far!r}: expected a share of strangers, above 0 and below 1, such as 0.01")
+    if len(gallery.persons) < 2:
+        raise ValueError(f"{source}: one person is too few for a threshold, nobody else is there to be mistaken for")
+    found = metrics.ranking(
+        queries.embeddings, queries.truth, queries.sources, gallery.embeddings, gallery.labels, gallery.template
+    )
+    if len(found.rival) * far < metrics.MIN_ERRORS:
+        raise ValueError(
+            f"FALSE_ACCEPT = {far:g}: {source} has {len(found.rival)} queries, to know so low a rate takes "
+            f"{math.ceil(metrics.MIN_ERRORS / far)}; at least {metrics.MIN_ERRORS / len(found.rival):.2g} is possible here"
+        )
+    return {
+        "cosine": metrics.threshold_for(found.rival, far),
+        "far": far,
+        "template": gallery.template,
+        "strangers": len(found.rival),
+        "persons": len(gallery.persons) - 1,
+        "source": source,
+    }
+
+
+def identify(gallery: Gallery, embeddings: Tensor) -> list[tuple[str | None, float, str]]:
+    """For each of `embeddings` (N, D), rows of norm 1: the person, or None below the gallery's threshold; the cosine;
+    and whom it resembles most, named or not. By the gallery's template; a tie goes to the name that sorts first."""
+    rows, labels = gallery.templates(gallery.template)
+    index, cosine = nearest(embeddings, rows)
+    lowest = gallery.threshold["cosine"] if gallery.threshold else -math.inf
+    names = [gallery.persons[label] for label in labels[index].tolist()]
+    return [
+        (name if score >= lowest else None, score, name) for name, score in zip(names, cosine.tolist(), strict=True)
+    ]
+
+
+def save_gallery(path: Path, gallery: Gallery) -> None:
+    """Write tensors and plain types, atomically; photos are named, not copied."""
+    content = {"format": FORMAT} | {name: getattr(gallery, name) for name in FIELDS}
+    with atomic_file(path) as file:
+        torch.save(content | {"paths": [str(photo) for photo in gallery.paths]}, file)
+
+
+def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
+    """What `save_gallery` wrote; with `made_by`, only if the same model, image size and crop made it.
+
+    Raises FileNotFoundError; ValueError if the file is damaged, no gallery, or another model's.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no gallery; enroll photos first, or correct the path")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, ...
+        raise ValueError(
+            f"{path}: damaged, or not a gallery ({why_unreadable(error)}); enroll the photos anew"
+        ) from error
+    fault = _fault(saved)
+    if fault:
+        raise ValueError(f"{path}: {fault}; enroll the photos anew")
+    gallery = Gallery(**{name: saved[name] for name in FIELDS} | {"paths": [Path(photo) for photo in saved["paths"]]})
+    if made_by is not None and gallery.made_by != made_by:
+        differ = [name for name in made_by if gallery.made_by.get(name) != made_by[name]]
+        told = ", ".join(f"{name} {gallery.made_by.get(name)!r}, here {made_by[name]!r}" for name in differ)
+        raise ValueError(
+            f"{path}: made by another model ({told}); its embeddings cannot be compared: enroll the photos anew, or "
+            "use the checkpoint that made it"
+        )
+    return gallery
+
+
+FORMAT = 1  # of the gallery files
+FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold")
+
+
+def _fault(saved: object) -> str | None:
+    """What keeps the content of a file from being a gallery."""
+    if not isinstance(saved, dict) or not {"format", *FIELDS} <= saved.keys():
+        return "not a gallery of these scripts"
+    if saved["format"] != FORMAT:
+        return f"gallery format {saved['format']!r}, these scripts read {FORMAT}"
+    embeddings, labels, persons, paths = (saved[name] for name in FIELDS[:4])
+    if not (isinstance(embeddings, Tensor) and embeddings.dtype == torch.float32 and embeddings.dim() == 2):
+        return "its embeddings are no float32 matrix"
+    if not len(embeddings) or ((embeddings.norm(dim=1) - 1).abs() < 1e-3).logical_not().any():
+        return "it holds no embedding, or one that is not of norm 1"
+    if not all(isinstance(of, list) and all(isinstance(name, str) for name in of) for of in (persons, paths)):
+        return "its persons or photos are no names"
+    if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == (len(embeddings),)):
+        return "its labels are no whole number for each embedding"
+    if len(paths) != len(embeddings) or persons != sorted(set(persons)):
+        return "its names do not fit its embeddings"
+    if labels.unique().tolist() != list(range(len(persons))):
+        return "its labels do not fit its persons"
+    if saved["template"] not in TEMPLATES or not isinstance(saved["made_by"], dict):
+        return "its template or model is unknown"
+    threshold = saved["threshold"]
+    known = isinstance(threshold, dict) and isinstance(threshold.get("cosine"), float) and "far" in threshold
+    if threshold is not None and (not known or math.isnan(threshold["cosine"])):
+        return "its threshold is no number"
+    return None

@@ -252,8 +252,8 @@ def test_mean_and_best_may_name_different_persons(four_queries):
     assert (foggy["kind"], foggy["person"]) == ("foggy", "ann")
     norm = math.hypot(255, 20)
     to_bob = 255 * 2 / math.sqrt(5) / norm  # 0.892; ann's mean: 275 / sqrt(2) / norm = 0.760
-    assert foggy["mean"] == {"predicted": "bob", "score": pytest.approx(to_bob, abs=1e-6)}
-    assert foggy["best"] == {"predicted": "ann", "score": pytest.approx(255 / norm, abs=1e-6)}
+    assert foggy["mean"] == {"predicted": "bob", "score": pytest.approx(to_bob, abs=1e-6), "rank": 2}
+    assert foggy["best"] == {"predicted": "ann", "score": pytest.approx(255 / norm, abs=1e-6), "rank": 1}
 
 
 @pytest.mark.parametrize("template, expected", [("mean", 0.5), ("best", 0.75)])
@@ -301,7 +301,9 @@ def test_evaluate_equals_a_brute_force_over_the_files(random_colours, template):
     assert details["queries"] == len(answers)
     for query, (path, kind, person, predicted, score) in zip(details["per_query"], answers, strict=True):
         assert (query["path"], query["kind"], query["person"]) == (path, kind, person)
-        assert query[template] == {"predicted": predicted, "score": pytest.approx(score, abs=1e-5)}
+        answer = query[template]
+        assert (answer["predicted"], answer["score"]) == (predicted, pytest.approx(score, abs=1e-5))
+        assert (answer["rank"] == 1) == (predicted == person)
     assert set(details["per_kind"]) == {"blurred", "foggy", "sunny"}
     for kind, figures in details["per_kind"].items():
         of_kind = [hit for hit, answer in zip(right, answers, strict=True) if answer[1] == kind]
