@@ -25,7 +25,7 @@ from datasets import (
     warn_once,
 )
 from metrics import BLOCK_SCORES, TEMPLATES, TIE, check_template
-from models import why_unreadable
+from models import fingerprint, why_unreadable
 from training import atomic_file
 
 PROTOCOLS = ("same", "cross", "clean")  # see by_protocol
@@ -404,6 +404,11 @@ def top1_table(evaluations: dict[str, dict]) -> str:
 # --- a gallery that is kept -------------------------------------------------------------------------------------------
 
 
+def made_by(model: nn.Module, image_size: int, face_crop: float) -> dict:
+    """What embeddings must share to be compared, for Gallery.made_by."""
+    return {"fingerprint": fingerprint(model), "image_size": image_size, "face_crop": face_crop}
+
+
 def enroll(
     gallery: Gallery | None, embeddings: Tensor, persons: Sequence[str], paths: Sequence[Path], **new
 ) -> Gallery:
@@ -484,16 +489,17 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str) -> di
     found = metrics.ranking(
         queries.embeddings, queries.truth, queries.sources, gallery.embeddings, gallery.labels, gallery.template
     )
-    if len(found.rival) * far < metrics.MIN_ERRORS:
+    asked = len(found.rival)
+    if asked * far < metrics.MIN_ERRORS:
         raise ValueError(
-            f"FALSE_ACCEPT = {far:g}: {source} has {len(found.rival)} queries, to know so low a rate takes "
-            f"{math.ceil(metrics.MIN_ERRORS / far)}; at least {metrics.MIN_ERRORS / len(found.rival):.2g} is possible here"
+            f"FALSE_ACCEPT = {far:g}: {source} has {asked} queries, to know so low a rate takes "
+            f"{math.ceil(metrics.MIN_ERRORS / far)}; at least {metrics.MIN_ERRORS / asked:.2g} is possible here"
         )
     return {
         "cosine": metrics.threshold_for(found.rival, far),
         "far": far,
         "template": gallery.template,
-        "strangers": len(found.rival),
+        "strangers": asked,
         "persons": len(gallery.persons) - 1,
         "source": source,
     }

@@ -1,15 +1,168 @@
-"""Pictures of a retrieval (t-SNE, similarity matrix, the sheet of mistakes) and a run's curves: matplotlib Figures."""
+"""Pictures as matplotlib Figures: rates, scores, look-alikes and mistakes of a retrieval, and a run's curves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.spatial.distance import pdist
 from sklearn.manifold import TSNE
 from torch import Tensor
+from torch.nn import functional as F
 
 DPI = 110
+
+# One evaluation, one look. The colours are told apart by colour-blind readers (Okabe & Ito 2008); in grey print line,
+# marker and hatch do that. Later lines are thinner, so that an equal one beneath still shows.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+MARKERS = ("o", "s", "D", "^", "v", "P")
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
+WIDTHS = (3.2, 2.4, 1.8, 1.8, 1.4, 1.4)  # points
+
+MARKED_FAR = (1e-2, 1e-3, 1e-4)  # the false accept rates that papers report
+RESOLVED_PAIRS = 10  # a rate of fewer pairs is chance
+
+
+def cmc(curves: dict[str, Sequence[float]]) -> Figure:
+    """Cumulative match characteristic: share of queries whose true person is among the first k answers, over k.
+
+    curves: title -> rates (0..1) at k = 1, 2, ...; the legend repeats the one at rank 1. Lengths may differ.
+    Raises ValueError if there is no curve or one is empty.
+    """
+    if not curves or not all(len(rates) for rates in curves.values()):
+        raise ValueError(f"cmc: no rates to draw in {list(curves)}, expected one or more per title")
+    figure, axes = _one_plot()
+    for look, (title, rates) in zip(_looks(), curves.items(), strict=False):
+        percent = 100 * np.asarray(rates, float)
+        label = f"{_plain(title)} (rank 1: {percent[0]:.1f} %)"
+        every = -(-len(percent) // 20)  # a marker per rank, as long as they keep apart
+        axes.plot(np.arange(1, len(percent) + 1), percent, markersize=6, markevery=every, label=label, **look)
+    _fit_percent(axes, [line.get_ydata() for line in axes.lines])
+    last = max(len(rates) for rates in curves.values())
+    axes.set_xlim(1 - 0.03 * last, last + 0.03 * last)
+    ticks = MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]).tick_values(0, last)
+    axes.set_xticks([1, *(int(tick) for tick in ticks if 1 < tick <= last)])
+    axes.set(title="Queries whose true person is among the first k answers", xlabel="rank k", ylabel="queries, %")
+    _legend(figure, axes, "outside lower center")
+    return figure
+
+
+def roc(curves: dict[str, tuple[Sequence[float], Sequence[float]]], pairs: int) -> Figure:
+    """True over false accept rate: the shares of genuine and of impostor pairs that pass a threshold, for all of them.
+
+    curves: title -> (FAR, TAR), each 0..1 and ascending, an entry per threshold; between two FAR the lower's TAR holds.
+    pairs: impostor pairs behind FAR. Below 10 / pairs the curve is left out and the ground shaded: so few are chance.
+    Markers at FAR 1e-2, 1e-3, 1e-4; the legend repeats TAR at 1e-3, at 1e-2 if that is too fine for so few pairs.
+    Raises ValueError for no curve, no pair, an empty curve, or FAR and TAR of different length.
+    """
+    if not curves or pairs < 1:
+        raise ValueError(f"roc: expected a curve and an impostor pair or more, got {len(curves)} and {pairs}")
+    resolved = min(RESOLVED_PAIRS / pairs, 1)
+    marked = [rate for rate in MARKED_FAR if rate >= resolved]
+    told = [rate for rate in (1e-3, 1e-2) if rate >= resolved][:1]
+    figure, axes = _one_plot()
+    drawn = []
+    for look, (title, (far, tar)) in zip(_looks(), curves.items(), strict=False):
+        far, percent = np.asarray(far, float), 100 * np.asarray(tar, float)
+        if len(far) == 0 or len(far) != len(percent):
+            raise ValueError(f"roc: {title}: expected as many FAR as TAR, not 0; got {len(far)} and {len(percent)}")
+        beyond = far > resolved  # what lies below, FAR = 0 included, counts where the resolved part starts
+        x = np.concatenate([[resolved], far[beyond], [1]])
+        y = np.concatenate([_at([resolved], far, percent), percent[beyond], percent[-1:]])
+        at_told = zip(told, _at(told, far, percent), strict=True)
+        label = _plain(title) + "".join(f" ({value:.1f} % at FAR {_power(rate)})" for rate, value in at_told)
+        marker = look.pop("marker")
+        axes.plot(x, y, drawstyle="steps-post", **look)
+        axes.plot([], [], marker=marker, markersize=7, label=label, **look)  # line and marker, for the legend
+        look |= {"linestyle": "", "marker": marker, "markersize": 8, "markeredgecolor": "white"}
+        axes.plot(marked, _at(marked, far, percent), **look, zorder=3)
+        drawn.append(y)
+    _fit_percent(axes, drawn)
+    axes.set(xscale="log", xlim=(resolved / 4, 1), title="Accepted pairs, over all thresholds")
+    axes.set(xlabel="impostor pairs accepted (FAR), share", ylabel="genuine pairs accepted (TAR), %")
+    axes.axvspan(resolved / 4, resolved, facecolor="#f0f0f0", edgecolor="#c8c8c8", hatch="//", linewidth=0)
+    label = f"fewer than {RESOLVED_PAIRS} of {pairs:,} pairs"
+    style = {"rotation": 90, "ha": "center", "va": "center", "bbox": {"facecolor": "white", "linewidth": 0, "pad": 2}}
+    axes.text(resolved / 2, 0.5, label, transform=axes.get_xaxis_transform(), **style)
+    _legend(figure, axes, "outside lower center")
+    return figure
+
+
+def score_histogram(
+    edges: Sequence[float], genuine: Sequence[int], impostor: Sequence[int], threshold: float | None, far: float | None
+) -> Figure:
+    """Cosines of genuine and impostor pairs: how much of each, in % of its own pairs, falls into a bin.
+
+    edges: (N + 1,) of N equally wide bins; genuine, impostor: (N,) pairs per bin. Empty bins at the ends are cut off.
+    threshold: drawn as a line, with the FAR (0..1) it stands for; None for either leaves it out.
+    Raises ValueError if the lengths do not fit.
+    """
+    edges, counts = np.asarray(edges, float), np.asarray([genuine, impostor], float)
+    if counts.shape != (2, len(edges) - 1):
+        sizes = f"{len(edges)} edges, {len(genuine)} genuine and {len(impostor)} impostor bins"
+        raise ValueError(f"score_histogram: expected N + 1 edges of N bins, got {sizes}")
+    figure, axes = _one_plot()
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)  # (2, N)
+    styles = (("genuine", COLOURS[0], "-", None), ("impostor", COLOURS[1], "--", "////"))
+    for (name, colour, line, hatch), heights, count in zip(styles, percent, counts.sum(1), strict=True):
+        label = f"{name} ({count:,.0f} pairs)"
+        axes.stairs(heights, edges, fill=True, facecolor=colour + "38", edgecolor=colour, hatch=hatch, linewidth=0)
+        axes.stairs(heights, edges, color=colour, linestyle=line, linewidth=2, label=label)
+    filled = np.flatnonzero(counts.sum(0))
+    low, high = edges[[filled[0], filled[-1] + 1]] if len(filled) else edges[[0, -1]]
+    if threshold is not None:
+        label = f"threshold {threshold:.3f}" + ("" if far is None else f" (FAR {_power(far)})")
+        axes.axvline(threshold, color="black", linewidth=1.8, linestyle="-.", label=label)
+        low, high = min(low, threshold), max(high, threshold)
+    axes.set_xlim(low, high)
+    axes.set_ylim(bottom=0)
+    axes.set(title="Scores of genuine and impostor pairs", xlabel="cosine", ylabel="share of the pairs per bin, %")
+    axes.grid(alpha=0.35)
+    _legend(figure, axes, "outside lower center")
+    return figure
+
+
+def bars(kinds: Sequence[str], evaluations: dict[str, Sequence[tuple[float, float | None, float | None]]]) -> Figure:
+    """A group of bars per kind, in it one per evaluation, from top to bottom in the order given.
+
+    evaluations: title -> (rate, low, high) per kind, each 0..1; low and high: the ends of the 95 % interval, or None.
+    A rate of NaN shows as a dash. Raises ValueError for no kind, no evaluation or one of another length.
+    """
+    lengths = {title: len(rates) for title, rates in evaluations.items()}
+    if not kinds or set(lengths.values()) != {len(kinds)}:
+        raise ValueError(f"bars: expected a rate for each of {len(kinds)} kinds, one or more, got {lengths}")
+    height = 0.8 / len(evaluations)  # of the 1 between two kinds
+    inches = 1.4 + len(kinds) * (0.12 + 0.22 * len(evaluations)) + 0.25 * len(evaluations)
+    figure = Figure(figsize=(7, inches), layout="constrained", dpi=DPI)
+    axes = figure.subplots()
+    intervals = False
+    for number, (title, rates) in enumerate(evaluations.items()):
+        colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number % len(HATCHES)]
+        places = np.arange(len(kinds)) + (number + 0.5) * height - 0.4
+        values = 100 * np.array([rate for rate, _, _ in rates])
+        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5, "label": _plain(title)}
+        axes.barh(places, values, height, **style)
+        for place, value, (_, low, high) in zip(places, values, rates, strict=True):
+            end = value
+            if low is not None and high is not None:
+                # Rounding may put a bound of 0 or 1 a hair beyond the rate, and a negative length is an error.
+                lengths = [[max(value - 100 * low, 0)], [max(100 * high - value, 0)]]
+                axes.errorbar(value, place, xerr=lengths, color="black", linewidth=1, capsize=2)
+                end, intervals = max(100 * high, value), True
+            end, text = (end, f"{value:.1f}") if np.isfinite(value) else (0, "–")
+            axes.text(end + 1, place, text, va="center", fontsize=9)
+    axes.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds])
+    axes.set(xlim=(0, 109), ylim=(len(kinds) - 0.5, -0.5), xticks=range(0, 101, 20))
+    axes.set_xlabel("top-1, %" + (" (whiskers: 95 % interval)" if intervals else ""))
+    axes.grid(axis="x", alpha=0.35)
+    axes.set_axisbelow(True)
+    _legend(figure, axes, "outside upper center")
+    return figure
 
 
 def tsne(
@@ -33,32 +186,51 @@ def tsne(
     for label, person in enumerate(persons):
         of_person, style = labels == label, {"color": colours[label], "linewidths": 0.8}
         axes.scatter(*points[of_person & is_query].T, marker="x", s=22, alpha=0.8, **style)
-        axes.scatter(*points[of_person & ~is_query].T, marker="o", s=60, edgecolors="black", label=person, **style)
+        axes.scatter(
+            *points[of_person & ~is_query].T, marker="o", s=60, edgecolors="black", label=_plain(person), **style
+        )
     axes.set(title=f"t-SNE of {len(persons)} persons: dot = clean, cross = distorted", xticks=[], yticks=[])
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     return figure
 
 
-def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequence[str]) -> Figure:
+def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequence[str], templates: Tensor) -> Figure:
     """Heat map of cosines (Q, P): a row per query, grouped by person, a column per person's mean template.
 
-    query_labels: (Q,) index into persons. A good model shows a bright staircase on a dark ground.
+    query_labels: (Q,) index into persons; templates: (P, D), of any norm. Rows and columns are in the same order, which
+    puts look-alikes side by side: leaves of the average-linkage tree of the templates, turned so that neighbours are
+    as near as they can be (Bar-Joseph et al. 2001). A good model shows a bright staircase on a dark ground.
     """
-    order = np.argsort(np.asarray(query_labels), kind="stable")
-    counts = np.bincount(np.asarray(query_labels), minlength=len(persons))
+    order = np.arange(len(persons))
+    if len(persons) > 2:
+        # Of unit vectors the squared distance is 2 - 2 cosine, and unlike 1 - cosine never negative by rounding.
+        order = leaves_list(linkage(pdist(F.normalize(templates).cpu().numpy()), "average", optimal_ordering=True))
+    place = np.argsort(order)  # of each person in `order`
+    of_query = place[np.asarray(query_labels)]
+    counts = np.bincount(of_query, minlength=len(persons))
     ends = np.cumsum(counts)
+    names, asking = [_plain(persons[label]) for label in order], counts > 0
     figure = Figure(figsize=(8, 7.5), layout="constrained", dpi=DPI)
     axes = figure.subplots()
     shown = axes.imshow(
-        cosine.numpy()[order], aspect="auto", cmap="viridis", vmin=-0.2, vmax=1, interpolation="nearest"
+        cosine.cpu().numpy()[np.argsort(of_query, kind="stable")][:, order],
+        aspect="auto",
+        cmap="viridis",
+        vmin=-0.2,
+        vmax=1,
+        interpolation="nearest",
     )
     axes.hlines(ends[:-1] - 0.5, -0.5, len(persons) - 0.5, color="white", linewidth=0.4)
-    axes.set_xticks(range(len(persons)), persons, rotation=90, fontsize=6)
-    axes.set_yticks(ends - counts / 2 - 0.5, persons, fontsize=6)
+    size = 9 if len(persons) <= 24 else 7
+    axes.set_xticks(range(len(persons)), names, rotation=90, fontsize=size)
+    rows = [name for name, asks in zip(names, asking, strict=True) if asks]
+    axes.set_yticks((ends - counts / 2 - 0.5)[asking], rows, fontsize=size)
     axes.set(
-        title="Cosine similarity", xlabel="person in the gallery (mean of clean photos)", ylabel="distorted queries"
+        title="Cosine similarity, look-alikes side by side",
+        xlabel="person in the gallery (mean of clean photos)",
+        ylabel="distorted queries",
     )
-    figure.colorbar(shown, shrink=0.6)
+    figure.colorbar(shown, shrink=0.6, label="cosine")
     return figure
 
 
@@ -76,7 +248,7 @@ def mistakes_sheet(rows: Sequence[tuple[Sequence[Image.Image], Sequence[str]]]) 
     for axes_row, (images, captions) in zip(grid, rows, strict=True):
         for axes, image, caption in zip(axes_row, images, captions, strict=True):
             axes.imshow(image)
-            axes.set_xlabel(caption, fontsize=7)
+            axes.set_xlabel(_plain(caption), fontsize=7)
             axes.set(xticks=[], yticks=[])
     for axes, title in zip(grid[0], ("query", "true person", "predicted person"), strict=True):
         axes.set_title(title, fontsize=9)
@@ -130,3 +302,48 @@ def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def _one_plot() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.8), layout="constrained", dpi=DPI)
+    return figure, figure.subplots()
+
+
+def _legend(figure: Figure, axes: Axes, place: str) -> None:
+    """Outside of the axes, where it hides nothing; one row if the labels are short, else one below another."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = len(labels) if sum(len(label) + 8 for label in labels) <= 90 else 1
+    figure.legend(handles, labels, loc=place, ncols=columns, handlelength=3.5, frameon=False)
+
+
+def _looks() -> Iterator[dict]:
+    """Colour, line, width and marker of the first, second, ... evaluation; the seventh looks like the first."""
+    while True:
+        for colour, line, width, marker in zip(COLOURS, LINES, WIDTHS, MARKERS, strict=True):
+            yield {"color": colour, "linestyle": line, "linewidth": width, "marker": marker}
+
+
+def _plain(name: str) -> str:
+    """`name` so that matplotlib shows it as it is: $...$ would become a formula, a leading _ be left out of legends."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _power(rate: float) -> str:
+    """0.001 -> 1e-3, 0.00098 -> 9.8e-4, 0 -> 0."""
+    digits, exponent = f"{rate:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}" if rate else "0"
+
+
+def _fit_percent(axes: Axes, values: Sequence[np.ndarray]) -> None:
+    """End the y axis near the lowest and highest of `values` (0..100, or NaN), so that near curves come apart."""
+    values = np.concatenate(values)
+    high = np.nanmax(values)
+    low = max(min(np.nanmin(values), high - 1), 0)  # a narrower range would blow up noise
+    span = max(high - low, 1)
+    axes.set_ylim(low - 0.08 * span, min(low + 1.08 * span, 100 + 0.04 * span))  # no tick above 100
+    axes.grid(alpha=0.35)
+
+
+def _at(rates: Sequence[float], far: np.ndarray, tar: np.ndarray) -> np.ndarray:
+    """TAR of the last threshold whose FAR is at most the rate, but for rounding; NaN where there is none."""
+    return np.append(np.nan, tar)[np.searchsorted(far, np.asarray(rates) * (1 + 1e-9), side="right")]
