@@ -201,19 +201,39 @@ def warn_shared(train: Sequence[Person], val: Sequence[Person]) -> None:
             f"({_names(shared)})"
         )
     owners: dict[Path, str] = {p: person.name for person in [*train, *val] for p in person.clean + person.distorted}
+    _tell_equal(
+        [paths for paths in equal_files(list(owners)) if len({owners[path] for path in paths}) > 1],
+        "images lie under more than one person; one of the names is wrong",
+    )
+
+
+def warn_twins(persons: Sequence[Person]) -> None:
+    """Tell clean photos of one person that are one file: a query's own source then has a twin in the gallery, which
+    no protocol leaves out."""
+    _tell_equal(
+        [paths for person in persons for paths in equal_files(person.clean)],
+        "clean photos of one person are one file: its copy then passes for another photo of the person; delete one",
+    )
+
+
+def equal_files(paths: Sequence[Path]) -> list[list[Path]]:
+    """Groups of two and more files with the same bytes."""
     by_size: dict[int, list[Path]] = {}
-    for path in owners:
+    for path in paths:
         by_size.setdefault(path.stat().st_size, []).append(path)
     by_content: dict[bytes, list[Path]] = {}
-    for paths in by_size.values():
-        if len(paths) > 1:  # only files of one size can be equal: few need to be read
-            for path in paths:
+    for of_size in by_size.values():
+        if len(of_size) > 1:  # only files of one size can be equal: few need to be read
+            for path in of_size:
                 by_content.setdefault(hashlib.sha256(path.read_bytes()).digest(), []).append(path)
-    double = [paths for paths in by_content.values() if len({owners[path] for path in paths}) > 1]
-    if double:
-        listed = "\n".join("  " + " = ".join(map(str, paths[:4])) for paths in double[:10])
-        more = f"\n  and {len(double) - 10} more" if len(double) > 10 else ""
-        warn_once(f"{len(double)} images lie under more than one person; one of the names is wrong:\n{listed}{more}")
+    return [equal for equal in by_content.values() if len(equal) > 1]
+
+
+def _tell_equal(groups: list[list[Path]], what: str) -> None:
+    if groups:
+        listed = "\n".join("  " + " = ".join(map(str, paths[:4])) for paths in groups[:10])
+        more = f"\n  and {len(groups) - 10} more" if len(groups) > 10 else ""
+        warn_once(f"{len(groups)} {what}:\n{listed}{more}")
 
 
 def split_holdout(persons: Sequence[str], count: int, seed: int) -> list[str]:

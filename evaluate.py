@@ -1,34 +1,64 @@
-"""Retrieval on one split: a gallery of clean photos, every distorted photo a query, top-1 overall and per kind.
+"""Retrieval on one split: a gallery of clean photos, distorted ones ask it; every figure, with its interval.
 
     python evaluate.py
 
-Writes RESULTS_DIR/<split>_<stage>/: top1.json, top1.csv, queries.csv, tsne.png, similarity.png, mistakes.png.
+Writes RESULTS_DIR/<split>_<stage>/: report.html with everything in it, figures.json, figures.csv, comparison.csv,
+queries.csv, persons.csv and the pictures.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
+import fast
+import metrics
 import plots
+import report
 import training
-from datasets import FaceCrop, eval_transform, load_image
-from gallery import TEMPLATES, Gallery, build_gallery, check_template, evaluate, top1_table
-from models import FaceNet
+from datasets import FaceCrop, eval_transform, load_image, scan_persons, warn_once, warn_shared, warn_twins
+from gallery import (
+    TEMPLATES,
+    Gallery,
+    Queries,
+    ask,
+    build_gallery,
+    by_protocol,
+    check_protocol,
+    check_template,
+    comparison_table,
+    embed_queries,
+    figures_table,
+    made_by,
+    measure,
+)
 
 # --- what to evaluate ---
 DATA_DIR = Path("Task_B")  # holds one folder per split
 SPLIT = "val"  # "val", "test" or "train"
 CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None: the PRETRAINED network as it is
-TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, or "best" match among them
+COMPARE_WITH = None  # checkpoint asked the same, the "before" of tables and pictures; "pretrained": that network; None
+TEMPLATE = (
+    "mean"  # which figures count: of the "mean" of a person's clean embeddings, or of the "best" match among them
+)
+PROTOCOLS = (
+    "same",
+    "cross",
+    "clean",
+)  # "same": every query; "cross": not against its own source photo; "clean": clean photos ask
 RESULTS_DIR = Path("results")
 CHECK_IMAGES = True  # decode every file once first, list the broken ones and go on without them
 
-# --- only where CHECKPOINT = None ---
+# --- only where CHECKPOINT = None or COMPARE_WITH = "pretrained" ---
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 # --- speed ---
+BACKEND = "torch"  # "torch", "fused", "compiled" or "onnxruntime" (CPU, pip install onnxruntime): see fast.py
 BATCH_SIZE = 64  # photos embedded at a time, >= 1
 NUM_WORKERS = 2  # processes that load images, 0..CPU cores
 
@@ -37,95 +67,263 @@ PICTURES = True  # False: figures only
 PLOT_PERSONS = 20  # persons in t-SNE and similarity matrix, the first by name, 2..40
 MISTAKES = 12  # rows of the sheet, 1..30: wrong answers of highest score
 MISTAKES_PER_KIND = 3  # at most so many of one kind, so that a hopeless kind does not fill the sheet
-SEED = 0  # of t-SNE
+SEED = 0  # of t-SNE, the bootstrap and the halves of the open-set test
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model on the split: its gallery, and per protocol who asked, the answers and the figures."""
+
+    title: str
+    facts: dict
+    gallery: Gallery
+    queries: dict[str, Queries]
+    details: dict[str, dict]  # of gallery.ask
+    measured: dict[str, dict]  # of gallery.measure: template -> group -> Measured
 
 
 def main() -> dict:
-    """Evaluate, print the table, write the files; returns the details of gallery.evaluate."""
+    """Evaluate, print the tables, write the files; returns gallery.ask's details of the first protocol."""
     check_template(TEMPLATE)
+    for protocol in PROTOCOLS:
+        check_protocol(protocol)
     device = training.pick_device()
     root = DATA_DIR / SPLIT
-    if CHECKPOINT is None:
-        torch.manual_seed(SEED)  # for PRETRAINED = None
-        model = FaceNet(PRETRAINED, dropout=0).to(device, memory_format=torch.channels_last)
-        facts = {"stage": 0, "pretrained": str(PRETRAINED), "image_size": IMAGE_SIZE, "face_crop": FACE_CROP}
-        title, trained_on = "pretrained" if PRETRAINED else "random", set()
-    else:
-        model, saved = training.load_facenet(CHECKPOINT, device)
-        facts = {name: value for name, value in saved.items() if name in FACTS}
-        title, trained_on = f"stage{saved['stage']}", set(saved["persons"])
-        epoch = f"epoch {saved['epoch']}" if saved["epoch"] else "the network as loaded (no epoch was better)"
-        print(f"{CHECKPOINT}: stage {saved['stage']}, {epoch}, chosen on {saved['selected_on']}")
-        if saved["selected_on"] == SPLIT:
-            print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS chooses on persons of train instead")
+    persons = scan_persons(root, check_images=CHECK_IMAGES)
+    warn_shared([], persons)
+    warn_twins(persons)
 
-    transform = eval_transform(facts["image_size"], facts["face_crop"])
-    options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
-    gallery = build_gallery(model, root, transform, device, template=TEMPLATE, **options)
-    top1, details = evaluate(model, gallery, root, transform, device, **options)
-    if known := trained_on & set(gallery.persons):
-        print(
-            f"  {len(known)} of {len(gallery.persons)} persons in {root} were trained on: not a test of unseen persons"
-        )
+    after = evaluated(CHECKPOINT, device)
+    before = None
+    if COMPARE_WITH is not None:
+        before = evaluated(None if COMPARE_WITH == "pretrained" else COMPARE_WITH, device)
+    comparison = compared(before, after) if before else {}
 
-    print(f"{root}: {details['photos']} clean photos of {details['persons']} persons, {details['queries']} queries")
-    print(top1_table({title: details}))
-    print(f"top-1 ({TEMPLATE} template): {100 * top1:.2f} %")
+    for protocol, details in after.details.items():
+        groups = after.measured[protocol][TEMPLATE]
+        print(f"\n{protocol}: {told(details)}; {TEMPLATE} template")
+        print(figures_table(groups))
+        if protocol in comparison:
+            print(f"difference to {before.title}, with 95 % interval (* clear of 0)")
+            print(comparison_table(comparison[protocol]))
+    for line in too_few(after):
+        print(line)
+    details = next(iter(after.details.values()))
+    print(f"\ntop-1 ({TEMPLATE} template, {next(iter(after.details))}): {100 * details['top1'][TEMPLATE]:.2f} %")
 
-    results = RESULTS_DIR / f"{SPLIT}_{title}"
     if not training.is_main():  # of several processes one writes
         return details
-    write_results(results, facts, details)
+    results = RESULTS_DIR / f"{SPLIT}_{after.title}"
+    write_results(results, after, before, comparison)
     if PICTURES:
-        draw_pictures(results, gallery, details, FaceCrop(facts["image_size"], facts["face_crop"]))
-    print(f"figures{' and pictures' if PICTURES else ''}: {results}")
+        write_report(results, draw_pictures(after, before), after, comparison, before)
+    print(f"figures{', pictures and report.html' if PICTURES else ''}: {results}")
     return details
 
 
+def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
+    """Embed gallery and queries, ask and measure by every protocol that has queries.
+
+    Raises ValueError if none has.
+    """
+    model, facts = training.load_model(checkpoint, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
+    title = f"stage{facts['stage']}" if facts["stage"] else "pretrained" if PRETRAINED else "random"
+    root = DATA_DIR / SPLIT
+    if checkpoint is not None:
+        epoch = f"epoch {facts['epoch']}" if facts["epoch"] else "the network as loaded (no epoch was better)"
+        print(f"{checkpoint}: stage {facts['stage']}, {epoch}, chosen on {facts['selected_on']}")
+        if facts["selected_on"] == SPLIT:
+            print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS chooses on persons of train instead")
+    transform = eval_transform(facts["image_size"], facts["face_crop"])
+    facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"])
+    options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
+    model = fast.accelerated(model, BACKEND, facts["image_size"], device)
+    gallery = build_gallery(model, root, transform, device, template=TEMPLATE, made_by=facts["made_by"], **options)
+    if known := set(facts.get("persons", ())) & set(gallery.persons):
+        print(
+            f"  {len(known)} of {len(gallery.persons)} persons in {root} were trained on: not a test of unseen persons"
+        )
+    if len(gallery.persons) == 1:
+        warn_once(f"{root}: the gallery holds one person, whom every query is answered: the figures say nothing")
+    distorted = None
+    if set(PROTOCOLS) != {"clean"}:
+        distorted = embed_queries(model, gallery, root, transform, device, **options)
+
+    queries = {}
+    for protocol in PROTOCOLS:
+        try:
+            queries[protocol] = by_protocol(gallery, distorted, protocol)
+        except ValueError as error:  # nobody has a second photo: said, the other protocols still tell something
+            if len(PROTOCOLS) == 1:
+                raise
+            warn_once(str(error))
+    if "cross" in queries and (unknown := int((queries["cross"].sources < 0).sum())):
+        warn_once(
+            f"{root}: {unknown} of {len(distorted.paths)} queries have no source photo in the gallery by their name, "
+            "<clean photo's name>_<kind>: under 'cross' they ask against all photos"
+        )
+    return Evaluated(
+        title,
+        facts,
+        gallery,
+        queries,
+        {protocol: ask(gallery, of_protocol) for protocol, of_protocol in queries.items()},
+        {protocol: measure(gallery, of_protocol, SEED) for protocol, of_protocol in queries.items()},
+    )
+
+
+def compared(before: Evaluated, after: Evaluated) -> dict[str, dict[str, dict]]:
+    """protocol -> group -> figure -> difference with interval, of the template that counts.
+
+    Raises ValueError if the two were not asked the same photos.
+    """
+    found: dict[str, dict[str, dict]] = {}
+    for protocol, queries in after.queries.items():
+        if before.queries[protocol].paths != queries.paths:
+            raise ValueError(f"{DATA_DIR / SPLIT}: photos were added or removed meanwhile; evaluate again")
+        persons, old, new = queries.person_index(), before.measured[protocol], after.measured[protocol]
+        found[protocol] = {
+            group: metrics.compare(old[TEMPLATE][group], new[TEMPLATE][group], persons[rows], SEED)
+            for group, rows in queries.groups().items()
+        }
+    return found
+
+
+def told(details: dict) -> str:
+    """The sizes behind a protocol's figures."""
+    asking = len(details["per_person"])
+    return (
+        f"{details['photos']} clean photos of {details['persons']} persons, {details['queries']} queries of {asking} "
+        f"persons" + (f", {details['not_enrolled']} of them not enrolled" if details["not_enrolled"] else "")
+    )
+
+
+def too_few(after: Evaluated) -> list[str]:
+    """A line per figure that too few samples forbid, with what it would take."""
+    lines = []
+    for protocol, measured in after.measured.items():
+        everything = measured[TEMPLATE]["all"]
+        for rates, name, pairs, what in (
+            (metrics.FARS, "TAR@FAR", everything.roc.impostor_pairs, "impostor pairs"),
+            (metrics.FPIRS, "DIR@FPIR", everything.roc.genuine_pairs, "strangers' queries"),
+        ):
+            for rate in rates:
+                if pairs * rate < metrics.MIN_ERRORS:
+                    needed = round(metrics.MIN_ERRORS / rate)
+                    lines.append(f"{protocol}: {name}={rate:g} is not reported, {pairs} {what} of {needed} needed")
+    return lines
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
 # What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
-FACTS = ("stage", "epoch", "pretrained", "image_size", "face_crop", "selected_on", "template")
+FACTS = ("stage", "epoch", "pretrained", "image_size", "face_crop", "selected_on", "template", "made_by")
 
 
-def write_results(folder: Path, facts: dict, details: dict) -> None:
-    """top1.json, top1.csv (a row per kind) and queries.csv (a row per query)."""
-    figures = {name: value for name, value in details.items() if name not in ("per_query", "embeddings")}
-    training.write_json(folder / "top1.json", {"split": SPLIT, "model": facts} | figures)
-    rows = [{"kind": kind, "queries": d["queries"], **d["top1"]} for kind, d in details["per_kind"].items()]
-    rows.append({"kind": "all", "queries": details["queries"], **details["top1"]})
-    training.write_csv(folder / "top1.csv", rows)
-    queries = []
-    for query in details["per_query"]:
-        row = {name: query[name] for name in ("path", "kind", "person")}
-        for template in TEMPLATES:
-            row |= {f"{name}_{template}": value for name, value in query[template].items()}
-        queries.append(row)
-    training.write_csv(folder / "queries.csv", queries)
+def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comparison: dict) -> None:
+    """figures.json, figures.csv (a row per protocol, template and group), comparison.csv, queries.csv, persons.csv."""
+    rows, per_query, per_person, protocols = [], [], [], {}
+    for protocol, details in after.details.items():
+        summary = {name: value for name, value in details.items() if name not in ("per_query", "embeddings")}
+        protocols[protocol] = summary | {
+            "figures": {
+                template: {group: of_group.figures for group, of_group in groups.items()}
+                for template, groups in after.measured[protocol].items()
+            },
+            "thresholds": {t: groups["all"].thresholds for t, groups in after.measured[protocol].items()},
+            "cmc": {t: groups["all"].cmc.tolist() for t, groups in after.measured[protocol].items()},
+        }
+        for template, groups in after.measured[protocol].items():
+            for group, of_group in groups.items():
+                row = {"protocol": protocol, "template": template, "kind": group}
+                row["queries"] = len(of_group.values["rank-1"])
+                for name, figure in of_group.figures.items():
+                    row |= {name: figure["value"], f"{name} low": figure["low"], f"{name} high": figure["high"]}
+                rows.append(row)
+        for query in details["per_query"]:
+            row = {"protocol": protocol} | {name: query[name] for name in ("path", "kind", "person")}
+            for template in TEMPLATES:
+                row |= {f"{name}_{template}": value for name, value in query[template].items()}
+            per_query.append(row)
+        for person, figures in details["per_person"].items():
+            top1 = {f"top1_{template}": value for template, value in figures["top1"].items()}
+            per_person.append({"protocol": protocol, "person": person, "queries": figures["queries"]} | top1)
+    facts = {name: value for name, value in after.facts.items() if name in FACTS}
+    content = {"split": SPLIT, "model": facts, "template": TEMPLATE, "protocols": protocols}
+    if before:
+        facts = {name: value for name, value in before.facts.items() if name in FACTS}
+        content |= {"compared_with": facts, "difference": comparison}
+        differences = [
+            {"protocol": protocol, "kind": group, "figure": name, **figure}
+            for protocol, groups in comparison.items()
+            for group, of_group in groups.items()
+            for name, figure in of_group.items()
+        ]
+        training.write_csv(folder / "comparison.csv", differences)
+    training.write_json(folder / "figures.json", content)
+    training.write_csv(folder / "figures.csv", rows)
+    training.write_csv(folder / "queries.csv", per_query)
+    training.write_csv(folder / "persons.csv", per_person)
 
 
-def draw_pictures(folder: Path, gallery: Gallery, details: dict, crop: FaceCrop) -> None:
-    """tsne.png, similarity.png and mistakes.png, from what `evaluate` has already embedded."""
-    shown = gallery.persons[:PLOT_PERSONS]
-    of_query = [shown.index(q["person"]) if q["person"] in shown else -1 for q in details["per_query"]]
-    is_shown = torch.tensor(of_query) >= 0
-    queries, query_labels = details["embeddings"][is_shown], [label for label in of_query if label >= 0]
-    in_gallery = gallery.labels < len(shown)
-    clean, clean_labels = gallery.embeddings[in_gallery], gallery.labels[in_gallery].tolist()
+def draw_pictures(after: Evaluated, before: Evaluated | None) -> dict[str, Figure]:
+    """File name without .png -> picture, from what has already been embedded."""
+    models = [model for model in (before, after) if model]
+    pictures: dict[str, Figure] = {}
+    for protocol, measured in after.measured.items():
+        everything = {model.title: model.measured[protocol][TEMPLATE]["all"] for model in models}
+        pictures[f"cmc_{protocol}"] = plots.cmc({title: of.cmc.tolist() for title, of in everything.items()})
+        curve = measured[TEMPLATE]["all"].roc
+        if curve.impostor_pairs and curve.genuine_pairs:
+            curves = {title: (of.roc.far.tolist(), of.roc.tar.tolist()) for title, of in everything.items()}
+            pictures[f"roc_{protocol}"] = plots.roc(curves, curve.impostor_pairs)
+            point, chosen = chosen_threshold(measured[TEMPLATE]["all"])
+            pictures[f"scores_{protocol}"] = plots.score_histogram(
+                curve.edges.tolist(), curve.genuine_bins.tolist(), curve.impostor_bins.tolist(), chosen, point
+            )
+        groups = [group for group in measured[TEMPLATE] if group != "all" or len(measured[TEMPLATE]) > 2]
+        groups = groups or ["all"]
+        rank1 = {model.title: model.measured[protocol][TEMPLATE] for model in models}
+        bars = {
+            title: [tuple(of[group].figures["rank-1"][part] for part in ("value", "low", "high")) for group in groups]
+            for title, of in rank1.items()
+        }
+        pictures[f"kinds_{protocol}"] = plots.bars(groups, bars)
+    pictures |= embedding_pictures(after.gallery, next(iter(after.queries.values())))
+    details = next(iter(after.details.values()))
+    crop = FaceCrop(after.facts["image_size"], after.facts["face_crop"])
+    pictures["mistakes"] = plots.mistakes_sheet(mistake_rows(after.gallery, details, crop))
+    return pictures
 
-    pictures = {}
-    if len(queries) + len(clean) >= 4:
-        is_query = [False] * len(clean) + [True] * len(queries)
-        embeddings, labels = torch.cat([clean, queries]), clean_labels + query_labels
-        pictures["tsne.png"] = plots.tsne(embeddings, labels, is_query, shown, SEED)
-    if query_labels:
-        templates, _ = gallery.templates("mean")
-        pictures["similarity.png"] = plots.similarity_matrix(queries @ templates[: len(shown)].T, query_labels, shown)
-    pictures["mistakes.png"] = plots.mistakes_sheet(mistake_rows(gallery, details, crop))
-    for name, figure in pictures.items():
-        with training.atomic_file(folder / name) as file:
-            figure.savefig(file, format="png")
+
+def chosen_threshold(measured: metrics.Measured) -> tuple[float, float | None]:
+    """(FAR, cosine) of the lowest false accept rate that there are pairs enough to know, down to 0.001."""
+    for far in (1e-3, 1e-2):
+        if f"TAR@FAR={far:g}" in measured.thresholds:
+            return far, measured.thresholds[f"TAR@FAR={far:g}"]
+    return 1e-2, None
 
 
-def mistake_rows(gallery: Gallery, details: dict, crop: FaceCrop) -> list:
+def embedding_pictures(gallery: Gallery, queries: Queries) -> dict[str, Figure]:
+    """tsne and similarity of the first PLOT_PERSONS persons."""
+    shown = len(gallery.persons[:PLOT_PERSONS])
+    of_query = ((queries.truth >= 0) & (queries.truth < shown)).nonzero()[:, 0]
+    of_gallery = (gallery.labels < shown).nonzero()[:, 0]
+    asking, labels = queries.embeddings[of_query], queries.truth[of_query].tolist()
+    persons, pictures = gallery.persons[:shown], {}
+    if len(of_query) + len(of_gallery) >= 4:
+        is_query = [False] * len(of_gallery) + [True] * len(of_query)
+        embeddings = torch.cat([gallery.embeddings[of_gallery], asking])
+        pictures["tsne"] = plots.tsne(embeddings, gallery.labels[of_gallery].tolist() + labels, is_query, persons, SEED)
+    if labels:
+        templates = gallery.templates("mean")[0][:shown]
+        pictures["similarity"] = plots.similarity_matrix(asking @ templates.T, labels, persons, templates)
+    return pictures
+
+
+def mistake_rows(
+    gallery: Gallery, details: dict, crop: Callable[[Image.Image], Image.Image]
+) -> list[tuple[Sequence[Image.Image], Sequence[str]]]:
     """The most confident wrong answers: cropped images (as the network sees them) and captions."""
     template = details["template"]
     wrong = [q for q in details["per_query"] if q[template]["predicted"] != q["person"]]
@@ -145,6 +343,92 @@ def mistake_rows(gallery: Gallery, details: dict, crop: FaceCrop) -> list:
         captions = (Path(query["path"]).name, query["person"], f"{predicted}  (cosine {score:.2f})")
         rows.append(([crop(load_image(path)) for path in paths], captions))
     return rows
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+ABOUT = {
+    "same": "Every distorted photo asks the gallery of all clean photos, its own source among them. This flatters: "
+    "hair, clothes and background are the same, so it rewards finding a photo again as well as knowing a face.",
+    "cross": "No query is compared with the photo that it was made from, only with its person's other photos. Persons "
+    "with a single photo ask nothing and stay in the gallery to be mistaken for. This is face recognition.",
+    "clean": "Clean photos of persons with several ask, each left out of the gallery while it does: what the network "
+    "knows of undistorted faces, and must not forget.",
+}
+PICTURE_CAPTIONS = {
+    "cmc": "Share of the queries whose person is among the first k answers.",
+    "roc": "Accepting a pair at a cosine: true accepts against false ones, over all pairs.",
+    "scores": "Cosines of genuine and impostor pairs. Where they overlap, no threshold tells them apart.",
+    "kinds": "Rank-1 by kind of distortion, with 95 % intervals.",
+    "tsne": "Embeddings in the plane: crosses (distorted) should lie on the dots (clean) of their colour.",
+    "similarity": "Queries against persons, look-alikes side by side: a bright staircase on a dark ground is good, a "
+    "bright column attracts strangers.",
+    "mistakes": "The most confident wrong answers, as the network sees them.",
+}
+
+
+def write_report(
+    folder: Path, pictures: dict[str, Figure], after: Evaluated, comparison: dict, before: Evaluated | None
+) -> None:
+    """Each picture as <name>.png, and report.html, which holds them all."""
+    png = {name: report.png(figure) for name, figure in pictures.items()}
+    for name, content in png.items():
+        with training.atomic_file(folder / f"{name}.png") as file:
+            file.write(content)
+
+    def shown(names: Sequence[str]) -> list[report.Picture]:
+        captions = {name: PICTURE_CAPTIONS[name.split("_")[0]] for name in names if name in png}
+        return [report.Picture(caption, png[name], caption) for name, caption in captions.items()]
+
+    sections = []
+    for protocol, details in after.details.items():
+        tables = [
+            figures_page(groups, f"{template} template, %") for template, groups in after.measured[protocol].items()
+        ]
+        if protocol in comparison:
+            tables.append(comparison_page(comparison[protocol], f"{TEMPLATE} template: difference to {before.title}"))
+        kinds = ("kinds", "cmc", "roc", "scores")
+        text = f"{ABOUT[protocol]} Here: {told(details)}."
+        sections.append(report.Section(protocol, text, tables, shown([f"{kind}_{protocol}" for kind in kinds])))
+    notes = too_few(after)
+    text = (
+        "A figure's brackets hold its 95 % interval, by resampling persons; where the rate comes with a threshold, the "
+        "threshold is held. A dash: too few samples to say. " + " ".join(f"{line}." for line in notes)
+    )
+    sections.append(report.Section("reading the figures", text, [], []))
+    sections.append(report.Section("embeddings and mistakes", "", [], shown(["tsne", "similarity", "mistakes"])))
+    facts = after.facts
+    size = f"{facts['image_size']} pixels, crop {facts['face_crop']}, model {facts['made_by']['fingerprint']}"
+    page = report.page(f"{after.title} on {SPLIT}", f"{CHECKPOINT or PRETRAINED}: {size}", sections)
+    with training.atomic_file(folder / "report.html") as file:
+        file.write(page.encode())
+
+
+def percent(figure: dict, sign: str = "") -> str | None:
+    """'98.1 [97.0, 99.0]', in %; None without a value."""
+    if figure["value"] is None:
+        return None
+    interval = (
+        f" [{100 * figure['low']:{sign}.1f}, {100 * figure['high']:{sign}.1f}]" if figure["low"] is not None else ""
+    )
+    return f"{100 * figure['value']:{sign}.1f}{interval}"
+
+
+def figures_page(groups: dict[str, metrics.Measured], caption: str) -> report.Table:
+    rows = [
+        [group, len(of_group.values["rank-1"]), *(percent(of_group.figures[name]) for name in metrics.FIGURES)]
+        for group, of_group in groups.items()
+    ]
+    return report.Table(caption, ["kind", "queries", *metrics.FIGURES], rows)
+
+
+def comparison_page(groups: dict[str, dict], caption: str) -> report.Table:
+    names = [name for name in metrics.FIGURES if any(name in of_group for of_group in groups.values())]
+    rows = [
+        [group, *(percent(of_group[name], "+") if name in of_group else None for name in names)]
+        for group, of_group in groups.items()
+    ]
+    return report.Table(caption, ["kind", *names], rows)
 
 
 if __name__ == "__main__":

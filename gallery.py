@@ -336,6 +336,20 @@ def ask(gallery: Gallery, queries: Queries) -> dict:
     }
 
 
+def measure(gallery: Gallery, queries: Queries, seed: int) -> dict[str, dict[str, metrics.Measured]]:
+    """template -> group of `Queries.groups` -> its figures."""
+    groups, persons = queries.groups(), queries.person_index()
+    measured: dict[str, dict[str, metrics.Measured]] = {}
+    for template in TEMPLATES:
+        measured[template] = {}
+        for name, rows in groups.items():
+            inputs = (queries.embeddings[rows], queries.truth[rows], queries.sources[rows])
+            measured[template][name] = metrics.measure(
+                *inputs, gallery.embeddings, gallery.labels, template, persons[rows], seed
+            )
+    return measured
+
+
 def evaluate(
     model: nn.Module,
     gallery: Gallery,
@@ -398,6 +412,50 @@ def top1_table(evaluations: dict[str, dict]) -> str:
     for name, queries, values in rows:
         cells = (f"{100 * value['mean']:.1f}  {100 * value['best']:>5.1f}" for value in values)
         lines.append(f"{name:<{first_width}}{queries:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def figures_table(measured: dict[str, metrics.Measured]) -> str:
+    """Text table in %, a row per group with its number of queries: rank-1 with its 95 % interval, then the others.
+
+    A dash: too few samples for that figure.
+    """
+
+    def cell(figure: dict) -> str:
+        return f"{100 * figure['value']:.1f}" if figure["value"] is not None else "-"
+
+    first_width = max(15, *(len(group) + 2 for group in measured))
+    short = {name: name.replace("@FAR=", "@").replace("@FPIR=", "@") for name in metrics.FIGURES}
+    widths = {name: max(7, len(short[name]) + 2) for name in metrics.FIGURES}
+    header = f"{'%':<{first_width}}{'queries':>8}{'rank-1 [95 % interval]':>24}"
+    lines = [header + "".join(f"{short[name]:>{widths[name]}}" for name in metrics.FIGURES[1:])]
+    for group, of_group in measured.items():
+        rank1 = of_group.figures["rank-1"]
+        interval = f"[{100 * rank1['low']:.1f}, {100 * rank1['high']:.1f}]" if rank1["low"] is not None else ""
+        row = f"{group:<{first_width}}{len(of_group.values['rank-1']):>8}{cell(rank1):>8} {interval:>15}"
+        lines.append(row + "".join(f"{cell(of_group.figures[n]):>{widths[n]}}" for n in metrics.FIGURES[1:]))
+    return "\n".join(lines)
+
+
+def comparison_table(differences: dict[str, dict[str, dict]]) -> str:
+    """Text table in points: group -> figure -> {value, low, high} of `metrics.compare`; a star where 0 is outside."""
+    names = ("rank-1", "mAP", "TAR@FAR=0.001", "DIR@FPIR=0.01")
+    first_width = max(15, *(len(group) + 2 for group in differences))
+    lines = [f"{'points':<{first_width}}" + "".join(f"{name:>26}" for name in names)]
+    for group, of_group in differences.items():
+        cells = []
+        for name in names:
+            found = of_group.get(name)
+            if found is None:
+                cells.append("-")
+            elif found["low"] is None:
+                cells.append(f"{100 * found['value']:+.1f}")
+            else:
+                star = "*" if found["low"] > 0 or found["high"] < 0 else " "
+                cells.append(
+                    f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]{star}"
+                )
+        lines.append(f"{group:<{first_width}}" + "".join(f"{cell:>26}" for cell in cells))
     return "\n".join(lines)
 
 

@@ -348,6 +348,24 @@ def load_facenet(path: Path | str, device: torch.device | str, freeze_until: str
     return model.to(device, memory_format=torch.channels_last), saved
 
 
+def load_model(
+    checkpoint: Path | str | None,
+    pretrained: str | Path | None,
+    image_size: int,
+    face_crop: float,
+    device: torch.device | str,
+) -> tuple[FaceNet, dict]:
+    """The model of a checkpoint, or with None the `pretrained` network as it is, and what is known of it.
+
+    The facts hold stage (0: pretrained), image_size, face_crop, pretrained and, of a checkpoint, all else it knows.
+    """
+    if checkpoint is not None:
+        return load_facenet(checkpoint, device)
+    torch.manual_seed(0)  # for pretrained None: the same random network each time
+    model = FaceNet(pretrained, dropout=0).to(device, memory_format=torch.channels_last)
+    return model, {"stage": 0, "pretrained": str(pretrained), "image_size": image_size, "face_crop": face_crop}
+
+
 class Journal:
     """What a run writes for people: steps.csv, log.csv, TensorBoard events and curves.png, all in `run_dir`."""
 
