@@ -8,6 +8,7 @@ each gallery row, every person with at least one; truth (Q,) int64, the query's 
 (Q,) int64, the gallery row that the query must not be compared with (its own source photo), -1 for none.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -141,10 +142,11 @@ def average_precision(queries: Tensor, truth: Tensor, sources: Tensor, gallery: 
     """(Q,): each query's average precision over the gallery's photos, its person's photos being the relevant ones.
 
     mean over relevant photos of (relevant among the first r) / r, r the photo's place; 0 if no photo is relevant.
-    Their mean over queries is the mAP. The source is no part of the list. Equal cosines keep the gallery's order.
+    Their mean over queries is the mAP. The source is no part of the list. Cosines within TIE of the next in line are
+    equal and keep the gallery's order.
     """
     found = []
-    rows = max(1, BLOCK_SCORES // (4 * len(gallery)))  # sorted values, their indices and two masks beside
+    rows = max(1, BLOCK_SCORES // (8 * len(gallery)))  # the sorting holds several times as much
     for start in range(0, len(queries), rows):
         block = slice(start, start + rows)
         cosine = queries[block] @ gallery.T
@@ -152,7 +154,11 @@ def average_precision(queries: Tensor, truth: Tensor, sources: Tensor, gallery: 
         with_source = (sources[block] >= 0).nonzero()[:, 0]
         cosine[with_source, sources[block][with_source]] = -torch.inf  # last place
         relevant[with_source, sources[block][with_source]] = False
-        hits = relevant.gather(1, cosine.argsort(dim=1, descending=True, stable=True))
+        falling, order = cosine.sort(dim=1, descending=True)
+        group = torch.zeros_like(order)
+        group[:, 1:] = (falling[:, :-1] > falling[:, 1:] + TIE).cumsum(1)
+        of_row = torch.empty_like(order).scatter_(1, order, group)  # in the gallery's order again
+        hits = relevant.gather(1, of_row.argsort(dim=1, stable=True))
         precision = hits.cumsum(1).double() / torch.arange(1, len(gallery) + 1)
         found.append((precision * hits).sum(1) / hits.sum(1).clamp(min=1))
     return torch.cat(found)
@@ -169,7 +175,7 @@ def macro_f1(predicted: Tensor, truth: Tensor) -> float:
         return torch.bincount(torch.searchsorted(persons, of), minlength=len(persons))
 
     right, pairs = count(predicted[predicted == truth]), count(truth) + count(predicted)
-    return (2 * right / pairs).double().mean().item()
+    return (2 * right.double() / pairs).mean().item()
 
 
 # --- verification: is it the same person? -----------------------------------------------------------------------------
@@ -179,12 +185,15 @@ def macro_f1(predicted: Tensor, truth: Tensor) -> float:
 class Roc:
     """Accepting at score >= threshold, at every threshold where the true accept rate changes: the genuine scores.
 
-    thresholds: (T,) falling; far, tar: (T,) float64 rising, shares of impostor and of genuine pairs accepted.
+    thresholds: (T,) falling; far, tar: (T,) float64 rising, shares of impostor and of genuine pairs accepted. Genuine
+    scores within TIE above a threshold share it, and an impostor within TIE below reaches it: rounding decides nothing.
+    far_above: (T,), share of the impostors above by more than TIE, those who are accepted whatever becomes of ties.
     genuine_pairs, impostor_pairs: how many there are. edges (BINS + 1,), genuine_bins, impostor_bins (BINS,): counts.
     """
 
     thresholds: Tensor
     far: Tensor
+    far_above: Tensor
     tar: Tensor
     genuine_pairs: int
     impostor_pairs: int
@@ -204,14 +213,20 @@ class Roc:
         return (self.tar[within - 1].item(), self.thresholds[within - 1].item()) if within else (0.0, torch.inf)
 
     def eer(self) -> float | None:
-        """Equal error rate: the least, over thresholds, of the larger of false accept and false reject rate.
+        """Equal error rate: false accept rate where it equals the false reject rate, on the curve of all thresholds.
 
-        Both are steps and need not meet; this is the rate that some threshold keeps both at or below.
-        None if there are fewer than MIN_ERRORS genuine or impostor pairs.
+        The curve is a staircase; at tied scores a slope, as half of the ties may be accepted. So an embedder to which
+        all faces are equal has 0.5. None if there are fewer than MIN_ERRORS genuine or impostor pairs.
         """
         if min(self.genuine_pairs, self.impostor_pairs) < MIN_ERRORS:
             return None
-        return torch.maximum(self.far, 1 - self.tar).min().clamp(max=1).item()
+        i = int((self.far + self.tar >= 1).int().argmax())  # first step past the crossing; the last has TAR 1
+        tar_before = self.tar[i - 1].item() if i else 0.0
+        before, after = self.far_above[i].item() + tar_before - 1, (self.far[i] + self.tar[i]).item() - 1
+        if before >= 0:  # crossed on the level stretch before this step
+            return 1 - tar_before
+        along = -before / (after - before)
+        return self.far_above[i].item() + along * (self.far[i] - self.far_above[i]).item()
 
 
 def roc(queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str) -> Roc:
@@ -223,23 +238,26 @@ def roc(queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels
     genuine = torch.empty(len(queries))
     for block, scores in person_scores(*inputs):
         genuine[block] = scores.gather(1, truth[block].clamp(min=0)[:, None])[:, 0]
-    genuine = genuine[truth >= 0]
-    rising = genuine.unique()
-    reached = torch.zeros(len(rising) + 1, dtype=torch.int64)  # impostors that reach exactly the first i thresholds
+    genuine = genuine[truth >= 0]  # (genuine pairs,)
+    rising = _spaced(genuine)
+    # Impostors that reach, or are above, exactly the first i thresholds.
+    reached, above = torch.zeros(2, len(rising) + 1, dtype=torch.int64)
     impostor_bins, pairs = torch.zeros(BINS, dtype=torch.int64), 0
     for block, scores in person_scores(*inputs):
         impostor = torch.ones_like(scores, dtype=torch.bool)
         own = truth[block]
         impostor[(own >= 0).nonzero()[:, 0], own[own >= 0]] = False
         of_block = scores[impostor]
-        reached += torch.bincount(torch.searchsorted(rising, of_block, right=True), minlength=len(reached))
+        reached += torch.bincount(torch.searchsorted(rising - TIE, of_block, right=True), minlength=len(reached))
+        above += torch.bincount(torch.searchsorted(rising + TIE, of_block), minlength=len(above))
         impostor_bins += _bins(of_block)
         pairs += len(of_block)
-    at_least = reached[1:].flip(0).cumsum(0)  # of the thresholds, falling
+    at_least, more = reached[1:].flip(0).cumsum(0), above[1:].flip(0).cumsum(0)  # of the thresholds, falling
     refused = torch.searchsorted(genuine.sort().values, rising.flip(0))
     return Roc(
         thresholds=rising.flip(0),
         far=at_least.double() / max(pairs, 1),
+        far_above=more.double() / max(pairs, 1),
         tar=(len(genuine) - refused).double() / max(len(genuine), 1),
         genuine_pairs=len(genuine),
         impostor_pairs=pairs,
@@ -247,6 +265,16 @@ def roc(queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels
         genuine_bins=_bins(genuine),
         impostor_bins=impostor_bins,
     )
+
+
+def _spaced(scores: Tensor) -> Tensor:
+    """Rising scores, each more than TIE above the one before, the others left out in favour of one just below them."""
+    kept, last = [], -math.inf
+    for score in scores.unique().tolist():
+        if score > last + TIE or not kept:
+            kept.append(score)
+            last = score
+    return torch.tensor(kept)
 
 
 def _bins(scores: Tensor) -> Tensor:
@@ -331,7 +359,8 @@ def bootstrap(
     row (paired). None with fewer than MIN_PERSONS persons.
 
     bounded: a share that is 0 or 1 for every person has no spread to resample: the exact binomial bound over persons
-    (Clopper & Pearson 1934) then takes the place of an interval of no width. A column without a value is NaN.
+    (Clopper & Pearson 1934) then takes the place of an interval of no width; where all persons agree on another share,
+    there is none (NaN), as in a column without a value.
     """
     _, index = persons.unique(return_inverse=True)
     count = int(index.max()) + 1 if len(index) else 0
@@ -352,8 +381,10 @@ def bootstrap(
     bound = 0.025 ** (1 / units.clamp(min=1).double())  # of a share of 1: what as many successes still allow
     exact = ((values == 0) | (values == 1) | values.isnan()).all(0)
     exact &= bounded
-    interval[0] = torch.where(exact & (sums == sizes).all(0), bound, interval[0])
-    interval[1] = torch.where(exact & (sums == 0).all(0), 1 - bound, interval[1])
+    low = torch.where(exact & (sums == sizes).all(0), bound, interval[0])
+    high = torch.where(exact & (sums == 0).all(0), 1 - bound, interval[1])
+    interval = torch.stack([low, high])
+    interval[:, (low == high) & bounded] = torch.nan
     return torch.where(units > 0, interval, torch.nan)
 
 
@@ -399,7 +430,8 @@ def measure(
     """
     inputs = (queries, truth, sources, gallery, labels, template)
     found, curve = ranking(*inputs), roc(*inputs)
-    values = {f"rank-{k}": (found.rank <= k).double() for k in RANKS}
+    enrolled = truth >= 0  # in a small gallery P + 1, the rank of nobody, may be among the first 10
+    values = {f"rank-{k}": (enrolled & (found.rank <= k)).double() for k in RANKS}
     values["mAP"] = average_precision(queries, truth, sources, gallery, labels)
     thresholds, missing = {}, []
     nothing = torch.full((len(queries),), torch.nan, dtype=torch.double)
@@ -409,7 +441,7 @@ def measure(
             missing.append(name)
             continue
         thresholds[name] = point[1]
-        values[name] = torch.where(truth >= 0, (found.genuine >= point[1]).double(), torch.nan)
+        values[name] = torch.where(enrolled, (found.genuine >= point[1]).double(), torch.nan)
     opened = open_set(*inputs, seed) if int(labels.max()) else None
     for fpir in FPIRS:
         name, point = f"DIR@FPIR={fpir:g}", opened.at_fpir(fpir) if opened else None
@@ -418,12 +450,11 @@ def measure(
             continue
         thresholds[name] = point[1]
         values[name] = nothing.clone()
-        values[name][truth >= 0] = (opened.right & (opened.score >= point[1])).double()
+        values[name][enrolled] = (opened.right & (opened.score >= point[1])).double()
     interval = bootstrap(torch.stack(list(values.values()), 1), persons, seed)
     figures: dict[str, dict[str, float | None]] = {}
     for column, (name, value) in enumerate(values.items()):
-        low, high = interval[:, column].tolist() if interval is not None else (None, None)
-        figures[name] = {"value": value.nanmean().item(), "low": low, "high": high}
+        figures[name] = {"value": value.nanmean().item()} | _ends(interval, column)
     for name, value in (("macro F1", macro_f1(found.predicted, truth)), ("EER", curve.eer())):
         figures[name] = {"value": value, "low": None, "high": None}
     figures |= {name: {"value": None, "low": None, "high": None} for name in missing}
@@ -455,6 +486,10 @@ def compare(before: Measured, after: Measured, persons: Tensor, seed: int) -> di
     interval = bootstrap(difference, persons, seed, bounded=False)
     found = {}
     for column, name in enumerate(names):
-        low, high = interval[:, column].tolist() if interval is not None else (None, None)
-        found[name] = {"value": difference[:, column].nanmean().item(), "low": low, "high": high}
+        found[name] = {"value": difference[:, column].nanmean().item()} | _ends(interval, column)
     return found
+
+
+def _ends(interval: Tensor | None, column: int) -> dict[str, float | None]:
+    low, high = interval[:, column].tolist() if interval is not None else (math.nan, math.nan)
+    return {"low": None, "high": None} if math.isnan(low) else {"low": low, "high": high}
