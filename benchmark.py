@@ -1,13 +1,15 @@
-"""How fast this machine trains and embeds: stage 1 as it is against a plain loop, and against what the machine can do.
+"""How fast this machine trains and embeds: stage 1 and each backend against plain loops, and against the machine.
 
     python benchmark.py
 
-Prints images/s, the ratios, the share of time spent waiting for data, peak memory, the machine's rate of float32 matrix
-products (GEMM) and which fraction of it is reached. Needs no data and no weights: speed does not depend on them.
+Prints images/s, their ratio to those of the row named at the end, the share of time spent waiting for data, peak
+memory, the machine's rate of float32 matrix products (GEMM) and which fraction of it is reached. Needs no data and no
+weights: speed does not depend on them.
 """
 
 import concurrent.futures
 import csv
+import importlib.util
 import multiprocessing
 import resource
 import statistics
@@ -21,13 +23,15 @@ import torch
 import torch.nn.functional as F
 from facenet_pytorch import InceptionResnetV1
 from PIL import Image
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_stage1
 import training
-from datasets import eval_transform
+from datasets import eval_transform, load_image
 from demo import set_constants
-from gallery import embed
+from fast import INPUT, accelerated, to_onnx
+from gallery import embed, nearest
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
 
@@ -38,43 +42,70 @@ ROUNDS = 2  # the kinds take turns, so that a busy spell hits all of them, >= 1
 FREEZE_UNTIL = "mixed_6a"  # of the frozen case, see models.BLOCKS
 PERSONS = 32  # synthetic, for the head and the files, >= 4
 GEMM_SIZE = 2048  # rows and columns of the matrices multiplied
+COMPILED = True  # False: without torch.compile, which takes a minute before its first batch
+FAST_BACKEND = "onnxruntime"  # of the rows from files and of the search: "fused" or "compiled" on a GPU
+NUM_WORKERS = (0, 2)  # of gallery.embed's rows from files, each 0..CPU cores
+PHOTOS = 256  # embedded from files in those rows, BATCH_SIZE..(STEPS + 1) x BATCH_SIZE
+GALLERY_PERSONS = 1000  # enrolled in the rows that search, >= 1
 
 
 def main() -> dict[str, dict]:
     """Measure, print the table; returns the figures of each case."""
-    kinds = {
-        "plain training loop": (plain_training, ()),
-        "stage 1": (stage1, (None,)),
-        f"stage 1, frozen up to {FREEZE_UNTIL}": (stage1, (FREEZE_UNTIL,)),
-        "plain embedding": (plain_embedding, ()),
-        "gallery.embed": (our_embedding, ()),
-    }
+    kinds = cases()
+    absent = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
+    skipped = [name for name in kinds if absent and "onnxruntime" in name]
+    kinds = {name: case for name, case in kinds.items() if name not in skipped}
     rates = [in_own_process(gemm_rate)]
     found: dict[str, list[dict]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder) / "Task_B")
         for _ in range(ROUNDS):
-            for name, (measure, arguments) in kinds.items():
+            for name, (measure, arguments, _) in kinds.items():
                 found[name].append(in_own_process(measure, Path(folder) / "Task_B", settings(), *arguments))
             rates.append(in_own_process(gemm_rate))
     gemm = max(rates)  # what the machine can do, a busy spell apart
     print(f"{torch.__version__}, {device_name()}, float32 GEMM {gemm / 1e9:.0f} GFLOP/s")
     print(f"batch {BATCH_SIZE}, {IMAGE_SIZE} pixels, median of {ROUNDS} x {STEPS} steps\n")
-    print(f"{'':<34}{'images/s':>9}{'ratio':>8}{'loading':>9}{'peak MiB':>10}{'of GEMM':>9}")
+    print(f"{'':<40}{'images/s':>9}{'ratio':>8}{'loading':>9}{'peak MiB':>10}{'of GEMM':>9}  ratio to")
     results = {}
     for name, rounds in found.items():
         speed = statistics.median([value for of_round in rounds for value in of_round["images_per_second"]])
         loading = statistics.median([of_round["loading"] for of_round in rounds])
         peak = max(of_round["peak"] for of_round in rounds)
-        base = "plain embedding" if "embed" in name else "plain training loop"
         results[name] = {"images_per_second": speed, "loading": loading, "peak": peak}
+        base = kinds[name][2]
         results[name] |= {
             "ratio": speed / results[base]["images_per_second"],
             "gemm": rounds[0]["flops"] * speed / gemm,
         }
         ratio, reached = results[name]["ratio"], results[name]["gemm"]
-        print(f"{name:<34}{speed:>9.1f}{ratio:>8.2f}{loading:>9.1%}{peak / 2**20:>10.0f}{reached:>9.0%}")
+        print(f"{name:<40}{speed:>9.1f}{ratio:>8.2f}{loading:>9.1%}{peak / 2**20:>10.0f}{reached:>9.0%}  {base}")
+    for name in skipped:
+        print(f"{name:<40}left out, not installed: {', '.join(absent)}; pip install onnx onnxruntime")
     return results
+
+
+def cases() -> dict[str, tuple]:
+    """Row -> (what measures it, its arguments, the row that its ratio divides by), that row first."""
+    train, memory, search = "plain training loop", "plain embedding", "plain search, image by image"
+    rows = {
+        train: (plain_training, (), train),
+        "stage 1": (stage1, (None,), train),
+        f"stage 1, frozen up to {FREEZE_UNTIL}": (stage1, (FREEZE_UNTIL,), train),
+        memory: (plain_embedding, (), memory),
+        "embedding, fused": (our_embedding, ("fused",), memory),
+    }
+    if COMPILED:
+        rows["embedding, compiled"] = (our_embedding, ("compiled",), memory)
+    rows["onnxruntime's own session"] = (session_embedding, (), memory)
+    rows["embedding, onnxruntime"] = (our_embedding, ("onnxruntime",), memory)
+    for backend in dict.fromkeys(("torch", FAST_BACKEND)):
+        for workers in NUM_WORKERS:
+            name = f"gallery.embed, {backend}, {workers} workers"
+            rows[name] = (file_embedding, (backend, workers, PHOTOS), memory)
+    rows[search] = (plain_search, (GALLERY_PERSONS,), search)
+    rows[f"our search, {FAST_BACKEND}"] = (our_search, (FAST_BACKEND, GALLERY_PERSONS), search)
+    return rows
 
 
 def settings() -> dict:
@@ -145,22 +176,82 @@ def plain_embedding(data_dir: Path, s: dict) -> dict:
     return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=False))
 
 
-def our_embedding(data_dir: Path, s: dict) -> dict:
-    """gallery.embed, files and all."""
+@torch.inference_mode()
+def our_embedding(data_dir: Path, s: dict, backend: str) -> dict:
+    """What gallery.embed does to a batch, of images that already lie in memory."""
     device = training.pick_device()
-    model = FaceNet(None, 0.0).to(device, memory_format=torch.channels_last)
-    photos = sorted((data_dir / "train").glob("*/clean/*.jpg"))
+    model = accelerated(facenet(device), backend, s["image_size"], device)
+    images = torch.randn(s["batch_size"], 3, s["image_size"], s["image_size"])
+
+    def step() -> Tensor:
+        return F.normalize(model(images.to(device, memory_format=torch.channels_last)).float()).cpu()
+
+    seconds = [timed(step, device) for _ in range(s["steps"] + 1)][1:]
+    return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=False))
+
+
+def session_embedding(data_dir: Path, s: dict) -> dict:
+    """onnxruntime as its users write it: the file of export_onnx.py, a session by default, a NumPy batch."""
+    import onnxruntime
+
+    device = torch.device("cpu")
+    content = to_onnx(facenet(device), s["image_size"], {})
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(0).normal(size=(s["batch_size"], 3, s["image_size"], s["image_size"]))
+    images = images.astype(np.float32)
+    seconds = [timed(lambda: session.run(None, {INPUT: images}), device) for _ in range(s["steps"] + 1)][1:]
+    return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=False))
+
+
+def file_embedding(data_dir: Path, s: dict, backend: str, num_workers: int, photos: int) -> dict:
+    """gallery.embed, files and all, with the start of its loading processes."""
+    device = training.pick_device()
+    model = accelerated(facenet(device), backend, s["image_size"], device)
+    paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[:photos]
     transform = eval_transform(s["image_size"], 0.52)
+    options = {"batch_size": s["batch_size"], "num_workers": num_workers}
+    embed(model, paths[: s["batch_size"]], transform, device, batch_size=s["batch_size"])
+    seconds = timed(lambda: embed(model, paths, transform, device, **options), device)
+    return figures([len(paths) / seconds], 0.0, device, flops(s["image_size"], None, training=False))
 
-    def embed_photos() -> None:
-        embed(model, photos, transform, device, batch_size=s["batch_size"], num_workers=train_stage1.NUM_WORKERS)
 
-    embed(model, photos[: s["batch_size"]], transform, device, batch_size=s["batch_size"])
-    seconds = timed(embed_photos, device)
-    return figures([len(photos) / seconds], 0.0, device, flops(s["image_size"], None, training=False))
+@torch.inference_mode()
+def plain_search(data_dir: Path, s: dict, persons: int) -> dict:
+    """A photo at a time, and a call of cosine_similarity for each person enrolled."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = InceptionResnetV1(pretrained=None).to(device).eval()
+    paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: s["batch_size"]]
+    transform, gallery = eval_transform(s["image_size"], 0.52), torch.randn(persons, EMBEDDING_DIM, device=device)
+
+    def search(path: Path) -> int:
+        embedding = model(transform(load_image(path))[None].to(device))
+        scores = [F.cosine_similarity(embedding, person[None]).item() for person in gallery]
+        return max(range(persons), key=scores.__getitem__)
+
+    search(paths[0])
+    seconds = timed(lambda: [search(path) for path in paths], device)
+    return figures([len(paths) / seconds], 0.0, device, flops(s["image_size"], None, training=False))
+
+
+def our_search(data_dir: Path, s: dict, backend: str, persons: int) -> dict:
+    """gallery.embed in batches, then one product with the whole gallery."""
+    device = training.pick_device()
+    model = accelerated(facenet(device), backend, s["image_size"], device)
+    paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: s["batch_size"]]
+    transform, gallery = eval_transform(s["image_size"], 0.52), F.normalize(torch.randn(persons, EMBEDDING_DIM))
+
+    def search() -> None:
+        nearest(embed(model, paths, transform, device, batch_size=s["batch_size"]), gallery)
+
+    search()
+    return figures([len(paths) / timed(search, device)], 0.0, device, flops(s["image_size"], None, training=False))
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def facenet(device: torch.device) -> FaceNet:
+    return FaceNet(None, 0.0).to(device, memory_format=torch.channels_last).eval()
 
 
 def timed(work, device: torch.device) -> float:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import metrics
+import search
 from datasets import (
     Person,
     PhotoList,
@@ -24,7 +25,7 @@ from datasets import (
     source_photo,
     warn_once,
 )
-from metrics import BLOCK_SCORES, TEMPLATES, TIE, check_template
+from metrics import TEMPLATES, TIE, check_template
 from models import fingerprint, why_unreadable
 from training import atomic_file
 
@@ -59,27 +60,6 @@ class Gallery:
         if template == "best":
             return self.embeddings, self.labels
         return metrics.mean_templates(self.embeddings, self.labels), torch.arange(len(self.persons))
-
-
-def nearest(queries: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
-    """For each query the row of highest cosine in the gallery, and that cosine.
-
-    Shapes: (Q, D), (G, D), rows of norm 1 -> (Q,) int64, (Q,) float32. A tie (cosines within TIE) goes to the lower
-    gallery index.
-    At most BLOCK_SCORES cosines are held at a time.
-    Raises ValueError if there is no query or no gallery row.
-    """
-    if len(queries) == 0 or len(gallery) == 0:
-        raise ValueError(f"retrieval needs queries and a gallery, got {len(queries)} and {len(gallery)} rows")
-    rows = max(1, BLOCK_SCORES // len(gallery))
-    index = []
-    for block in queries.split(rows):
-        cosine = block @ gallery.T  # (B, G)
-        # Equal rows differ by rounding, with their place in the product: argmax() of the cosines would pick by chance.
-        tied = cosine >= cosine.amax(1, keepdim=True) - TIE
-        index.append(tied.to(torch.uint8).argmax(1))  # argmax() gives the first of equals
-    index = torch.cat(index)
-    return index, (queries * gallery[index]).sum(1)
 
 
 @torch.inference_mode()
@@ -488,8 +468,8 @@ def enroll(
     rows = torch.cat([gallery.embeddings, embeddings])
     names = [gallery.persons[label] for label in gallery.labels.tolist()]
     if names and len(embeddings):
-        twin, cosine = nearest(embeddings, gallery.embeddings)
-        for path, name, row, score in zip(paths, persons, twin.tolist(), cosine.tolist(), strict=True):
+        twin, cosine = search.nearest(embeddings, gallery.embeddings)
+        for path, name, row, score in zip(paths, persons, twin[:, 0].tolist(), cosine[:, 0].tolist(), strict=True):
             if score > 1 - TIE and names[row] != name:
                 warn_once(f"{path}: enrolled as {name}, and the same photo as {names[row]}; one name is wrong")
     kept, all_paths = list(range(len(names))), list(gallery.paths)  # rows, and the photos of all rows
@@ -567,12 +547,11 @@ def identify(gallery: Gallery, embeddings: Tensor) -> list[tuple[str | None, flo
     """For each of `embeddings` (N, D), rows of norm 1: the person, or None below the gallery's threshold; the cosine;
     and whom it resembles most, named or not. By the gallery's template; a tie goes to the name that sorts first."""
     rows, labels = gallery.templates(gallery.template)
-    index, cosine = nearest(embeddings, rows)
+    index, cosine = search.build_index(rows, "auto").search(embeddings, 1)
     lowest = gallery.threshold["cosine"] if gallery.threshold else -math.inf
-    names = [gallery.persons[label] for label in labels[index].tolist()]
-    return [
-        (name if score >= lowest else None, score, name) for name, score in zip(names, cosine.tolist(), strict=True)
-    ]
+    names = [gallery.persons[label] for label in labels[index[:, 0]].tolist()]
+    scores = cosine[:, 0].tolist()
+    return [(name if score >= lowest else None, score, name) for name, score in zip(names, scores, strict=True)]
 
 
 def save_gallery(path: Path, gallery: Gallery) -> None:

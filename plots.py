@@ -36,7 +36,7 @@ def cmc(curves: dict[str, Sequence[float]]) -> Figure:
     """
     if not curves or not all(len(rates) for rates in curves.values()):
         raise ValueError(f"cmc: no rates to draw in {list(curves)}, expected one or more per title")
-    figure, axes = _one_plot()
+    figure, axes = _one_plot(len(curves))
     for look, (title, rates) in zip(_looks(), curves.items(), strict=False):
         percent = 100 * np.asarray(rates, float)
         label = f"{_plain(title)} (rank 1: {percent[0]:.1f} %)"
@@ -65,7 +65,7 @@ def roc(curves: dict[str, tuple[Sequence[float], Sequence[float]]], pairs: int) 
     resolved = min(RESOLVED_PAIRS / pairs, 1)
     marked = [rate for rate in MARKED_FAR if rate >= resolved]
     told = [rate for rate in (1e-3, 1e-2) if rate >= resolved][:1]
-    figure, axes = _one_plot()
+    figure, axes = _one_plot(len(curves))
     drawn = []
     for look, (title, (far, tar)) in zip(_looks(), curves.items(), strict=False):
         far, percent = np.asarray(far, float), 100 * np.asarray(tar, float)
@@ -106,7 +106,7 @@ def score_histogram(
     if counts.shape != (2, len(edges) - 1):
         sizes = f"{len(edges)} edges, {len(genuine)} genuine and {len(impostor)} impostor bins"
         raise ValueError(f"score_histogram: expected N + 1 edges of N bins, got {sizes}")
-    figure, axes = _one_plot()
+    figure, axes = _one_plot(3)
     percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)  # (2, N)
     styles = (("genuine", COLOURS[0], "-", None), ("impostor", COLOURS[1], "--", "////"))
     for (name, colour, line, hatch), heights, count in zip(styles, percent, counts.sum(1), strict=True):
@@ -127,11 +127,13 @@ def score_histogram(
     return figure
 
 
-def bars(kinds: Sequence[str], evaluations: dict[str, Sequence[tuple[float, float | None, float | None]]]) -> Figure:
+def bars(
+    kinds: Sequence[str], evaluations: dict[str, Sequence[tuple[float | None, float | None, float | None]]]
+) -> Figure:
     """A group of bars per kind, in it one per evaluation, from top to bottom in the order given.
 
     evaluations: title -> (rate, low, high) per kind, each 0..1; low and high: the ends of the 95 % interval, or None.
-    A rate of NaN shows as a dash. Raises ValueError for no kind, no evaluation or one of another length.
+    A rate of None or NaN shows as a dash. Raises ValueError for no kind, no evaluation or one of another length.
     """
     lengths = {title: len(rates) for title, rates in evaluations.items()}
     if not kinds or set(lengths.values()) != {len(kinds)}:
@@ -144,12 +146,12 @@ def bars(kinds: Sequence[str], evaluations: dict[str, Sequence[tuple[float, floa
     for number, (title, rates) in enumerate(evaluations.items()):
         colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number % len(HATCHES)]
         places = np.arange(len(kinds)) + (number + 0.5) * height - 0.4
-        values = 100 * np.array([rate for rate, _, _ in rates])
+        values = 100 * np.array([rate for rate, _, _ in rates], float)
         style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5, "label": _plain(title)}
         axes.barh(places, values, height, **style)
         for place, value, (_, low, high) in zip(places, values, rates, strict=True):
             end = value
-            if low is not None and high is not None:
+            if low is not None and high is not None and np.isfinite(value):
                 # Rounding may put a bound of 0 or 1 a hair beyond the rate, and a negative length is an error.
                 lengths = [[max(value - 100 * low, 0)], [max(100 * high - value, 0)]]
                 axes.errorbar(value, place, xerr=lengths, color="black", linewidth=1, capsize=2)
@@ -304,8 +306,8 @@ def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
     return figure
 
 
-def _one_plot() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.8), layout="constrained", dpi=DPI)
+def _one_plot(legend_rows: int) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.2 + 0.22 * legend_rows), layout="constrained", dpi=DPI)
     return figure, figure.subplots()
 
 
@@ -340,7 +342,7 @@ def _fit_percent(axes: Axes, values: Sequence[np.ndarray]) -> None:
     high = np.nanmax(values)
     low = max(min(np.nanmin(values), high - 1), 0)  # a narrower range would blow up noise
     span = max(high - low, 1)
-    axes.set_ylim(low - 0.08 * span, min(low + 1.08 * span, 100 + 0.04 * span))  # no tick above 100
+    axes.set_ylim(low - 0.08 * span, low + 1.08 * span)  # less than a tick beyond the ends: none above 100
     axes.grid(alpha=0.35)
 
 

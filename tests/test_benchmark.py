@@ -57,23 +57,87 @@ def test_the_machines_rate_of_matrix_products_is_plausible(monkeypatch):
     assert 1e8 < benchmark.gemm_rate() < 1e16
 
 
-def test_the_table_gives_medians_their_ratios_and_the_share_of_the_gemm_rate(monkeypatch, capsys):
-    speeds = {benchmark.plain_training: [9.0, 10.0, 50.0], benchmark.plain_embedding: [20.0]}
+@pytest.fixture
+def pretended(monkeypatch):
+    """Speeds out of nowhere instead of measured ones."""
+    speeds = {
+        benchmark.plain_training: [9.0, 10.0, 50.0],
+        benchmark.stage1: [15.0],
+        benchmark.plain_embedding: [20.0],
+        benchmark.our_embedding: [30.0],
+        benchmark.session_embedding: [50.0],
+        benchmark.file_embedding: [25.0],
+        benchmark.plain_search: [2.0],
+        benchmark.our_search: [40.0],
+    }
 
-    def pretended(measure, *arguments):
+    def measured(measure, *arguments):
         if measure is benchmark.gemm_rate:
             return 1e12
-        ours = {benchmark.stage1: [40.0 if arguments[-1:] == ("mixed_6a",) else 15.0], benchmark.our_embedding: [30.0]}
-        speed = (speeds | ours)[measure]
+        speed = [40.0] if arguments[-1:] == ("mixed_6a",) else speeds[measure]
         return {"images_per_second": speed, "loading": 0.02, "peak": 3 * 2**20, "flops": 5e9}
 
-    monkeypatch.setattr(benchmark, "in_own_process", pretended)
+    monkeypatch.setattr(benchmark, "in_own_process", measured)
     monkeypatch.setattr(benchmark, "write_photos", lambda folder: None)
+    monkeypatch.setattr(benchmark, "NUM_WORKERS", (0, 2))
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: object())
+
+
+def test_the_table_gives_medians_the_ratios_to_the_row_it_names_and_the_share_of_the_gemm_rate(pretended, capsys):
     results = benchmark.main()
-    assert [r["ratio"] for r in results.values()] == [1.0, 1.5, 4.0, 1.0, 1.5]
+    ratios = {name: figures["ratio"] for name, figures in results.items()}
+    assert ratios == {
+        **{"plain training loop": 1.0, "stage 1": 1.5, "stage 1, frozen up to mixed_6a": 4.0},
+        **{"plain embedding": 1.0, "embedding, fused": 1.5, "embedding, compiled": 1.5},
+        **{"onnxruntime's own session": 2.5, "embedding, onnxruntime": 1.5},
+        **{"gallery.embed, torch, 0 workers": 1.25, "gallery.embed, torch, 2 workers": 1.25},
+        **{"gallery.embed, onnxruntime, 0 workers": 1.25, "gallery.embed, onnxruntime, 2 workers": 1.25},
+        **{"plain search, image by image": 1.0, "our search, onnxruntime": 20.0},
+    }
     assert results["stage 1"]["gemm"] == pytest.approx(15 * 5e9 / 1e12)
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("stage 1, frozen"))
-    assert line.split()[-5:] == ["40.0", "4.00", "2.0%", "3", "20%"]
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("stage 1, frozen"))
+    assert line.split()[-8:] == ["40.0", "4.00", "2.0%", "3", "20%", "plain", "training", "loop"]
+    assert next(line for line in lines if line.startswith("our search")).endswith("plain search, image by image")
+
+
+def test_without_onnxruntime_its_rows_say_so_and_the_others_are_measured(pretended, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    results = benchmark.main()
+    assert "embedding, fused" in results and not any("onnxruntime" in name for name in results)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out, not installed: onnxruntime;" in line]
+    assert len(lines) == 5 and all("onnxruntime" in line[:40] for line in lines)
+
+
+def test_compiling_can_be_left_out(monkeypatch):
+    monkeypatch.setattr(benchmark, "COMPILED", False)
+    assert "embedding, compiled" not in benchmark.cases() and "embedding, fused" in benchmark.cases()
+
+
+@pytest.mark.parametrize("backend", ["fused", "onnxruntime"])
+def test_the_embedding_cases_give_a_speed_from_memory_from_files_and_of_the_search(small, monkeypatch, backend):
+    if backend == "onnxruntime":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+        assert len(benchmark.session_embedding(small, SETTINGS)["images_per_second"]) == 3
+    monkeypatch.setattr(benchmark, "FaceNet", TinyNet)
+    monkeypatch.setattr(benchmark, "flops", lambda *args, **options: 1e9)
+    embedded = []
+    embed = benchmark.embed
+
+    def counting(model, paths, *args, **options):
+        embedded.append(len(paths))
+        return embed(model, paths, *args, **options)
+
+    monkeypatch.setattr(benchmark, "embed", counting)
+    assert len(benchmark.our_embedding(small, SETTINGS, backend)["images_per_second"]) == 3
+    assert benchmark.file_embedding(small, SETTINGS, backend, 0, 6)["images_per_second"][0] > 0
+    assert benchmark.our_search(small, SETTINGS, backend, 5)["images_per_second"][0] > 0
+    assert embedded == [4, 6, 4, 4]  # a batch to warm up, then what is timed
+
+
+def test_the_plain_search_gives_a_speed(small):
+    assert benchmark.plain_search(small, SETTINGS, 5)["images_per_second"][0] > 0
 
 
 def test_a_case_runs_in_a_process_of_its_own():

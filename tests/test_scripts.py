@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TinyNet, write_person
+from conftest import write_person
 from PIL import Image
 
 import demo
@@ -22,7 +22,6 @@ def trained(tiny_runs, monkeypatch, tmp_path, task_b):
     """Both stages run on `task_b`; evaluate set to the result. Yields the folder that evaluate.main() writes."""
     for script in tiny_runs:
         script.main()
-    monkeypatch.setattr(evaluate, "FaceNet", TinyNet)
     settings = {"DATA_DIR": task_b, "RESULTS_DIR": tmp_path / "results", "NUM_WORKERS": 0}
     for constant, value in (settings | {"CHECKPOINT": tmp_path / "runs" / "stage2" / "best.pt"}).items():
         monkeypatch.setattr(evaluate, constant, value)
@@ -59,17 +58,21 @@ def test_three_scripts_in_sequence_with_the_real_network(task_b, tmp_path, monke
 
 def test_evaluate_writes_what_it_returns(trained):
     details = evaluate.main()
-    saved = json.loads((trained / "top1.json").read_text())
-    assert saved["top1"] == details["top1"] and saved["per_kind"] == details["per_kind"]
+    saved = json.loads((trained / "figures.json").read_text())
+    same = saved["protocols"]["same"]
+    assert same["top1"] == details["top1"] and same["per_kind"] == details["per_kind"]
     assert saved["model"]["stage"] == 2 and saved["model"]["selected_on"] == "val"
-    queries = read_csv(trained / "queries.csv")
+    queries = [row for row in read_csv(trained / "queries.csv") if row["protocol"] == "same"]
     assert len(queries) == details["queries"] == 6
     right = sum(row["person"] == row["predicted_best"] for row in queries)
     assert right / 6 == pytest.approx(details["top1"]["best"])
-    per_kind = {row["kind"]: row for row in read_csv(trained / "top1.csv")}
+    rows = [row for row in read_csv(trained / "figures.csv") if row["protocol"] == "same" and row["template"] == "mean"]
+    per_kind = {row["kind"]: row for row in rows}
     assert set(per_kind) == {"blurred", "lowlight", "all"}
     assert int(per_kind["blurred"]["queries"]) == 3
-    assert float(per_kind["all"]["mean"]) == pytest.approx(details["top1"]["mean"])
+    assert float(per_kind["all"]["rank-1"]) == pytest.approx(details["top1"]["mean"])
+    persons = [row for row in read_csv(trained / "persons.csv") if row["protocol"] == "same"]
+    assert {row["person"]: int(row["queries"]) for row in persons} == {"eve": 4, "fay": 2}
 
 
 def test_evaluate_draws_pictures_that_open(trained):
@@ -107,8 +110,10 @@ def test_evaluate_of_the_plain_network_needs_no_checkpoint(trained, monkeypatch)
     monkeypatch.setattr(evaluate, "PRETRAINED", None)
     monkeypatch.setattr(evaluate, "IMAGE_SIZE", 76)
     evaluate.main()
-    saved = json.loads((trained.parent / "val_random" / "top1.json").read_text())
+    saved = json.loads((trained.parent / "val_random" / "figures.json").read_text())
+    made_by = saved["model"].pop("made_by")
     assert saved["model"] == {"stage": 0, "pretrained": "None", "image_size": 76, "face_crop": 0.52}
+    assert (made_by["image_size"], made_by["face_crop"], len(made_by["fingerprint"])) == (76, 0.52, 16)
 
 
 def test_evaluate_of_one_person_with_one_photo_draws_what_it_can(trained, monkeypatch, tmp_path):
@@ -177,7 +182,8 @@ def test_demo_goes_on_from_scratch_where_weights_cannot_be_had(monkeypatch, caps
     assert demo.available("vggface2") == "vggface2"
 
 
-def test_user_errors_end_in_one_sentence(tmp_path, monkeypatch, capsys):
+def test_user_errors_end_in_one_sentence(task_b, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "DATA_DIR", task_b)
     monkeypatch.setattr(evaluate, "CHECKPOINT", tmp_path / "none.pt")
     with pytest.raises(SystemExit) as stopped:
         training.run(evaluate.main)

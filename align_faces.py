@@ -1,0 +1,378 @@
+"""Cut the faces out of loose photos, so that the network sees a face and little else (train with FACE_CROP = 1 then).
+
+    python align_faces.py
+
+    IN_DIR/.../<person>/*.jpg  or  IN_DIR/.../<person>/clean/*.jpg  ->  OUT_DIR/.../<person>/clean/*.jpg
+    IN_DIR/.../<person>/distortion/*.jpg                            ->  OUT_DIR/.../<person>/distortion/*.jpg
+
+at any depth, so that train/, val/ and test/ keep their names, and so does each photo: its distorted copies are tied to
+it by name. A distortion often hides the face from the detector: a distorted photo takes the box found in its clean one
+where both have the same size in pixels, and is searched itself otherwise.
+
+Writes into OUT_DIR besides: align_faces.csv (a row per photo), no_face.txt, align_faces.png (what was cut) and
+align_faces.json (the constants). Nothing in IN_DIR is touched. Stopped at any moment, a second run goes on.
+"""
+
+import contextlib
+import csv
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import training
+from datasets import CLEAN, DISTORTION, find_photos, load_image, source_photo
+from faces import WHICH as CHOICES
+from faces import FaceDetector, choose, crop_face
+
+IN_DIR = Path("photos")  # loose photos, a folder per person at any depth
+OUT_DIR = Path("Task_B")  # new, or an earlier run's with the same constants; neither inside IN_DIR nor around it
+# --- which face ---
+WHICH = "central"  # the face nearest to the photo's middle, or "largest": where the person may stand at the side
+MIN_PROBABILITY = 0.9  # that it is a face, 0..1; lower finds more faces and more that are none
+MIN_FACE = 20  # px, side of the smallest face looked for, >= 12; half of it takes up to four times as long
+# --- what is cut ---
+MARGIN = 0.06  # share of the box's longer side that is added to it, 0..3; 0.06 frames LFW as FACE_CROP = 0.52 does
+SIZE = None  # px, side of each crop, 16..4096; None: as cut, and training resizes once instead of twice
+JPEG_QUALITY = 95  # 1..100, of photos that are JPEGs; all others become PNGs, which lose nothing
+# --- contact sheet ---
+SHEET = 24  # photos on it, >= 0
+SHEET_CELL = 160  # px, side of one picture, >= 16
+SEED = 0  # of the choice for the sheet: 0, 1, 2, ...
+
+CUT, NO_FACE, UNREADABLE, LEFT_OUT, GONE = "cut", "no face", "unreadable", "left out", "photo gone"
+BOX = ("left", "top", "right", "bottom")
+# `box_of`: the photo in which the box was found. `version`: see below; last, since a torn one equals no other.
+BORROWED = ("faces", "probability", *BOX, "box_of")  # of a clean photo, by its distorted copies
+COLUMNS = ("path", "done", "target", *BORROWED, "width", "height", "reason", "version")
+
+Row = dict[str, str]  # of align_faces.csv
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo, where its face goes, and the clean photo of which it is a distorted copy, if it is one; relative to
+    IN_DIR and OUT_DIR."""
+
+    path: Path
+    target: Path
+    source: Path | None
+
+
+def main() -> dict[str, int]:
+    """Cut every face that has not been cut yet; returns the number of photos for each value of the column `done`."""
+    check_constants()
+    photos, left_out = find_all(IN_DIR)
+    check_targets(photos)
+    claim_out_dir()
+    earlier = read_rows(OUT_DIR / "align_faces.csv")
+    device = training.pick_device()
+    torch.backends.cudnn.benchmark = False  # no two photos need have the same shape
+    detector = FaceDetector(device, MIN_FACE, MIN_PROBABILITY)
+
+    rows: dict[Path, Row] = {}
+    searched = 0
+    with journal(OUT_DIR / "align_faces.csv", earlier) as note:
+        for photo in tqdm(photos, desc="aligning", unit="photo"):
+            row, source = earlier.get(photo.path.as_posix()), rows.get(photo.source)
+            if row is None or not is_done(photo, row, source):
+                row = align(photo, detector, source)
+                note(row)
+                searched += 1
+            rows[photo.path] = row
+    rows |= {path: blank(path) | {"done": LEFT_OUT, "reason": reason} for path, reason in left_out.items()}
+    rows |= gone_rows(earlier, rows)
+    return report(list(rows.values()), searched)
+
+
+def check_constants() -> None:
+    """Raise ValueError for a constant out of range; FileNotFoundError if there is no IN_DIR."""
+    if not IN_DIR.is_dir():
+        raise FileNotFoundError(f"{IN_DIR}: no such folder; set IN_DIR to the folder that holds the photos")
+    source, target = IN_DIR.resolve(), OUT_DIR.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise ValueError(
+            f"OUT_DIR = {OUT_DIR} and IN_DIR = {IN_DIR}: one is, or lies in, the other; choose an OUT_DIR elsewhere, "
+            "so that no photo is overwritten or cut twice"
+        )
+    if WHICH not in CHOICES:
+        raise ValueError(f"WHICH = {WHICH!r}: expected one of {', '.join(map(repr, CHOICES))}")
+    ranges = {
+        "MARGIN": (MARGIN, (int, float), 0, 3),
+        "SIZE": (SIZE, int, 16, 4096),
+        "MIN_PROBABILITY": (MIN_PROBABILITY, (int, float), 0, 1),
+        "MIN_FACE": (MIN_FACE, int, 12, 1000),
+        "JPEG_QUALITY": (JPEG_QUALITY, int, 1, 100),
+        "SHEET": (SHEET, int, 0, 10_000),
+        "SHEET_CELL": (SHEET_CELL, int, 16, 1000),
+        "SEED": (SEED, int, 0, 2**32),
+    }
+    for name, (value, kind, low, high) in ranges.items():
+        if name == "SIZE" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} = {value!r}: expected {what}, {low}..{high}{' or None' * (name == 'SIZE')}")
+
+
+# --- the tree ---------------------------------------------------------------------------------------------------------
+
+
+def find_all(root: Path) -> tuple[list[Photo], dict[Path, str]]:
+    """Every photo below `root`, each clean one before its distorted copies, and path -> reason of those left out.
+
+    What counts is what datasets.scan_persons counts: photos directly in a person's folder are clean photos, unless it
+    has some in clean/. Raises ValueError if there is none.
+    """
+    photos: list[Photo] = []
+    left_out: dict[Path, str] = {}
+
+    def visit(folder: Path) -> None:
+        below = [path for path in subfolders(folder) if path.name not in (CLEAN, DISTORTION)]
+        direct, in_clean, distorted = (find_photos(path) for path in (folder, folder / CLEAN, folder / DISTORTION))
+        clean = in_clean or direct
+        if in_clean:
+            left_out.update((path.relative_to(root), "lies beside clean/, which counts") for path in direct)
+        elif direct and not distorted and any(find_photos(path) or photos_below(path) for path in below):
+            clean = []
+            left_out.update((path.relative_to(root), "lies beside the folders of persons") for path in direct)
+        person = folder.relative_to(root)
+        photos.extend(Photo(p.relative_to(root), person / CLEAN / target_name(p), None) for p in clean)
+        for path in distorted:
+            source = source_photo(path, clean)
+            target = person / DISTORTION / target_name(path)
+            photos.append(Photo(path.relative_to(root), target, source and source.relative_to(root)))
+        for part in (folder / CLEAN, folder / DISTORTION):
+            reason = f"lies deeper than {part.name}/, where no script looks"
+            left_out.update((path.relative_to(root), reason) for path in photos_below(part))
+        for path in below:
+            visit(path)
+
+    visit(root)
+    if not photos:
+        raise ValueError(f"{root}: no photo, expected {root}/<person>/*.jpg or {root}/<person>/clean/*.jpg")
+    return photos, left_out
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Sorted visible folders directly in `folder`; [] if there is no such folder."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    folders = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
+    return sorted(folders, key=lambda path: path.name)
+
+
+def photos_below(folder: Path) -> list[Path]:
+    """The photos in the sub-folders of `folder`, at any depth."""
+    return [photo for path in subfolders(folder) for photo in find_photos(path) + photos_below(path)]
+
+
+def target_name(photo: Path) -> str:
+    """The name of what is cut from `photo`: the same, but .png for what is neither JPEG nor PNG."""
+    return photo.name if photo.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{photo.stem}.png"
+
+
+def check_targets(photos: Sequence[Photo]) -> None:
+    """Raise ValueError if two photos would become one file, on a disk that ignores case too."""
+    by_target: dict[str, Photo] = {}
+    for photo in photos:
+        other = by_target.setdefault(photo.target.as_posix().casefold(), photo)
+        if other is not photo:
+            raise ValueError(
+                f"{IN_DIR / other.path} and {IN_DIR / photo.path} would both become {OUT_DIR / photo.target}; "
+                "rename one of them, and its distorted copies with it"
+            )
+
+
+# --- the record of what was done --------------------------------------------------------------------------------------
+
+
+def claim_out_dir() -> None:
+    """Note the constants that crops depend on in OUT_DIR/align_faces.json.
+
+    Raises FileExistsError if OUT_DIR holds something else, or what other constants have cut.
+    """
+    now = {"IN_DIR": str(IN_DIR), "WHICH": WHICH, "MIN_PROBABILITY": MIN_PROBABILITY, "MIN_FACE": MIN_FACE}
+    now |= {"MARGIN": MARGIN, "SIZE": SIZE, "JPEG_QUALITY": JPEG_QUALITY}
+    path = OUT_DIR / "align_faces.json"
+    if path.is_file():
+        then = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in now.items():
+            if then.get(name) != value:
+                raise FileExistsError(
+                    f"{OUT_DIR}: was cut with {name} = {then.get(name)!r}, now {value!r}; set it back, "
+                    "delete the folder, or give OUT_DIR another name"
+                )
+    elif OUT_DIR.exists() and any(OUT_DIR.iterdir()):
+        raise FileExistsError(f"{OUT_DIR}: holds files that are not this script's; give OUT_DIR another name")
+    else:
+        training.write_json(path, now)
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """align_faces.csv of an earlier run by the column `path`, the last of each counts; a torn line has no version."""
+    if not path.is_file():
+        return {}
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        return {row["path"]: row for row in csv.DictReader(file) if row.keys() == set(COLUMNS) and row["path"]}
+
+
+@contextlib.contextmanager
+def journal(path: Path, earlier: dict[str, Row]) -> Iterator:
+    """A function that adds a row to the csv at `path` at once: a killed run loses the photo at hand and no more."""
+    training.write_csv(path, earlier.values() or [dict.fromkeys(COLUMNS, "")])  # for the header
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+
+        def note(row: Row) -> None:
+            writer.writerow(row)
+            file.flush()
+
+        try:
+            yield note
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; run it again to go on, {OUT_DIR} keeps what is cut") from None
+
+
+def is_done(photo: Photo, row: Row, source: Row | None) -> bool:
+    """Whether the earlier run's `row` still holds: the photo has not changed since, its box is that of its clean photo
+    `source` if it takes it from there, and the crop exists."""
+    try:
+        same = row["version"] == version(IN_DIR / photo.path)
+    except OSError:
+        return False
+    if takes_box(row, source):
+        same = same and all(row[name] == source[name] for name in BORROWED)
+    else:
+        same = same and row["box_of"] in ("", row["path"])
+    return same and (row["done"] == NO_FACE or (row["done"] == CUT and (OUT_DIR / photo.target).is_file()))
+
+
+def version(path: Path) -> str:
+    """Size in bytes and time of the last change: another one means another photo."""
+    stat = path.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def takes_box(row: Row, source: Row | None) -> bool:
+    """Whether the distorted photo of `row` takes the box of its clean one: there is a face, in an image as large."""
+    return source is not None and source["done"] == CUT and all(row[n] == source[n] for n in ("width", "height"))
+
+
+def blank(path: Path) -> Row:
+    return dict.fromkeys(COLUMNS, "") | {"path": path.as_posix()}
+
+
+def gone_rows(earlier: dict[str, Row], rows: dict[Path, Row]) -> dict[Path, Row]:
+    """Rows of crops that are still in OUT_DIR while their photo has left IN_DIR, or is now left out."""
+    still_cut = {row["target"] for row in rows.values() if row["done"] == CUT}
+    gone = {}
+    for name, row in earlier.items():
+        path, target = Path(name), row["target"]
+        counts = path in rows and rows[path]["done"] != LEFT_OUT
+        if not counts and target and target not in still_cut and (OUT_DIR / target).is_file():
+            gone[path] = row | {"done": GONE, "reason": f"delete {OUT_DIR / target}"}
+    return gone
+
+
+# --- one photo --------------------------------------------------------------------------------------------------------
+
+
+def align(photo: Photo, detector: FaceDetector, source: Row | None) -> Row:
+    """Find the face of `photo`, cut it into OUT_DIR and return its row; `source`: the row of its clean photo."""
+    path, target = IN_DIR / photo.path, OUT_DIR / photo.target
+    row = blank(photo.path)
+    try:
+        row["version"] = version(path)
+        image = load_image(path)
+    except OSError as error:
+        target.unlink(missing_ok=True)  # cut from what the photo was before
+        return row | {"done": UNREADABLE, "reason": str(error.__cause__ or error)}
+    row |= {"width": str(image.width), "height": str(image.height)}
+    if takes_box(row, source):
+        row |= {name: source[name] for name in BORROWED}
+    else:
+        faces = detector.find(image)
+        face = choose(faces, image.size, WHICH)
+        row["faces"] = str(len(faces))
+        if face is None:
+            target.unlink(missing_ok=True)
+            return row | {"done": NO_FACE}
+        row |= {"probability": f"{face.probability:.4f}", "box_of": photo.path.as_posix()}
+        row |= {name: f"{value:.2f}" for name, value in zip(BOX, face.box, strict=True)}
+    crop = crop_face(image, box_of(row), MARGIN, SIZE)
+    with training.atomic_file(target) as file:
+        if target.suffix.lower() == ".png":
+            crop.save(file, "PNG")
+        else:
+            crop.save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)  # colour at full resolution
+    return row | {"done": CUT, "target": photo.target.as_posix()}
+
+
+def box_of(row: Row) -> tuple[float, float, float, float]:
+    """As the csv has it, not as it was found: so a resumed run cuts the same pixels."""
+    left, top, right, bottom = (float(row[name]) for name in BOX)
+    return left, top, right, bottom
+
+
+# --- what the user is told --------------------------------------------------------------------------------------------
+
+
+def report(rows: Sequence[Row], searched: int) -> dict[str, int]:
+    """Write align_faces.csv in the order of the tree, no_face.txt and align_faces.png, and print the counts."""
+    of = {done: [row for row in rows if row["done"] == done] for done in (CUT, NO_FACE, UNREADABLE, LEFT_OUT, GONE)}
+    training.write_csv(OUT_DIR / "align_faces.csv", [dict.fromkeys(COLUMNS, "") | row for row in rows])
+    with training.atomic_file(OUT_DIR / "no_face.txt") as file:
+        file.write("".join(f"{row['path']}\n" for row in of[NO_FACE]).encode())
+    sheet = bool(SHEET and of[CUT])
+    if sheet:
+        shown = random.Random(SEED).sample(of[CUT], min(SHEET, len(of[CUT])))
+        with training.atomic_file(OUT_DIR / "align_faces.png") as file:
+            contact_sheet(shown, SHEET_CELL).save(file, "PNG")
+
+    print(f"{OUT_DIR}: {len(of[CUT])} of {len(rows) - len(of[GONE])} photos cut; this run looked at {searched}")
+    several = [row for row in of[CUT] if row["box_of"] == row["path"] and int(row["faces"]) > 1]
+    borrowed = [row for row in of[CUT] if row["box_of"] != row["path"]]
+    tell(several, f"with several faces, of which the {WHICH} was taken")
+    tell(borrowed, "cut where their clean photo has its face")
+    tell(of[NO_FACE], f"without a face, all of them in {OUT_DIR / 'no_face.txt'}")
+    tell(of[UNREADABLE], "that cannot be read")
+    tell(of[LEFT_OUT], "left out")
+    tell(of[GONE], f"no longer in {IN_DIR}, their crops still in {OUT_DIR}")
+    look = f", a look at some: {OUT_DIR / 'align_faces.png'}" if sheet else ""
+    print(f"a row per photo: {OUT_DIR / 'align_faces.csv'}{look}")
+    return {done: len(found) for done, found in of.items()}
+
+
+def tell(rows: Sequence[Row], what: str, most: int = 5) -> None:
+    """Print a line on `rows`, with the first few and the reason where there is one; nothing if there are none."""
+    if rows:
+        names = [row["path"] + (f" ({row['reason']})" if row["reason"] else "") for row in rows[:most]]
+        more = f" and {len(rows) - most} more" if len(rows) > most else ""
+        print(f"  {len(rows)} {what}: {', '.join(names)}{more}")
+
+
+def contact_sheet(rows: Sequence[Row], cell: int) -> Image.Image:
+    """Photo with its box beside what was cut, three such pairs in a line, each picture within `cell` px."""
+    pairs, caption = 3, 14
+    lines = -(-len(rows) // pairs)
+    sheet = Image.new("RGB", (2 * pairs * cell, lines * (cell + caption)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    for index, row in enumerate(rows):
+        x, y = index % pairs * 2 * cell, index // pairs * (cell + caption)
+        photo, crop = load_image(IN_DIR / row["path"]), load_image(OUT_DIR / row["target"])
+        scale = cell / max(photo.size)
+        photo = photo.resize([max(1, round(side * scale)) for side in photo.size])
+        ImageDraw.Draw(photo).rectangle([value * scale for value in box_of(row)], outline="red", width=2)
+        sheet.paste(photo, (x, y))
+        sheet.paste(crop.resize((cell, cell)), (x + cell, y))
+        draw.text((x + 2, y + cell), Path(row["path"]).name[: 2 * cell // 7], "black", font)
+    return sheet
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -1,0 +1,124 @@
+"""How long a search among very many templates takes, what memory it needs, and what the approximate one misses.
+
+    python benchmark_search.py
+
+Templates are random directions, the worst case of a search in cells: real faces crowd. Each query has a given cosine to
+its own template. Prints a row per kind of `search.build_index`, each measured in a process of its own.
+"""
+
+import importlib.util
+import resource
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import training
+from benchmark import device_name, in_own_process
+from search import KINDS, build_index
+
+TEMPLATES = 1_000_000  # 2 KiB each at DIM = 512: 1.9 GiB
+QUERIES = 10_000  # asked all at once, of different templates
+SINGLE = 10  # queries asked one at a time, for the latency, 1..QUERIES
+DIM = 512  # of FaceNet's embeddings
+COSINE = 0.6  # of a query to its own template, 0..1; another's is 0 +- 1 / sqrt(DIM)
+K = 1  # columns asked for, 1..TEMPLATES
+NPROBES = (64, 128, 256, 512)  # cells searched by faiss-ivf, of about sqrt(TEMPLATES)
+SEED = 0  # 0, 1, 2, ...
+BLOCK = 50_000  # templates drawn at a time: 98 MiB at DIM = 512
+
+
+def main() -> list[dict]:
+    """Measure, print the table; returns its rows."""
+    if not 1 <= SINGLE <= QUERIES <= TEMPLATES:
+        raise ValueError(f"SINGLE={SINGLE}, QUERIES={QUERIES}, TEMPLATES={TEMPLATES}: expected 1 <= each <= the next")
+    print(f"{torch.__version__}, {device_name()}")
+    print(f"{TEMPLATES} templates of {DIM}, {QUERIES} queries of cosine {COSINE} to their own, k = {K}\n")
+    print(
+        f"{'':<24}{'build s':>9}{'search s':>10}{'queries/s':>11}{'one, ms':>9}{'peak GiB':>10}"
+        f"{'recall@1':>10}{'top-1':>8}"
+    )
+    kinds = [kind for kind in KINDS if kind != "auto"]
+    if importlib.util.find_spec("faiss") is None:
+        print("(FAISS is not installed: pip install faiss-cpu)")
+        kinds = ["exact"]
+    rows, exact = [], None
+    for kind in kinds:
+        for row in in_own_process(measure, settings(), kind):
+            first = row.pop("first")  # (Q,) row of each query's first answer
+            exact = first if exact is None else exact  # "exact" is the first of KINDS after "auto"
+            row["recall"] = (first == exact).double().mean().item()
+            rows.append(row)
+            print(
+                f"{row['name']:<24}{row['build']:>9.1f}{row['search']:>10.2f}{QUERIES / row['search']:>11.0f}"
+                f"{1000 * row['single']:>9.1f}{row['peak'] / 2**30:>10.2f}{row['recall']:>10.4f}{row['top1']:>8.4f}",
+                flush=True,
+            )
+    return rows
+
+
+def settings() -> dict:
+    """The constants, for a process of its own, which sees this file as it is on disk."""
+    return {
+        **{"templates": TEMPLATES, "queries": QUERIES, "single": SINGLE, "dim": DIM, "cosine": COSINE, "k": K},
+        **{"nprobes": NPROBES, "seed": SEED, "block": BLOCK},
+    }
+
+
+def measure(s: dict, kind: str) -> list[dict]:
+    """Figures of an index of `kind`, one dict per nprobe where it has that; seconds, bytes, shares 0..1."""
+    templates = make_templates(s["templates"], s["dim"], s["seed"], s["block"])
+    queries, truth = make_queries(templates, s["queries"], s["cosine"], s["seed"])
+    started = time.perf_counter()
+    index = build_index(templates, kind)
+    build = time.perf_counter() - started
+    found = []
+    for nprobe in s["nprobes"] if kind == "faiss-ivf" else (None,):
+        index.nprobe = nprobe
+        index.search(queries[:1], s["k"])  # the first one starts the threads
+        single = []
+        for query in queries[: s["single"]].split(1):
+            started = time.perf_counter()
+            index.search(query, s["k"])
+            single.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        first = index.search(queries, s["k"])[0][:, 0]
+        seconds = time.perf_counter() - started
+        found.append(
+            {"name": kind if nprobe is None else f"{kind}, nprobe {nprobe}", "build": build, "search": seconds}
+        )
+        found[-1] |= {"single": statistics.median(single), "peak": peak_memory(), "first": first}
+        found[-1]["top1"] = (first == truth).double().mean().item()
+    return found
+
+
+def make_templates(count: int, dim: int, seed: int, block: int) -> Tensor:
+    """(count, dim) random directions, drawn `block` at a time."""
+    generator = torch.Generator().manual_seed(seed)
+    templates = torch.empty(count, dim)
+    for part in templates.split(block):
+        part.normal_(generator=generator)
+        part.div_(torch.linalg.vector_norm(part, dim=1, keepdim=True))
+    return templates
+
+
+def make_queries(templates: Tensor, count: int, cosine: float, seed: int) -> tuple[Tensor, Tensor]:
+    """(count, D) of norm 1, each of `cosine` to one of the templates, and (count,) which: all different."""
+    generator = torch.Generator().manual_seed(seed + 1_000_000)  # not the stream of the templates
+    truth = torch.randperm(len(templates), generator=generator)[:count]
+    own = templates[truth]
+    noise = torch.randn(count, templates.shape[1], generator=generator)
+    noise = F.normalize(noise - (noise * own).sum(1, keepdim=True) * own)  # at right angles to the template
+    return F.normalize(cosine * own + (1 - cosine**2) ** 0.5 * noise), truth
+
+
+def peak_memory() -> int:
+    """Bytes this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    training.run(main)

@@ -1,0 +1,171 @@
+"""Faster embedding with the same numbers: a fused copy of the network, a compiled one, ONNX files and their runtime."""
+
+import copy
+import hashlib
+import importlib
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from facenet_pytorch.models.inception_resnet_v1 import BasicConv2d, InceptionResnetV1
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from models import EMBEDDING_DIM
+from training import atomic_file
+
+BACKENDS = ("torch", "fused", "compiled", "onnxruntime")
+OPSET = 17  # of ONNX: runtimes since 2022 read it, and nothing here needs a later one
+INPUT, OUTPUT = "images", "embeddings"  # names in the ONNX file
+
+
+def accelerated(model: nn.Module, backend: str, image_size: int, device: torch.device | str) -> nn.Module:
+    """`model` for embedding on `device`: the same embeddings but for rounding, in eval mode, without gradients.
+
+    "torch": `model` itself, as it is. The others are copies, which later training does not reach:
+    "fused": see `fused`. "compiled": that through torch.compile, which takes a minute or so at the first batch, again
+    at the first batch of another size, and a C++ compiler. "onnxruntime": see OnnxFaceNet; on the CPU only.
+    A copy has a `fingerprint` of its own: take that of `model`.
+    Raises ValueError for another backend, onnxruntime on a GPU, or a package that is not installed.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "torch":
+        return model
+    if backend == "onnxruntime":
+        if torch.device(device).type != "cpu":
+            raise ValueError(
+                f"BACKEND = 'onnxruntime': runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
+            )
+        _package("onnxruntime")  # before the export takes its second
+        return OnnxFaceNet(to_onnx(model, image_size, {}), image_size)
+    network = fused(model).to(device)
+    return torch.compile(network) if backend == "compiled" else network
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def fused(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode and channels_last, without gradients, that has each BatchNorm of an
+    InceptionResnetV1 folded into the layer before it; `model` stays as it is.
+
+    In eval mode BatchNorm is y = g (x - mean) / sqrt(var + eps) + b with x = W z: the same as y = W' z + b' with
+    W' = g W / sqrt(var + eps), b' = b - g mean / sqrt(var + eps).
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, BasicConv2d) and not isinstance(module.bn, nn.Identity):
+            module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
+        if isinstance(module, InceptionResnetV1) and not isinstance(module.last_bn, nn.Identity):
+            module.last_linear = fuse_linear_bn_eval(module.last_linear, module.last_bn)
+            module.last_bn = nn.Identity()
+    return model.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+def export(model: nn.Module, path: Path | str, image_size: int, metadata: Mapping[str, object]) -> None:
+    """Write `to_onnx` of `model` to `path`, whole or not at all. Raises what it raises."""
+    content = to_onnx(model, image_size, metadata)
+    with atomic_file(Path(path)) as file:
+        file.write(content)
+
+
+def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -> bytes:
+    """`model`, fused, as the bytes of an ONNX file; `model` stays as it is.
+
+    Input "images": (B, 3, image_size, image_size) float32, any B >= 1, as datasets.eval_transform gives them: RGB,
+    (x - 127.5) / 128. Output "embeddings": (B, 512) float32, rows of norm 1.
+    metadata: fingerprint, face_crop and the like, kept as strings in metadata_props; image_size is added.
+    Raises ValueError if the package onnx is not installed.
+    """
+    onnx = _package("onnx")
+    network = fused(model).cpu().to(memory_format=torch.contiguous_format)
+    example, content = torch.zeros(2, 3, image_size, image_size), io.BytesIO()
+    with warnings.catch_warnings():
+        # Deprecated, but alike in every torch since 2.5 and content with onnx; its successor wants onnxscript too.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (example,),
+            content,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: "B"}, OUTPUT: {0: "B"}},
+        )
+    graph = onnx.load_from_string(content.getvalue())
+    columns = graph.graph.output[0].type.tensor_type.shape.dim[1]
+    columns.dim_value = network(example).shape[1]  # the tracer loses it in the normalization
+    onnx.helper.set_model_props(
+        graph, {name: str(value) for name, value in {**metadata, "image_size": image_size}.items()}
+    )
+    onnx.checker.check_model(graph)
+    return graph.SerializeToString()
+
+
+class OnnxFaceNet(nn.Module):
+    """An ONNX file of `export`, or its bytes, run by onnxruntime with torch's number of threads, on the CPU.
+
+    Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format -> embeddings (B, 512) float32 of
+    norm 1, without gradients. metadata: the file's, strings by name.
+    Raises FileNotFoundError; ValueError if it is no such file, of another image size, or onnxruntime is not installed.
+    """
+
+    def __init__(self, source: Path | str | bytes, image_size: int):
+        super().__init__()
+        runtime = _package("onnxruntime")
+        name = "these bytes" if isinstance(source, bytes) else str(source)
+        if not isinstance(source, bytes):
+            if not Path(source).is_file():
+                raise FileNotFoundError(f"{name}: no such file; export_onnx.py writes it")
+            source = Path(source).read_bytes()
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors only, and those are raised
+        try:
+            self.session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own kinds of RuntimeError and of Exception
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(
+                f"{name}: not an ONNX file that onnxruntime can run ({reason}); export_onnx.py writes one"
+            ) from error
+        ends = [(end.name, end.shape[1:]) for end in (*self.session.get_inputs(), *self.session.get_outputs())]
+        if len(ends) != 2 or ends[0][0] != INPUT or ends[1] != (OUTPUT, [EMBEDDING_DIM]):
+            raise ValueError(f"{name}: an ONNX file, but not a FaceNet of export_onnx.py; found {ends}")
+        if ends[0][1] != [3, image_size, image_size]:
+            raise ValueError(
+                f"{name}: takes images of {' x '.join(map(str, ends[0][1][1:]))} pixels, but the image size here is "
+                f"{image_size}; set that, or export it anew"
+            )
+        self.image_size, self.metadata = image_size, dict(self.session.get_modelmeta().custom_metadata_map)
+        # The weights are the session's: without this, any two of these would have one and the same fingerprint.
+        digest = bytearray(hashlib.sha256(source).digest())
+        self.register_buffer("digest", torch.frombuffer(digest, dtype=torch.uint8))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.device.type != "cpu" or images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} on {images.device}: "
+                f"expected (B, 3, {self.image_size}, {self.image_size}) on the CPU"
+            )
+        if len(images) == 0:
+            return torch.empty(0, EMBEDDING_DIM)
+        (embeddings,) = self.session.run([OUTPUT], {INPUT: images.detach().float().contiguous().numpy()})
+        return torch.from_numpy(embeddings)
+
+
+def _package(name: str) -> ModuleType:
+    """The optional package `name`. Raises ValueError, which a script tells in its one sentence, if it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"the package {name} is not installed ({error}): pip install onnx onnxruntime, or set BACKEND = 'fused'"
+        ) from error

@@ -1,0 +1,230 @@
+"""A report as one HTML file that needs nothing else: no network, no script, its pictures inside."""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+# What a column of numbers may hold: 97.3, 1,234, -0.2, 95.1–98.4, 97.3 ± 0.4, 1e-3, 58 of 60.
+NUMBERS = re.compile(r"[-+−±<≤]? ?\d[\d.,\s%±–/()\[\]x×e+−-]*(of [\d,]+)?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: each as long as header, the first cell its name.
+
+    Shown: a str as it is; an int with thousands' commas; a float with one decimal, or with three where no float of the
+    column is beyond -1..1; None, a figure of too few samples, as a dash that says so.
+    """
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | float | None]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """png: the file's bytes; alt: what it shows, in words, for those who cannot see it."""
+
+    caption: str
+    png: bytes
+    alt: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """text: plain, a blank line between paragraphs."""
+
+    heading: str
+    text: str
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file; of 256 colours, a third of the size and no visible loss, unless it shows photos."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    if any(image.get_array().ndim == 3 for axes in figure.axes for image in axes.images):  # (H, W, 3)
+        return file.getvalue()
+    small = io.BytesIO()
+    Image.open(file).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """HTML5 page with a table of contents, to be written in UTF-8; every text is escaped, none is taken as HTML.
+
+    Raises ValueError if a row has another length than its header or a picture is no PNG.
+    """
+    contents = [f'<li><a href="#s{n}">{_text(s.heading)}</a></li>' for n, s in enumerate(sections, 1)]
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            # Should escaping ever fail: no script runs and nothing is fetched.
+            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+            "style-src 'unsafe-inline'\">",
+            f"<title>{_text(title)}</title>",
+            f"<style>{STYLE}</style>",
+            "</head>",
+            "<body>",
+            f'<header><h1>{_text(title)}</h1><p class="subtitle">{_text(subtitle)}</p></header>',
+            f'<nav aria-label="Contents"><ol>{"".join(contents)}</ol></nav>',
+            "<main>",
+            *(_section(f"s{number}", section) for number, section in enumerate(sections, 1)),
+            "</main>",
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
+
+
+def _section(anchor: str, section: Section) -> str:
+    paragraphs = [f"<p>{_text(text.strip())}</p>" for text in re.split(r"\n\s*\n", section.text) if text.strip()]
+    pictures = [_picture(picture) for picture in section.pictures]
+    return "\n".join(
+        [
+            f'<section id="{anchor}" aria-labelledby="{anchor}-heading">',
+            f'<h2 id="{anchor}-heading">{_text(section.heading)}</h2>',
+            *paragraphs,
+            *(_table(table) for table in section.tables),
+            *([f'<div class="pictures">{"".join(pictures)}</div>'] if pictures else []),
+            "</section>",
+        ]
+    )
+
+
+def _table(table: Table) -> str:
+    for row in table.rows:
+        if len(row) != len(table.header):
+            what = f"{table.caption}: a row of {len(row)} cells under a header of {len(table.header)}"
+            raise ValueError(f"{what}: {list(row)}; expected as many")
+    columns = [_column([row[place] for row in table.rows]) for place in range(len(table.header))]
+    aligned = [' class="number"' if numbers else "" for _, numbers in columns]
+    head = [f'<th scope="col"{a}>{_text(name)}</th>' for name, a in zip(table.header, aligned, strict=True)]
+    body = []
+    for cells in zip(*(cells for cells, _ in columns), strict=True):
+        first = f'<th scope="row"{aligned[0]}>{cells[0]}</th>'
+        rest = [f"<td{a}>{cell}</td>" for cell, a in zip(cells[1:], aligned[1:], strict=True)]
+        body.append(f"<tr>{first}{''.join(rest)}</tr>")
+    caption = _text(table.caption)
+    return (
+        f"<figure><figcaption>{caption}</figcaption>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>\n'
+        f"<thead><tr>{''.join(head)}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table></div></figure>"
+    )
+
+
+def _column(values: Sequence[str | float | None]) -> tuple[list[str], bool]:
+    """The cells of a column as HTML, and whether they are numbers, which stand right-aligned."""
+    largest = max((abs(value) for value in values if isinstance(value, float)), default=0)
+    decimals = 3 if largest <= 1 else 1
+    cells, numbers = [], True
+    for value in values:
+        if value is None:
+            cells.append('<span title="too few samples">–</span>')
+            continue
+        if isinstance(value, str):
+            numbers = numbers and NUMBERS.fullmatch(value) is not None
+        elif isinstance(value, float):
+            value = f"{value:,.{decimals}f}"
+        else:
+            value = f"{value:,}"
+        cells.append(_text(value))
+    return cells, numbers
+
+
+def _picture(picture: Picture) -> str:
+    """A click, or the space bar, shows it large; without a script that is a hidden checkbox."""
+    if picture.png[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError(f"{picture.caption}: not a PNG, it begins with {picture.png[:8]!r}")
+    width, height = (int.from_bytes(picture.png[at : at + 4], "big") for at in (16, 20))  # of the header, IHDR
+    alt = _text(picture.alt)
+    data = base64.b64encode(picture.png).decode("ascii")
+    shape = ' class="wide"' if width > 1.8 * height else ""
+    return (
+        f'<figure{shape}><label><input type="checkbox" aria-label="Enlarge: {alt}"><span class="frame">'
+        f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{alt}">'
+        f"</span></label><figcaption>{_text(picture.caption)}</figcaption></figure>\n"
+    )
+
+
+def _text(text: str) -> str:
+    """Escaped for text and attributes; what UTF-8 cannot hold, such as a file name's stray byte, becomes a ?."""
+    return html.escape(text.encode("utf-8", "replace").decode("utf-8"))
+
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --ground: #ffffff; --band: #f4f6f8; --link: #0059a3;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ec; --soft: #a0a9b3; --line: #3b434c; --ground: #15181c; --band: #1f242a; --link: #7fc1ff; }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; max-width: 76rem; padding: 1.5rem clamp(1rem, 4vw, 3rem) 4rem;
+  background: var(--ground); color: var(--ink); overflow-wrap: break-word;
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
+}
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0.5rem 0 0; }
+h2 { font-size: 1.35rem; line-height: 1.25; margin: 2.8rem 0 0.6rem; padding-top: 0.9rem; }
+h2 { border-top: 1px solid var(--line); }
+p { max-width: 68ch; margin: 0.7rem 0; }
+a { color: var(--link); }
+.subtitle { color: var(--soft); font-size: 1.05rem; margin-top: 0.4rem; }
+nav { margin: 1.2rem 0; padding: 0.7rem 1rem; background: var(--band); border-radius: 0.4rem; }
+nav ol { margin: 0; padding-left: 1.6rem; columns: 18rem; }
+figure { margin: 1.4rem 0; min-width: 0; }
+figcaption { color: var(--soft); font-size: 0.9rem; max-width: 75ch; margin: 0.4rem 0; }
+
+.scroll { overflow: auto; width: fit-content; max-width: 100%; max-height: 36rem; }
+.scroll, .frame { border: 1px solid var(--line); border-radius: 0.4rem; }
+table { border-collapse: separate; border-spacing: 0; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.3rem 0.65rem; text-align: left; white-space: nowrap; background: var(--ground); }
+tbody tr:nth-child(even) > * { background: var(--band); }
+tbody th { font-weight: 500; }
+thead th { position: sticky; top: 0; z-index: 1; background: var(--band); border-bottom: 1px solid var(--line); }
+th.number, td.number { text-align: right; }
+@media (min-width: 40rem) {  /* on a telephone the names would cover the figures */
+  th:first-child { position: sticky; left: 0; }
+  thead th:first-child { z-index: 2; }
+}
+
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); }
+.pictures { gap: 1rem 1.6rem; align-items: start; }
+.pictures figure { margin: 0.8rem 0; }
+.pictures .wide, .pictures figure:has(:checked) { grid-column: 1 / -1; }
+label { display: block; position: relative; cursor: zoom-in; }
+label input { position: absolute; opacity: 0; }
+.frame { display: block; width: fit-content; max-width: 100%; overflow: auto; padding: 0.5rem; background: #ffffff; }
+.frame img { display: block; width: auto; max-width: 100%; height: auto; margin: 0 auto; }
+:checked + .frame { width: auto; cursor: zoom-out; }
+:checked + .frame img { max-width: none; min-width: 100%; }
+:focus-visible + .frame, .scroll:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+
+@media print {
+  :root { --ink: #000000; --soft: #333333; --line: #bbbbbb; --ground: #ffffff; --band: #ffffff; --link: #000000; }
+  body { max-width: none; padding: 0; font-size: 10pt; }
+  .scroll { max-height: none; overflow: visible; }
+  .scroll, .frame { border: 0; padding: 0; }
+  table { font-size: 8.5pt; }
+  th, td, th:first-child { position: static; padding: 0.1rem 0.4rem; }
+  .pictures { display: block; }
+  .frame img, :checked + .frame img { min-width: 0; max-width: 100%; max-height: 11cm; }
+  tr, .pictures figure { break-inside: avoid; }
+  h2, figcaption:first-child { break-after: avoid; }  /* a picture's caption comes last */
+}
+"""

@@ -1,0 +1,187 @@
+"""The files of an evaluation: figures as JSON and CSV, pictures, and report.html that holds all of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+import metrics
+import report
+import training
+from gallery import TEMPLATES, Gallery, Queries
+
+# What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
+FACTS = ("stage", "epoch", "pretrained", "image_size", "face_crop", "selected_on", "template", "made_by")
+
+ABOUT = {
+    "same": "Every distorted photo asks the gallery of all clean photos, its own source among them. This flatters: "
+    "hair, clothes and background are the same, so it rewards finding a photo again as well as knowing a face.",
+    "cross": "No query is compared with the photo that it was made from, only with its person's other photos. Persons "
+    "with a single photo ask nothing and stay in the gallery to be mistaken for. This is face recognition.",
+    "clean": "Clean photos of persons with several ask, each left out of the gallery while it does: what the network "
+    "knows of undistorted faces, and must not forget.",
+}
+PICTURE_CAPTIONS = {
+    "cmc": "Share of the queries whose person is among the first k answers.",
+    "roc": "Accepting a pair at a cosine: true accepts against false ones, over all pairs.",
+    "scores": "Cosines of genuine and impostor pairs. Where they overlap, no threshold tells them apart.",
+    "kinds": "Rank-1 by kind of distortion, with 95 % intervals.",
+    "tsne": "Embeddings in the plane: crosses (distorted) should lie on the dots (clean) of their colour.",
+    "similarity": "Queries against persons, look-alikes side by side: a bright staircase on a dark ground is good, a "
+    "bright column attracts strangers.",
+    "mistakes": "The most confident wrong answers, as the network sees them.",
+}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model on the split: its gallery, and per protocol who asked, the answers and the figures."""
+
+    title: str
+    source: str  # the checkpoint, or the pretrained network
+    split: str
+    facts: dict
+    gallery: Gallery
+    queries: dict[str, Queries]
+    details: dict[str, dict]  # of gallery.ask
+    measured: dict[str, dict]  # of gallery.measure: template -> group -> Measured
+
+
+def told(details: dict) -> str:
+    """The sizes behind a protocol's figures."""
+    asking = len(details["per_person"])
+    return (
+        f"{details['photos']} clean photos of {details['persons']} persons, {details['queries']} queries of {asking} "
+        f"persons" + (f", {details['not_enrolled']} of them not enrolled" if details["not_enrolled"] else "")
+    )
+
+
+def too_few(after: Evaluated) -> list[str]:
+    """A line per figure that too few samples forbid, with what it would take."""
+    lines = []
+    for protocol, measured in after.measured.items():
+        everything = measured[after.gallery.template]["all"]
+        for rates, name, pairs, what in (
+            (metrics.FARS, "TAR@FAR", everything.roc.impostor_pairs, "impostor pairs"),
+            (metrics.FPIRS, "DIR@FPIR", everything.roc.genuine_pairs, "strangers' queries"),
+        ):
+            for rate in rates:
+                if pairs * rate < metrics.MIN_ERRORS:
+                    needed = round(metrics.MIN_ERRORS / rate)
+                    lines.append(f"{protocol}: {name}={rate:g} is not reported, {pairs} {what} of {needed} needed")
+    return lines
+
+
+def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comparison: dict) -> None:
+    """figures.json, figures.csv (a row per protocol, template and group), comparison.csv, queries.csv, persons.csv."""
+    rows, per_query, per_person, protocols = [], [], [], {}
+    for protocol, details in after.details.items():
+        summary = {name: value for name, value in details.items() if name not in ("per_query", "embeddings")}
+        protocols[protocol] = summary | {
+            "figures": {
+                template: {group: of_group.figures for group, of_group in groups.items()}
+                for template, groups in after.measured[protocol].items()
+            },
+            "thresholds": {t: groups["all"].thresholds for t, groups in after.measured[protocol].items()},
+            "cmc": {t: groups["all"].cmc.tolist() for t, groups in after.measured[protocol].items()},
+        }
+        for template, groups in after.measured[protocol].items():
+            for group, of_group in groups.items():
+                row = {"protocol": protocol, "template": template, "kind": group}
+                row["queries"] = len(of_group.values["rank-1"])
+                for name, figure in of_group.figures.items():
+                    row |= {name: figure["value"], f"{name} low": figure["low"], f"{name} high": figure["high"]}
+                rows.append(row)
+        for query in details["per_query"]:
+            row = {"protocol": protocol} | {name: query[name] for name in ("path", "kind", "person")}
+            for template in TEMPLATES:
+                row |= {f"{name}_{template}": value for name, value in query[template].items()}
+            per_query.append(row)
+        for person, figures in details["per_person"].items():
+            top1 = {f"top1_{template}": value for template, value in figures["top1"].items()}
+            per_person.append({"protocol": protocol, "person": person, "queries": figures["queries"]} | top1)
+    facts = {name: value for name, value in after.facts.items() if name in FACTS}
+    content = {"split": after.split, "model": facts, "template": after.gallery.template, "protocols": protocols}
+    if before:
+        facts = {name: value for name, value in before.facts.items() if name in FACTS}
+        content |= {"compared_with": facts, "difference": comparison}
+        differences = [
+            {"protocol": protocol, "kind": group, "figure": name, **figure}
+            for protocol, groups in comparison.items()
+            for group, of_group in groups.items()
+            for name, figure in of_group.items()
+        ]
+        training.write_csv(folder / "comparison.csv", differences)
+    training.write_json(folder / "figures.json", content)
+    training.write_csv(folder / "figures.csv", rows)
+    training.write_csv(folder / "queries.csv", per_query)
+    training.write_csv(folder / "persons.csv", per_person)
+
+
+def write_report(
+    folder: Path, pictures: dict[str, Figure], after: Evaluated, comparison: dict, before: Evaluated | None
+) -> None:
+    """Each picture as <name>.png, and report.html, which holds them all."""
+    png = {name: report.png(figure) for name, figure in pictures.items()}
+    for name, content in png.items():
+        with training.atomic_file(folder / f"{name}.png") as file:
+            file.write(content)
+
+    def shown(names: Sequence[str]) -> list[report.Picture]:
+        captions = {name: PICTURE_CAPTIONS[name.split("_")[0]] for name in names if name in png}
+        return [report.Picture(caption, png[name], caption) for name, caption in captions.items()]
+
+    sections = []
+    for protocol, details in after.details.items():
+        tables = [
+            figures_page(groups, f"{template} template, %") for template, groups in after.measured[protocol].items()
+        ]
+        if protocol in comparison:
+            tables.append(
+                comparison_page(
+                    comparison[protocol], f"{after.gallery.template} template: difference to {before.title}"
+                )
+            )
+        kinds = ("kinds", "cmc", "roc", "scores")
+        text = f"{ABOUT[protocol]} Here: {told(details)}."
+        sections.append(report.Section(protocol, text, tables, shown([f"{kind}_{protocol}" for kind in kinds])))
+    notes = too_few(after)
+    text = (
+        "A figure's brackets hold its 95 % interval, by resampling persons; where the rate comes with a threshold, the "
+        "threshold is held. A dash: too few samples to say. " + " ".join(f"{line}." for line in notes)
+    )
+    sections.append(report.Section("reading the figures", text, [], []))
+    sections.append(report.Section("embeddings and mistakes", "", [], shown(["tsne", "similarity", "mistakes"])))
+    facts = after.facts
+    size = f"{facts['image_size']} pixels, crop {facts['face_crop']}, model {facts['made_by']['fingerprint']}"
+    page = report.page(f"{after.title} on {after.split}", f"{after.source}: {size}", sections)
+    with training.atomic_file(folder / "report.html") as file:
+        file.write(page.encode())
+
+
+def percent(figure: dict, sign: str = "") -> str | None:
+    """'98.1 [97.0, 99.0]', in %; None without a value."""
+    if figure["value"] is None:
+        return None
+    interval = (
+        f" [{100 * figure['low']:{sign}.1f}, {100 * figure['high']:{sign}.1f}]" if figure["low"] is not None else ""
+    )
+    return f"{100 * figure['value']:{sign}.1f}{interval}"
+
+
+def figures_page(groups: dict[str, metrics.Measured], caption: str) -> report.Table:
+    rows = [
+        [group, len(of_group.values["rank-1"]), *(percent(of_group.figures[name]) for name in metrics.FIGURES)]
+        for group, of_group in groups.items()
+    ]
+    return report.Table(caption, ["kind", "queries", *metrics.FIGURES], rows)
+
+
+def comparison_page(groups: dict[str, dict], caption: str) -> report.Table:
+    names = [name for name in metrics.FIGURES if any(name in of_group for of_group in groups.values())]
+    rows = [
+        [group, *(percent(of_group[name], "+") if name in of_group else None for name in names)]
+        for group, of_group in groups.items()
+    ]
+    return report.Table(caption, ["kind", *names], rows)

@@ -1,0 +1,300 @@
+"""Faster networks give the embeddings of the one they are made from; ONNX files are whole, told apart and checked."""
+
+import copy
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TinyNet, write_photo
+from torch import nn
+
+import export_onnx
+import fast
+import training
+from datasets import eval_transform
+from gallery import embed
+from models import FaceNet, fingerprint
+
+SIZE = 80  # pixels: 76 is the least, and a tight size would hide an input size that is not looked at
+
+
+@pytest.fixture(scope="module")
+def facenet() -> FaceNet:
+    """A random network that tells images apart: BatchNorm has the statistics of some, not the first 0 and 1."""
+    torch.manual_seed(0)
+    model = FaceNet(None, dropout=0.4)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.data.uniform_(0.5, 1.5)
+        norm.bias.data.normal_(0, 0.1)
+    with torch.no_grad():
+        model(2 * torch.rand(8, 3, SIZE, SIZE) - 1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def content(facenet) -> bytes:
+    pytest.importorskip("onnx")
+    return fast.to_onnx(facenet, SIZE, {"fingerprint": fingerprint(facenet), "face_crop": 0.52})
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return 2 * torch.rand(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) - 1
+
+
+@pytest.fixture(scope="module")
+def expected(facenet, images) -> torch.Tensor:
+    with torch.inference_mode():
+        return facenet(images)
+
+
+def greatest_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """By 1 - cosine, and sure that the images are told apart at all."""
+    assert (1 - F.cosine_similarity(theirs[:1], theirs[1:])).max() > 1e-4
+    return (1 - F.cosine_similarity(ours.double(), theirs.double())).max().item()
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fused_network_has_no_batchnorm_left_takes_no_gradient_and_gives_the_same_embeddings(
+    facenet, images, expected
+):
+    network = fast.fused(facenet)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert not network.training
+    found = network(images)
+    assert greatest_difference(found, expected) < 1e-6
+    assert found.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-6)
+
+
+def test_fusing_leaves_the_network_as_it_is(facenet):
+    before = copy.deepcopy(facenet.state_dict())
+    model = copy.deepcopy(facenet).train()
+    fast.fused(model)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_fused_network_can_be_fused_again(facenet, images, expected):
+    assert greatest_difference(fast.fused(fast.fused(facenet))(images), expected) < 1e-6
+
+
+def test_a_network_of_another_kind_is_copied_as_it_is():
+    model, images = TinyNet().eval(), torch.rand(2, 3, 40, 40)
+    torch.testing.assert_close(fast.fused(model)(images), model(images))
+
+
+def test_the_backend_torch_is_the_network_itself(facenet):
+    assert fast.accelerated(facenet, "torch", SIZE, "cpu") is facenet
+
+
+def test_the_compiled_backend_compiles_the_fused_network(monkeypatch):
+    compile_network = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: compile_network(network, backend="eager"))  # no C++ compiler
+    model, images = TinyNet().eval(), torch.rand(2, 3, 40, 40)
+    network = fast.accelerated(model, "compiled", 40, "cpu")
+    assert isinstance(network, torch._dynamo.OptimizedModule)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    with torch.inference_mode():
+        torch.testing.assert_close(network(images), model(images))
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones(facenet):
+    with pytest.raises(ValueError, match=r"BACKEND = 'tensorrt': expected one of 'torch', 'fused', .*'onnxruntime'"):
+        fast.accelerated(facenet, "tensorrt", SIZE, "cpu")
+
+
+def test_onnxruntime_is_refused_on_a_gpu(facenet):
+    with pytest.raises(ValueError, match=r"on the CPU only, not on cuda:1; set BACKEND = 'fused' or 'compiled'"):
+        fast.accelerated(facenet, "onnxruntime", SIZE, "cuda:1")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named_with_the_way_out(monkeypatch, facenet, package):
+    monkeypatch.setitem(sys.modules, "onnxruntime", sys)  # neither has to be installed
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"package {package} is not installed .*pip install onnx .*BACKEND = 'fused'"):
+        fast.accelerated(facenet, "onnxruntime", SIZE, "cpu")
+
+
+# --- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_an_exported_file_gives_the_same_embeddings_at_any_batch_size(
+    tmp_path, content, facenet, images, expected, batch
+):
+    runtime = pytest.importorskip("onnxruntime")
+    (tmp_path / "facenet.onnx").write_bytes(content)
+    session = runtime.InferenceSession(tmp_path / "facenet.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["embeddings"], {"images": images[:batch].numpy()})
+    assert found.shape == (batch, 512) and found.dtype == "float32"
+    cosine = F.cosine_similarity(torch.from_numpy(found).double(), expected[:batch].double())
+    assert (1 - cosine).max() < 1e-6
+    assert torch.from_numpy(found).norm(dim=1).tolist() == pytest.approx([1.0] * batch, abs=1e-6)
+
+
+def test_an_exported_file_knows_whose_it_is_and_what_it_takes(content, facenet):
+    pytest.importorskip("onnxruntime")
+    network = fast.OnnxFaceNet(content, SIZE)
+    assert network.metadata == {"fingerprint": fingerprint(facenet), "face_crop": "0.52", "image_size": str(SIZE)}
+    assert network.image_size == SIZE
+
+
+def test_export_writes_the_whole_file_and_a_failed_one_leaves_the_old(monkeypatch, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from google.protobuf.message import DecodeError
+
+    model, path = TinyNet().eval(), tmp_path / "new" / "tiny.onnx"
+    fast.export(model, path, SIZE, {"note": "first"})
+    first = path.read_bytes()
+    assert fast.OnnxFaceNet(path, SIZE).metadata["note"] == "first"
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: args[2].write(b"half a fi"))
+    with pytest.raises(DecodeError):
+        fast.export(model, path, SIZE, {"note": "second"})
+    assert path.read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == ["tiny.onnx"]
+
+
+def test_embed_takes_an_onnx_network_like_any_other(tmp_path, content, facenet):
+    pytest.importorskip("onnxruntime")
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for number, path in enumerate(paths):
+        write_photo(path, (80 * number, 200 - 80 * number, 40), seed=number, side=90)
+    transform = eval_transform(SIZE, 1.0)
+    network = fast.accelerated(facenet, "onnxruntime", SIZE, "cpu")
+    found = embed(network, paths, transform, "cpu", batch_size=2)  # the last batch is smaller
+    assert greatest_difference(found, embed(facenet, paths, transform, "cpu")) < 1e-6
+
+
+def test_an_onnx_network_is_not_confused_by_the_memory_format(content, images, expected):
+    pytest.importorskip("onnxruntime")
+    network = fast.OnnxFaceNet(content, SIZE)
+    found = network(images.contiguous(memory_format=torch.channels_last))
+    assert greatest_difference(found, expected) < 1e-6
+
+
+def test_an_onnx_network_takes_as_many_threads_as_torch(monkeypatch, content):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert fast.OnnxFaceNet(content, SIZE).session.get_session_options().intra_op_num_threads == 3
+
+
+def test_an_onnx_network_gives_no_embedding_for_no_image(content):
+    pytest.importorskip("onnxruntime")
+    assert fast.OnnxFaceNet(content, SIZE)(torch.empty(0, 3, SIZE, SIZE)).shape == (0, 512)
+
+
+def test_two_onnx_networks_of_different_weights_have_different_fingerprints():
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    networks = [fast.accelerated(TinyNet().eval(), "onnxruntime", SIZE, "cpu") for _ in range(2)]
+    assert fingerprint(networks[0]) != fingerprint(networks[1])
+
+
+def test_images_of_another_size_are_refused(content):
+    pytest.importorskip("onnxruntime")
+    network = fast.OnnxFaceNet(content, SIZE)
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 160, 160\) on cpu: expected \(B, 3, 80, 80\) on the CPU"):
+        network(torch.zeros(2, 3, 160, 160))
+
+
+def test_a_file_of_another_image_size_is_refused(content, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "facenet.onnx").write_bytes(content)
+    with pytest.raises(ValueError, match=r"facenet\.onnx: takes images of 80 x 80 pixels, .* here is 160"):
+        fast.OnnxFaceNet(tmp_path / "facenet.onnx", 160)
+
+
+@pytest.mark.parametrize("junk", [b"", b"not a network", bytes(1000)])
+def test_what_is_not_an_onnx_file_is_refused(tmp_path, junk):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "junk.onnx").write_bytes(junk)
+    with pytest.raises(ValueError, match=r"junk\.onnx: not an ONNX file that onnxruntime can run \(.*export_onnx\.py"):
+        fast.OnnxFaceNet(tmp_path / "junk.onnx", SIZE)
+
+
+def test_a_cut_onnx_file_is_refused(content, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "cut.onnx").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cut\.onnx: not an ONNX file that onnxruntime can run"):
+        fast.OnnxFaceNet(tmp_path / "cut.onnx", SIZE)
+
+
+def test_an_onnx_file_of_another_network_is_refused(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "other", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "other.onnx")
+    with pytest.raises(ValueError, match=r"other\.onnx: an ONNX file, but not a FaceNet of export_onnx\.py"):
+        fast.OnnxFaceNet(tmp_path / "other.onnx", SIZE)
+
+
+def test_a_missing_onnx_file_is_named(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(FileNotFoundError, match=r"none\.onnx: no such file; export_onnx\.py writes it"):
+        fast.OnnxFaceNet(tmp_path / "none.onnx", SIZE)
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """export_onnx.py on TinyNet, from random weights."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(training, "FaceNet", TinyNet)
+    constants = {"CHECKPOINT": None, "PRETRAINED": None, "IMAGE_SIZE": SIZE, "FACE_CROP": 0.8}
+    for name, value in (constants | {"OUT": tmp_path / "out" / "tiny.onnx"}).items():
+        monkeypatch.setattr(export_onnx, name, value)
+    return export_onnx
+
+
+def test_the_script_writes_a_file_that_it_has_compared_with_torch(script, capsys):
+    cosine, absolute = script.main()
+    assert cosine < 1e-6 and absolute < 1e-5
+    told = capsys.readouterr().out
+    assert "8 images in batches of 1, 2, 5" in told and "(x - 127.5) / 128" in told
+    assert "the centre square of 0.8 of the photo's shorter side, resized to 80 x 80" in told
+    metadata = fast.OnnxFaceNet(script.OUT, SIZE).metadata
+    assert metadata["stage"] == "0" and metadata["face_crop"] == "0.8" and len(metadata["fingerprint"]) == 16
+
+
+def test_the_script_exports_a_checkpoint_with_its_own_size_and_crop(script, tiny_runs, monkeypatch):
+    stage1, _ = tiny_runs
+    monkeypatch.setattr(stage1, "EPOCHS", 1)
+    stage1.main()
+    monkeypatch.setattr(script, "CHECKPOINT", stage1.RUN_DIR / "best.pt")
+    script.main()
+    model, _ = training.load_facenet(script.CHECKPOINT, "cpu")
+    metadata = fast.OnnxFaceNet(script.OUT, 76).metadata  # 76 and 0.8: of tiny_runs
+    assert metadata["image_size"] == "76" and metadata["face_crop"] == "0.8" and metadata["stage"] == "1"
+    assert metadata["fingerprint"] == fingerprint(model)
+
+
+def test_the_script_writes_nothing_when_the_embeddings_differ(script, monkeypatch):
+    class Other(fast.OnnxFaceNet):
+        def forward(self, images):
+            return F.normalize(super().forward(images) + 0.01)
+
+    monkeypatch.setattr(script, "OnnxFaceNet", Other)
+    with pytest.raises(ValueError, match=r"tiny\.onnx: not written, its embeddings differ from torch's by .*TOLERANCE"):
+        script.main()
+    assert not script.OUT.exists()
+
+
+def test_the_script_writes_nothing_when_an_embedding_is_not_a_number(script, monkeypatch):
+    monkeypatch.setattr(script, "differences", lambda *args: (float("nan"), 0.0))
+    with pytest.raises(ValueError, match=r"differ from torch's by nan"):
+        script.main()
+    assert not script.OUT.exists()
