@@ -31,9 +31,10 @@ import training
 from datasets import eval_transform, load_image
 from demo import set_constants
 from fast import INPUT, accelerated, to_onnx
-from gallery import embed, nearest
+from gallery import embed
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
+from search import nearest
 
 BATCH_SIZE = 32  # photos per step, >= 2
 IMAGE_SIZE = 160  # pixels, 76..160

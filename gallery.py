@@ -463,15 +463,21 @@ def enroll(
         raise ValueError(
             f"embeddings of {embeddings.shape[1]} numbers cannot join a gallery of {gallery.embeddings.shape[1]}"
         )
+    if not len(embeddings) == len(persons) == len(paths):
+        raise ValueError(
+            f"{len(embeddings)} embeddings, {len(persons)} names and {len(paths)} paths: expected as many of each"
+        )
     if not all(persons):
         raise ValueError("a person needs a name to be enrolled")
     rows = torch.cat([gallery.embeddings, embeddings])
     names = [gallery.persons[label] for label in gallery.labels.tolist()]
-    if names and len(embeddings):
-        twin, cosine = search.nearest(embeddings, gallery.embeddings)
-        for path, name, row, score in zip(paths, persons, twin[:, 0].tolist(), cosine[:, 0].tolist(), strict=True):
-            if score > 1 - TIE and names[row] != name:
-                warn_once(f"{path}: enrolled as {name}, and the same photo as {names[row]}; one name is wrong")
+    all_names = [*names, *persons]
+    if len(embeddings) and len(rows) > 1:
+        near, cosine = search.nearest(embeddings, rows, k=2)  # one of them is the photo itself, or a twin before it
+        for path, name, twins, scores in zip(paths, persons, near.tolist(), cosine.tolist(), strict=True):
+            others = [all_names[row] for row, score in zip(twins, scores, strict=True) if score > 1 - TIE]
+            for other in (other for other in others if other != name):
+                warn_once(f"{path}: enrolled as {name}, and the same photo as {other}; one name is wrong")
     kept, all_paths = list(range(len(names))), list(gallery.paths)  # rows, and the photos of all rows
     of_person: dict[str, list[int]] = {}
     for row, name in enumerate(names):
@@ -484,8 +490,7 @@ def enroll(
             continue
         there.append(row)
         kept.append(row)
-    names += persons
-    return _from_rows(gallery, rows[kept], [names[row] for row in kept], [all_paths[row] for row in kept])
+    return _from_rows(gallery, rows[kept], [all_names[row] for row in kept], [all_paths[row] for row in kept])
 
 
 def remove(gallery: Gallery, person: str) -> Gallery:
@@ -534,7 +539,8 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str) -> di
             f"{math.ceil(metrics.MIN_ERRORS / far)}; at least {metrics.MIN_ERRORS / asked:.2g} is possible here"
         )
     return {
-        "cosine": metrics.threshold_for(found.rival, far),
+        # Another product rounds otherwise: whoever is refused here must not be named there.
+        "cosine": metrics.threshold_for(found.rival, far) + TIE,
         "far": far,
         "template": gallery.template,
         "strangers": asked,
@@ -546,8 +552,10 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str) -> di
 def identify(gallery: Gallery, embeddings: Tensor) -> list[tuple[str | None, float, str]]:
     """For each of `embeddings` (N, D), rows of norm 1: the person, or None below the gallery's threshold; the cosine;
     and whom it resembles most, named or not. By the gallery's template; a tie goes to the name that sorts first."""
+    if not len(embeddings):
+        return []
     rows, labels = gallery.templates(gallery.template)
-    index, cosine = search.build_index(rows, "auto").search(embeddings, 1)
+    index, cosine = search.nearest(embeddings, rows)
     lowest = gallery.threshold["cosine"] if gallery.threshold else -math.inf
     names = [gallery.persons[label] for label in labels[index[:, 0]].tolist()]
     scores = cosine[:, 0].tolist()
@@ -578,9 +586,10 @@ def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
     if fault:
         raise ValueError(f"{path}: {fault}; enroll the photos anew")
     gallery = Gallery(**{name: saved[name] for name in FIELDS} | {"paths": [Path(photo) for photo in saved["paths"]]})
-    if made_by is not None and gallery.made_by != made_by:
-        differ = [name for name in made_by if gallery.made_by.get(name) != made_by[name]]
-        told = ", ".join(f"{name} {gallery.made_by.get(name)!r}, here {made_by[name]!r}" for name in differ)
+    expected = gallery.made_by if made_by is None else made_by
+    pairs = {name: (gallery.made_by.get(name), expected.get(name)) for name in gallery.made_by | expected}
+    told = ", ".join(f"{name} {there!r}, here {here!r}" for name, (there, here) in pairs.items() if there != here)
+    if told:
         raise ValueError(
             f"{path}: made by another model ({told}); its embeddings cannot be compared: enroll the photos anew, or "
             "use the checkpoint that made it"
@@ -590,13 +599,14 @@ def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
 
 FORMAT = 1  # of the gallery files
 FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold")
+STATED = {"cosine": float, "far": float, "template": str, "strangers": int, "persons": int, "source": str}  # threshold
 
 
 def _fault(saved: object) -> str | None:
     """What keeps the content of a file from being a gallery."""
     if not isinstance(saved, dict) or not {"format", *FIELDS} <= saved.keys():
         return "not a gallery of these scripts"
-    if saved["format"] != FORMAT:
+    if type(saved["format"]) is not int or saved["format"] != FORMAT:
         return f"gallery format {saved['format']!r}, these scripts read {FORMAT}"
     embeddings, labels, persons, paths = (saved[name] for name in FIELDS[:4])
     if not (isinstance(embeddings, Tensor) and embeddings.dtype == torch.float32 and embeddings.dim() == 2):
@@ -611,10 +621,14 @@ def _fault(saved: object) -> str | None:
         return "its names do not fit its embeddings"
     if labels.unique().tolist() != list(range(len(persons))):
         return "its labels do not fit its persons"
-    if saved["template"] not in TEMPLATES or not isinstance(saved["made_by"], dict):
+    template, made_by, threshold = (saved[name] for name in FIELDS[4:])
+    plain = (str, int, float, type(None))
+    known = isinstance(made_by, dict) and all(isinstance(value, plain) for value in made_by.values())
+    if not isinstance(template, str) or template not in TEMPLATES or not known:
         return "its template or model is unknown"
-    threshold = saved["threshold"]
-    known = isinstance(threshold, dict) and isinstance(threshold.get("cosine"), float) and "far" in threshold
-    if threshold is not None and (not known or math.isnan(threshold["cosine"])):
+    if threshold is None:
+        return None
+    known = isinstance(threshold, dict) and all(isinstance(threshold.get(name), kind) for name, kind in STATED.items())
+    if not known or not math.isfinite(threshold["cosine"]):
         return "its threshold is no number"
     return None

@@ -397,6 +397,8 @@ def test_the_curve_holds_the_exact_rates_at_every_genuine_score(monkeypatch, tem
     assert curve.tar.dtype == curve.far.dtype == torch.float64
     assert curve.tar.tolist() == pytest.approx([rate(genuine, t) for t in curve.thresholds.tolist()], abs=1e-15)
     assert curve.far.tolist() == pytest.approx([rate(impostor, t) for t in curve.thresholds.tolist()], abs=1e-15)
+    above = [float(np.mean(impostor > t)) for t in curve.thresholds.tolist()]
+    assert curve.far_above.tolist() == pytest.approx(above, abs=1e-15)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -412,14 +414,66 @@ def test_tar_at_far_is_the_best_of_all_thresholds_that_keep_the_far(seed, steps,
     assert threshold == min((t for t in genuine if t in kept), default=np.inf)
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("steps", [8, 64])
-def test_the_eer_is_the_least_over_all_thresholds_of_the_larger_error(seed, steps):
+def loop_eer(genuine: np.ndarray, impostor: np.ndarray) -> float:
+    """Where false accepts equal false rejects on straight lines between the rates at all scores, falling."""
+    far, frr = 0.0, 1.0
+    for threshold in sorted({*genuine.tolist(), *impostor.tolist()}, reverse=True):
+        next_far, next_frr = rate(impostor, threshold), 1 - rate(genuine, threshold)
+        if next_far >= next_frr:
+            share = (frr - far) / (frr - far + next_far - next_frr)
+            return far + share * (next_far - far)
+        far, frr = next_far, next_frr
+    raise AssertionError("at the lowest score all are accepted")
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("steps", [4, 8, 64, 10**4])  # many ties to none
+@pytest.mark.parametrize("block_scores", [2**24, 50])
+def test_the_eer_is_where_the_errors_are_equal_on_the_curve_of_all_thresholds(monkeypatch, seed, steps, block_scores):
+    monkeypatch.setattr(metrics, "BLOCK_SCORES", block_scores)
     scores, truth = on_a_grid(30, 9, seed, steps)
-    genuine, impostor = split_pairs(scores, truth)
-    expected = min(max(rate(impostor, t), 1 - rate(genuine, t)) for t in candidates(genuine, impostor))
+    expected = loop_eer(*split_pairs(scores, truth))
     assert 0 < expected < 0.5
     assert roc(*given(scores, truth), "best").eer() == pytest.approx(expected, abs=1e-12)
+
+
+def eer_of(genuine: list[float], impostor: list[float]) -> float:
+    """Of ten times these scores each."""
+    scores = torch.tensor([[score] for score in genuine + impostor]).repeat(10, 1)
+    curve = roc(*given(scores, ([0] * len(genuine) + [-1] * len(impostor)) * 10), "mean")
+    return curve.eer()
+
+
+def test_the_eer_counted_by_hand():
+    assert eer_of([0.5, 0.75], [0.0, 0.25]) == 0.0
+    assert eer_of([0.0, 0.25], [0.5, 0.75]) == 1.0
+    assert eer_of([0.5], [0.5]) == pytest.approx(0.5)  # half of the ties accepted
+    assert eer_of([0.25, 0.75], [0.0, 0.5]) == pytest.approx(0.5)  # level stretch: FAR 0 .. 0.5 at FRR 0.5
+    assert eer_of([0.25, 0.5, 0.75], [0.0, 0.5]) == pytest.approx(0.4)  # (0, 2/3) to (1/2, 1/3): 4/5 of the way
+    # Four genuine pairs of 0.1 .. 0.4 and two impostors: FRR 1/4 at both ends of the level stretch of FAR 0 .. 1/2.
+    assert eer_of([0.125, 0.25, 0.375, 0.5], [0.1875, 0.0]) == pytest.approx(0.25)
+    # FAR 1/2 on the upright stretch of FRR 1 .. 0.
+    assert eer_of([0.25, 0.375], [0.5, 0.0]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 3e-7, -3e-7, 8e-7, -8e-7])
+def test_pairs_that_rounding_alone_tells_apart_are_tied(rounding):
+    assert eer_of([0.5], [0.5 + rounding]) == pytest.approx(0.5)
+    scores = torch.tensor([[0.5, 0.5 + rounding]]).repeat(1000, 1)
+    curve = roc(*given(scores, [0] * 1000), "mean")
+    assert curve.far.tolist() == [1.0] and curve.far_above.tolist() == [0.0] and curve.at_far(0.01) == (0.0, math.inf)
+
+
+@pytest.mark.parametrize("step, eer", [(4e-6, 1.0), (-4e-6, 0.0)])
+def test_pairs_further_apart_than_rounding_are_not_tied(step, eer):
+    assert eer_of([0.5], [0.5 + step]) == eer
+
+
+def test_genuine_scores_that_rounding_alone_tells_apart_share_the_lowest_of_them_as_threshold():
+    scores = torch.tensor([[0.5], [0.5 + 5e-7], [0.5 + 9e-7], [0.5 + 4e-6], [0.25]])
+    curve = roc(*given(scores, [0] * 5), "mean")
+    assert curve.thresholds.tolist() == [scores[3].item(), 0.5, 0.25] and curve.genuine_pairs == 5
+    assert curve.tar.tolist() == pytest.approx([0.2, 0.8, 1.0])
 
 
 @templates
@@ -432,8 +486,8 @@ def test_the_curve_of_embeddings_equals_a_loop_over_all_pairs(template, sources)
     thresholds = curve.thresholds.double().numpy() - 3e-6  # float32 rounding
     assert curve.tar.tolist() == pytest.approx([rate(genuine, t) for t in thresholds], abs=1e-12)
     assert curve.far.tolist() == pytest.approx([rate(impostor, t) for t in thresholds], abs=3 / len(impostor))
-    expected = min(max(rate(impostor, t), 1 - rate(genuine, t)) for t in candidates(genuine, impostor))
-    assert curve.eer() == pytest.approx(expected, abs=1 / len(genuine))
+    expected = loop_eer(genuine, impostor)
+    assert curve.eer() == pytest.approx(expected, abs=3 / len(impostor))
     assert 0.05 < expected < 0.95
 
 
@@ -524,7 +578,7 @@ def test_an_embedder_that_sees_nothing_tells_no_two_persons_apart(template, phot
     gallery = unit_rows(1, dims, seed=dims).repeat(len(labels), 1)
     curve = roc(gallery, labels, torch.arange(len(labels)), gallery, labels, template)
     # Its cosines differ by rounding alone, and by another rounding where a source is left out of the mean.
-    assert curve.eer() >= 0.5 and curve.at_far(0.01)[0] == 0.0
+    assert curve.eer() == pytest.approx(0.5) and curve.at_far(0.01)[0] == 0.0
 
 
 # --- open set ---------------------------------------------------------------------------------------------------------
@@ -734,10 +788,16 @@ def test_the_exact_bound_counts_the_persons_who_have_a_value():
     assert (low, high) == (pytest.approx(0.025 ** (1 / 12)), 1.0)
 
 
-def test_a_share_of_a_half_at_every_person_has_no_width_and_no_bound():
+def test_where_all_persons_agree_on_a_share_that_is_neither_0_nor_1_there_is_no_interval():
     person = torch.arange(20).repeat(2)
-    values = torch.stack([torch.full((40,), 0.5), (torch.arange(40) < 20).double()], 1)
-    assert bootstrap(values, person, 0).tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    values = torch.stack([torch.full((40,), 0.5), (torch.arange(40) < 20).double(), (person < 10).double()], 1)
+    low, high = bootstrap(values, person, 0)
+    assert low[:2].isnan().all() and high[:2].isnan().all() and 0 < low[2] < 0.5 < high[2] < 1
+    difference = bootstrap(values, person, 0, bounded=False)
+    assert difference[:, :2].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    scores = torch.tensor([[0.5, 0.25] + [0.0] * 10, [0.25, 0.5] + [0.0] * 10]).repeat(10, 1)
+    figure = measure(*given(scores, [0] * 20), "mean", torch.arange(10).repeat_interleave(2), 0).figures["rank-1"]
+    assert figure == {"value": 0.5, "low": None, "high": None}
 
 
 def test_a_query_without_a_value_does_not_count_and_a_column_without_one_has_no_interval():
