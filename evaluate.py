@@ -181,7 +181,7 @@ def compared(before: Evaluated, after: Evaluated) -> dict[str, dict[str, dict]]:
 
 
 def draw_pictures(after: Evaluated, before: Evaluated | None) -> dict[str, Figure]:
-    """File name without .png -> picture, from what has already been embedded."""
+    """File name without its suffix -> picture, from what has already been embedded."""
     models = [model for model in (before, after) if model]
     pictures: dict[str, Figure] = {}
     for protocol, measured in after.measured.items():

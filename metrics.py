@@ -295,7 +295,7 @@ class OpenSet:
 
     def at_fpir(self, fpir: float) -> tuple[float, float] | None:
         """(DIR, threshold): detection and identification rate, the share of enrolled queries answered right at a score
-        above the threshold; and the lowest threshold that names at most a share `fpir` of the strangers (false
+        at or above the threshold; and the lowest threshold that names at most a share `fpir` of the strangers (false
         positive identification rate; both ISO/IEC 19795-1). None if too few strangers ask to expect MIN_ERRORS.
         """
         if len(self.stranger) * fpir < MIN_ERRORS:
@@ -360,7 +360,7 @@ def bootstrap(
 
     bounded: a share that is 0 or 1 for every person has no spread to resample: the exact binomial bound over persons
     (Clopper & Pearson 1934) then takes the place of an interval of no width; where all persons agree on another share,
-    there is none (NaN), as in a column without a value.
+    there is none (NaN), as in a column in which fewer than MIN_PERSONS have a value.
     """
     _, index = persons.unique(return_inverse=True)
     count = int(index.max()) + 1 if len(index) else 0
@@ -385,7 +385,7 @@ def bootstrap(
     high = torch.where(exact & (sums == 0).all(0), 1 - bound, interval[1])
     interval = torch.stack([low, high])
     interval[:, (low == high) & bounded] = torch.nan
-    return torch.where(units > 0, interval, torch.nan)
+    return torch.where(units >= MIN_PERSONS, interval, torch.nan)
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------
@@ -440,7 +440,8 @@ def measure(
         if point is None:
             missing.append(name)
             continue
-        thresholds[name] = point[1]
+        if point[1] < torch.inf:
+            thresholds[name] = point[1]
         values[name] = torch.where(enrolled, (found.genuine >= point[1]).double(), torch.nan)
     opened = open_set(*inputs, seed) if int(labels.max()) else None
     for fpir in FPIRS:

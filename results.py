@@ -122,15 +122,15 @@ def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comp
 def write_report(
     folder: Path, pictures: dict[str, Figure], after: Evaluated, comparison: dict, before: Evaluated | None
 ) -> None:
-    """Each picture as <name>.png, and report.html, which holds them all."""
-    png = {name: report.png(figure) for name, figure in pictures.items()}
-    for name, content in png.items():
-        with training.atomic_file(folder / f"{name}.png") as file:
+    """Each picture as <name>.png or, of photos, .jpg; and report.html, which holds them all."""
+    files = {name: report.encoded(figure) for name, figure in pictures.items()}
+    for name, (suffix, content) in files.items():
+        with training.atomic_file(folder / f"{name}{suffix}") as file:
             file.write(content)
 
     def shown(names: Sequence[str]) -> list[report.Picture]:
-        captions = {name: PICTURE_CAPTIONS[name.split("_")[0]] for name in names if name in png}
-        return [report.Picture(caption, png[name], caption) for name, caption in captions.items()]
+        captions = {name: PICTURE_CAPTIONS[name.split("_")[0]] for name in names if name in files}
+        return [report.Picture(caption, files[name][1], caption) for name, caption in captions.items()]
 
     sections = []
     for protocol, details in after.details.items():

@@ -345,6 +345,13 @@ def test_equal_photos_keep_the_gallerys_order_in_the_average_precision(copies, d
     assert found.tolist() == pytest.approx([expected] * queries, abs=1e-12)
 
 
+@pytest.mark.parametrize("step, place", [(0.0, 3), (5e-7, 3), (-5e-7, 3), (4e-6, 1), (-4e-6, 3)])
+def test_photos_further_apart_than_rounding_are_ordered_by_their_cosine(step, place):
+    cosines = torch.tensor([[0.5, 0.5, 0.5 + step, 0.25]])
+    found = average_precision(cosines, torch.tensor([1]), torch.tensor([-1]), torch.eye(4), torch.tensor([0, 0, 1, 0]))
+    assert found.tolist() == pytest.approx([1 / place])
+
+
 def test_macro_f1_counted_by_hand():
     predicted, truth = torch.tensor([0, 0, 1, 2, 2, 5]), torch.tensor([0, 1, 1, -1, 2, -1])
     # F1: person 0 2/3, 1 2/3, 2 2/3, 5 (named by mistake) 0, the one who is not enrolled 0.
@@ -809,11 +816,11 @@ def test_a_query_without_a_value_does_not_count_and_a_column_without_one_has_no_
     assert with_nan[:, 1].isnan().all()
 
 
-def test_replicates_that_draw_nobody_with_a_value_are_left_out():
-    values = torch.full((10, 1), torch.nan)
-    values[3], values[7] = 0.25, 0.75
-    low, high = bootstrap(values, torch.arange(10), 0)[:, 0].tolist()  # (8/10)^10: one draw in nine has neither
-    assert (low, high) == (0.25, 0.75)
+def test_a_column_in_which_too_few_persons_count_has_no_interval():
+    values = (torch.arange(24).reshape(12, 2) % 5 < 2).double()
+    values[:3, 1] = torch.nan  # nine persons are left in the second column
+    found = bootstrap(values, torch.arange(12), 0)
+    assert not found[:, 0].isnan().any() and found[:, 1].isnan().all()
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

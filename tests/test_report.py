@@ -149,9 +149,16 @@ def test_each_picture_has_a_checkbox_of_its_own_label_to_enlarge_it():
     assert boxes == ["Enlarge: three curves", "Enlarge: loss"]
 
 
-def test_a_picture_that_is_no_png_is_refused():
-    with pytest.raises(ValueError, match=r"Rates: not a PNG, it begins with b'\\xff\\xd8"):
-        page("t", "s", [Section("h", "", [], [Picture("Rates", b"\xff\xd8\xff\xe0 a JPEG", "")])])
+def test_a_jpeg_is_shown_as_one():
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(file, "jpeg")
+    [image] = Checked(page("t", "s", [Section("h", "", [], [Picture("p", file.getvalue(), "a")])])).all("img")
+    assert image["src"].startswith("data:image/jpeg;base64,") and (image["width"], image["height"]) == ("30", "20")
+
+
+def test_a_picture_that_is_no_image_is_refused():
+    with pytest.raises(ValueError, match=r"Rates: no PNG or JPEG, it begins with b'GIF89a"):
+        page("t", "s", [Section("h", "", [], [Picture("Rates", b"GIF89a a GIF", "")])])
 
 
 def test_a_missing_figure_is_a_dash_that_says_why():
@@ -240,7 +247,8 @@ def test_a_heat_map_loses_two_thirds_of_its_bytes_and_nothing_that_can_be_seen()
     queries = templates[labels] + torch.randn(400, 64, generator=generator)
     cosine = torch.cosine_similarity(queries[:, None], templates[None], dim=2)
     figure = plots.similarity_matrix(cosine, labels.tolist(), [f"Person_Number_{n}" for n in range(20)], templates)
-    png = report.png(figure)
+    suffix, png = report.encoded(figure)
+    assert suffix == ".png"
     assert len(png) < 100_000
     with Image.open(io.BytesIO(png)) as image:
         assert image.size == (8 * plots.DPI, round(7.5 * plots.DPI))
@@ -248,11 +256,14 @@ def test_a_heat_map_loses_two_thirds_of_its_bytes_and_nothing_that_can_be_seen()
     assert np.abs(difference).mean() < 0.5
 
 
-def test_photos_keep_all_their_colours():
-    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    figure = plots.mistakes_sheet([([Image.fromarray(noise)] * 3, ("a", "b", "c"))])
-    with Image.open(io.BytesIO(report.png(figure))) as image:
-        assert (np.asarray(image.convert("RGB")) == np.asarray(all_colours(figure))).all()
+def test_photos_become_a_jpeg_that_looks_the_same():
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)).resize((160, 160))
+    figure = plots.mistakes_sheet([([smooth] * 3, ("a", "b", "c"))] * 12)
+    suffix, content = report.encoded(figure)
+    assert suffix == ".jpg" and len(content) < 300_000
+    with Image.open(io.BytesIO(content)) as image:
+        difference = np.asarray(image.convert("RGB"), int) - np.asarray(all_colours(figure), int)
+    assert np.abs(difference).mean() < 2
 
 
 def test_curves_and_bars_stay_small_files():
@@ -265,4 +276,4 @@ def test_curves_and_bars_stay_small_files():
         plots.bars(kinds, {title: [(0.9, 0.85, 0.95)] * 8 for title in curves}),
     ]
     for figure in figures:
-        assert len(report.png(figure)) < 60_000
+        assert len(report.encoded(figure)[1]) < 60_000

@@ -77,7 +77,7 @@ def test_evaluate_writes_what_it_returns(trained):
 
 def test_evaluate_draws_pictures_that_open(trained):
     evaluate.main()
-    for name in ("tsne.png", "similarity.png", "mistakes.png"):
+    for name in ("tsne.png", "similarity.png", "mistakes.jpg"):
         with Image.open(trained / name) as picture:
             picture.load()
             assert min(picture.size) > 100
@@ -130,7 +130,7 @@ def test_evaluate_without_any_enrolled_query_still_draws(trained, task_b):
     shutil.rmtree(task_b / "val" / "fay" / "clean")  # fay asks, eve is the gallery
     details = evaluate.main()
     assert details["not_enrolled"] == 2 and details["top1"]["mean"] == 0
-    assert (trained / "mistakes.png").exists()
+    assert (trained / "mistakes.jpg").exists()
 
 
 def test_evaluate_of_a_missing_split_names_its_folder(trained, monkeypatch):
