@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
 PREFETCH = 4  # batches that each worker prepares ahead
+# What every checkpoint states, besides its weights.
+STATED = {"stage": int, "model": dict, "image_size": int, "face_crop": (int, float), "dropout": (int, float)}
+STATED |= {"epoch": int, "selected_on": str, "persons": list}
 BAD_IN_A_ROW = 3  # steps without a finite loss after which a run stops
 
 # What a run's constants may be; those that a module takes, it checks itself.
@@ -320,8 +323,11 @@ def read_checkpoint(path: Path) -> dict:
         ) from error
     if not isinstance(saved, dict) or not {"format", "stage", "model", "image_size", "face_crop"} <= saved.keys():
         raise ValueError(f"{path}: no checkpoint of these scripts; a bare state dict belongs into PRETRAINED")
-    if saved["format"] != FORMAT:
+    if type(saved["format"]) is not int or saved["format"] != FORMAT:
         raise ValueError(f"{path}: checkpoint format {saved['format']}, these scripts read {FORMAT}; train it anew")
+    odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
+    if odd:
+        raise ValueError(f"{path}: damaged, its {odd[0]} is {str(saved.get(odd[0]))[:40]!r}; train it anew")
     return saved
 
 

@@ -1,0 +1,157 @@
+"""Damaged files of every kind that the scripts read: each is read or refused in a sentence that names it, and none runs.
+
+Galleries are damaged in test_kept_gallery.py.
+"""
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TinyNet
+from facenet_pytorch import InceptionResnetV1
+from PIL import Image
+
+import models
+import training
+from datasets import eval_transform, find_unreadable, load_image
+
+
+def damaged(content: bytes, seed: int) -> bytes:
+    """`content` with bytes flipped, cut off, cut out, doubled or zeroed: one of these, by `seed`."""
+    generator = np.random.default_rng(seed)
+    data, start = bytearray(content), int(generator.integers(len(content)))
+    length = int(generator.integers(1, max(2, min(400, len(content) - start))))
+    how = seed % 5
+    if how == 0:
+        near = 300 if generator.random() < 0.5 else len(data)  # the header as often as all the rest
+        for place in generator.integers(min(near, len(data)), size=int(generator.integers(1, 12))):
+            data[place] ^= int(generator.integers(1, 256))
+    elif how == 1:
+        del data[start:]
+    elif how == 2:
+        del data[start : start + length]
+    elif how == 3:
+        data[start:start] = data[start : start + length]
+    else:
+        data[start : start + length] = bytes(length)
+    return bytes(data)
+
+
+def encoded(suffix: str, mode: str) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 11, 3), np.uint8)
+    image = Image.fromarray(noise).resize((60, 70)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    file = io.BytesIO()
+    image.save(file, Image.registered_extensions()[suffix], exif=exif)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "suffix, mode", [(".jpg", "RGB"), (".jpg", "L"), (".png", "RGBA"), (".png", "P"), (".bmp", "RGB"), (".webp", "RGB")]
+)
+def test_a_damaged_photo_is_listed_or_it_loads(tmp_path, suffix, mode):
+    whole, transform = encoded(suffix, mode), eval_transform(32, 0.52)
+    paths = []
+    for seed in range(100):
+        paths.append(tmp_path / f"{seed}{suffix}")
+        paths[-1].write_bytes(damaged(whole, seed))
+    unreadable = find_unreadable(paths)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd EXIF blocks
+        for path in paths:
+            if path in unreadable:
+                assert unreadable[path]
+                with pytest.raises(OSError, match=path.name):
+                    load_image(path)
+            else:
+                image = load_image(path)
+                assert image.mode == "RGB" and transform(image).isfinite().all()
+    assert 5 < len(unreadable) < 95  # both happen
+
+
+def read_or_refused(path: Path, content: bytes, read: Callable[[Path], object]) -> bool:
+    """Whether `read` takes the file; if not, it raises ValueError in a sentence that names it."""
+    path.write_bytes(content)
+    try:
+        read(path)
+    except ValueError as error:
+        assert str(path) in str(error) and "weights_only" not in str(error), error
+        return False
+    return True
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> bytes:
+    facts = {"stage": 1, "image_size": 76, "face_crop": 0.52, "dropout": 0.0, "pretrained": "None", "epoch": 3}
+    facts |= {"selected_on": "val", "persons": ["ann", "bob"], "holdout": [], "template": "mean", "top1": 0.5}
+    training.save_checkpoint(tmp_path / "whole.pt", facts, {"model": TinyNet(None, 0.0)})
+    return (tmp_path / "whole.pt").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_refused_or_it_loads(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(training, "FaceNet", TinyNet)
+
+    def read(path: Path) -> None:
+        model, saved = training.load_facenet(path, "cpu")
+        eval_transform(saved["image_size"], saved["face_crop"])
+        assert f"{saved['stage']:d} {saved['epoch']:d} {saved['selected_on']}" and set(saved["persons"])
+        model.eval()(torch.zeros(1, 3, 76, 76))
+
+    taken = 0
+    for seed in range(300):
+        taken += read_or_refused(tmp_path / "damaged.pt", damaged(checkpoint, seed), read)
+    assert 0 < taken < 250
+
+
+@pytest.mark.parametrize("name", training.STATED)
+@pytest.mark.parametrize(
+    "value", [None, "text", ["a", 1], {"a": 1}, torch.zeros(2)], ids=lambda value: type(value).__name__
+)
+def test_a_checkpoint_that_states_nonsense_is_refused(tmp_path, checkpoint, name, value):
+    saved = torch.load(io.BytesIO(checkpoint), weights_only=True)
+    if isinstance(value, training.STATED[name]):
+        return
+    torch.save(saved | {name: value}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=f"odd.pt: damaged, its {name} is "):
+        training.read_checkpoint(tmp_path / "odd.pt")
+
+
+def test_damaged_pretrained_weights_are_refused_or_they_load(tmp_path):
+    torch.manual_seed(0)
+    file = io.BytesIO()
+    # Shapes and names are checked before anything else is done: zeros compress no file, but copy fast.
+    torch.save({name: value.half() for name, value in InceptionResnetV1(pretrained=None).state_dict().items()}, file)
+    whole = file.getvalue()
+    taken = 0
+    for seed in range(15):
+        taken += read_or_refused(tmp_path / "weights.pt", damaged(whole, seed), models.load_pretrained)
+    assert taken < 15
+
+
+def test_a_damaged_onnx_file_is_refused_or_it_loads(tmp_path):
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    import fast
+
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [
+            helper.make_node("GlobalAveragePool", [fast.INPUT], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], [fast.OUTPUT]),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info(fast.INPUT, kind, ["batch", 3, 76, 76])],
+        [helper.make_tensor_value_info(fast.OUTPUT, kind, ["batch", 3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", fast.OPSET)], ir_version=8)
+    onnx.helper.set_model_props(model, {"image_size": "76"})
+    whole = model.SerializeToString()
+    read = lambda path: fast.OnnxFaceNet(path, 76)  # noqa: E731
+    assert read_or_refused(tmp_path / "whole.onnx", whole, read)
+    taken = sum(read_or_refused(tmp_path / "damaged.onnx", damaged(whole, seed), read) for seed in range(200))
+    assert taken < 150
