@@ -1,4 +1,4 @@
-"""Damaged files of every kind that the scripts read: each is read or refused in a sentence that names it, and none runs.
+"""Damaged files of every kind that the scripts read: each is read or refused in a sentence that names it; none runs.
 
 Galleries are damaged in test_kept_gallery.py.
 """

@@ -13,7 +13,21 @@ from torchvision.transforms.functional import pil_to_tensor
 
 import gallery
 from datasets import eval_transform
-from gallery import Gallery, build_gallery, embed, evaluate, summary, top1_table
+from gallery import (
+    Gallery,
+    Queries,
+    ask,
+    build_gallery,
+    by_protocol,
+    comparison_table,
+    embed,
+    embed_queries,
+    evaluate,
+    figures_table,
+    measure,
+    summary,
+    top1_table,
+)
 
 
 class MeanColour(nn.Module):
@@ -264,6 +278,134 @@ def test_evaluate_equals_a_brute_force_over_the_files(random_colours, template):
         of_kind = [hit for hit, answer in zip(right, answers, strict=True) if answer[1] == kind]
         assert figures["queries"] == len(of_kind)
         assert figures["top1"][template] == pytest.approx(sum(of_kind) / len(of_kind))
+
+
+# --- protocols --------------------------------------------------------------------------------------------------------
+
+
+def asked(root: Path, protocol: str, template: str = "mean", model=None) -> tuple[Queries, dict]:
+    model = model or MeanColour()
+    built = build_gallery(model, root, as_float, "cpu", template=template)
+    queries = by_protocol(built, embed_queries(model, built, root, as_float, "cpu"), protocol)
+    return queries, ask(built, queries)
+
+
+def cross_by_hand(root: Path, template: str) -> dict[str, str]:
+    """Query -> predicted person, of every distorted photo whose person has another clean photo than its source."""
+    clean = {folder.name: sorted((folder / "clean").iterdir()) for folder in sorted(root.iterdir())}
+    answers = {}
+    for path in sorted(root.glob("*/distortion/*.png")):
+        own, source = path.parts[-3], path.stem.split("_")[0]
+        if len(clean[own]) == 1:
+            continue
+        scores = []
+        for person, photos in clean.items():
+            left = [photo for photo in photos if person != own or photo.stem != source]
+            rows = [colour_direction(photo) for photo in left]
+            if template == "mean":
+                rows = [unit([sum(column) for column in zip(*rows, strict=True)])]
+            query = colour_direction(path)
+            scores.append((max(sum(a * b for a, b in zip(query, row, strict=True)) for row in rows), person))
+        answers[str(path)] = max(scores)[1]
+    return answers
+
+
+@pytest.mark.parametrize("template", ["mean", "best"])
+def test_cross_equals_a_brute_force_that_leaves_out_each_querys_source(random_colours, template):
+    queries, details = asked(random_colours, "cross", template)
+    expected = cross_by_hand(random_colours, template)
+    assert {query["path"]: query[template]["predicted"] for query in details["per_query"]} == expected
+    assert 0 < details["queries"] < len(list(random_colours.glob("*/distortion/*.png")))  # some persons have one photo
+    assert details["persons"] == 6  # and stay in the gallery
+    same = {q["path"]: q[template]["predicted"] for q in asked(random_colours, "same", template)[1]["per_query"]}
+    assert any(same[path] != person for path, person in expected.items())  # the protocol decides something
+    assert (queries.sources >= 0).all()
+
+
+@pytest.mark.parametrize("template", ["mean", "best"])
+def test_clean_asks_each_photo_of_persons_with_several_against_the_others(random_colours, template):
+    queries, details = asked(random_colours, "clean", template)
+    several = [f for f in sorted(random_colours.iterdir()) if len(list((f / "clean").iterdir())) > 1]
+    photos = [photo for folder in several for photo in sorted((folder / "clean").iterdir())]
+    assert queries.paths == photos and set(queries.kinds) == {"clean"}
+    for query, photo in zip(details["per_query"], photos, strict=True):
+        scores = []
+        for folder in sorted(random_colours.iterdir()):
+            rows = [colour_direction(other) for other in sorted((folder / "clean").iterdir()) if other != photo]
+            if template == "mean":
+                rows = [unit([sum(column) for column in zip(*rows, strict=True)])]
+            own = colour_direction(photo)
+            scores.append((max(sum(a * b for a, b in zip(own, row, strict=True)) for row in rows), folder.name))
+        assert query[template]["predicted"] == max(scores)[1]
+        assert query[template]["score"] == pytest.approx(max(scores)[0], abs=1e-5)
+
+
+def test_a_network_that_knows_photos_only_shines_under_same_and_fails_under_cross(tmp_path):
+    random = np.random.default_rng(3)  # every photo has a colour of its own, whoever is on it
+    for person in range(8):
+        for number in range(2):
+            colour = random.integers(40, 250, 3)
+            write(tmp_path / f"p{person}" / "clean" / f"{number}.png", colour)
+            write(tmp_path / f"p{person}" / "distortion" / f"{number}_foggy.png", colour * 0.5)
+    assert asked(tmp_path, "same", "best")[1]["top1"]["best"] >= 0.9
+    assert asked(tmp_path, "cross", "best")[1]["top1"]["best"] <= 0.4
+
+
+def test_a_query_of_unknown_source_asks_against_all_photos_under_cross(tmp_path):
+    write(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
+    write(tmp_path / "bob" / "clean" / "1.png", (0, 200, 0))
+    write(tmp_path / "ann" / "distortion" / "7_foggy.png", (90, 5, 0))
+    queries, details = asked(tmp_path, "cross")
+    assert queries.sources.tolist() == [-1] and details["top1"]["mean"] == 1.0
+
+
+@pytest.mark.parametrize("protocol", ["cross", "clean"])
+def test_a_protocol_in_which_nobody_has_a_second_photo_says_so(tmp_path, protocol):
+    write(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
+    write(tmp_path / "ann" / "distortion" / "1_foggy.png", (90, 0, 0))
+    with pytest.raises(
+        ValueError, match=f"PROTOCOL '{protocol}': no query, since no person of the gallery has a second"
+    ):
+        asked(tmp_path, protocol)
+
+
+def test_an_unknown_protocol_is_named(four_queries):
+    with pytest.raises(ValueError, match="PROTOCOL 'all': expected one of 'same', 'cross', 'clean'"):
+        asked(four_queries, "all")
+
+
+def test_groups_are_the_kinds_and_all_and_what_is_left_without_sunny(four_queries):
+    queries, _ = asked(four_queries, "same")
+    assert {name: rows.tolist() for name, rows in queries.groups().items()} == {
+        "foggy": [0, 2],
+        "rainy": [3],
+        "sunny": [1],
+        "without sunny": [0, 2, 3],
+        "all": [0, 1, 2, 3],
+    }
+    assert set(queries.subset(torch.tensor([1])).groups()) == {"sunny", "all"}
+
+
+def test_figures_of_a_group_are_those_of_its_queries_alone(random_colours):
+    model = MeanColour()
+    built = build_gallery(model, random_colours, as_float, "cpu")
+    queries = by_protocol(built, embed_queries(model, built, random_colours, as_float, "cpu"), "same")
+    measured, details = measure(built, queries, seed=0), ask(built, queries)
+    for template in ("mean", "best"):
+        for kind, figures in details["per_kind"].items():
+            assert measured[template][kind].figures["rank-1"]["value"] == pytest.approx(figures["top1"][template])
+        assert measured[template]["all"].figures["rank-1"]["value"] == pytest.approx(details["top1"][template])
+    table = figures_table(measured["mean"]).splitlines()
+    assert [line.split()[0] for line in table[1:-1]] == ["blurred", "foggy", "sunny", "without"]
+    assert table[-1].split()[:2] == ["all", str(len(queries.paths))]
+    assert " - " in table[1] or table[1].rstrip().endswith("-")  # too few for a TAR
+
+
+def test_a_star_marks_a_difference_whose_interval_is_clear_of_0():
+    found = {"rank-1": {"value": 0.02, "low": 0.01, "high": 0.03}, "mAP": {"value": -0.01, "low": -0.02, "high": 0.0}}
+    found |= {"DIR@FPIR=0.01": {"value": 0.5, "low": None, "high": None}}
+    row = comparison_table({"all": found}).splitlines()[1]
+    assert "+2.0 [+1.0, +3.0]*" in row and "-1.0 [-2.0, +0.0] " in row and row.endswith("+50.0")
 
 
 def test_results_do_not_depend_on_batches_or_workers(random_colours):

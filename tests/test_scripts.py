@@ -12,6 +12,7 @@ from PIL import Image
 import demo
 import evaluate
 import gallery
+import metrics
 import train_stage1
 import train_stage2
 import training
@@ -89,6 +90,104 @@ def test_evaluate_prints_the_table_and_how_the_checkpoint_was_chosen(trained, ca
     assert "chosen on val" in printed and "HOLDOUT_PERSONS" in printed
     assert "3 clean photos of 2 persons, 6 queries" in printed
     assert "blurred" in printed and "lowlight" in printed
+
+
+def strict_json(path):
+    def no(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(path.read_text(), parse_constant=no)
+
+
+def test_evaluate_reports_every_protocol_on_one_page(trained):
+    evaluate.main()
+    protocols = strict_json(trained / "figures.json")["protocols"]
+    # eve has two photos: her four distorted ones ask under cross, her two clean ones under clean; fay's ask under same.
+    assert {name: found["queries"] for name, found in protocols.items()} == {"same": 6, "cross": 4, "clean": 2}
+    assert set(protocols["same"]["figures"]["best"]["all"]) == set(metrics.FIGURES)
+    page = (trained / "report.html").read_text()
+    assert all(f">{name}</h2>" in page for name in protocols) and "http" not in page
+    pictures = {path.stem for path in trained.iterdir() if path.suffix in (".png", ".jpg")}
+    drawn = {f"{kind}_{name}" for kind in ("kinds", "cmc", "roc", "scores") for name in protocols}
+    assert pictures == drawn | {"tsne", "similarity", "mistakes"} and page.count("data:image/") == len(pictures)
+
+
+def test_evaluate_compares_two_checkpoints_on_the_same_queries(trained, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate, "COMPARE_WITH", tmp_path / "runs" / "stage1" / "best.pt")
+    evaluate.main()
+    assert "difference to stage1" in capsys.readouterr().out
+    saved = strict_json(trained / "figures.json")
+    assert saved["compared_with"]["stage"] == 1
+    rows = {(r["protocol"], r["kind"], r["figure"]): float(r["value"]) for r in read_csv(trained / "comparison.csv")}
+    now = saved["protocols"]["cross"]["figures"]["mean"]["all"]["rank-1"]["value"]
+    monkeypatch.setattr(evaluate, "CHECKPOINT", evaluate.COMPARE_WITH)
+    monkeypatch.setattr(evaluate, "COMPARE_WITH", None)
+    evaluate.main()
+    before = strict_json(trained.parent / "val_stage1" / "figures.json")["protocols"]["cross"]["figures"]["mean"]["all"]
+    assert rows["cross", "all", "rank-1"] == pytest.approx(now - before["rank-1"]["value"])
+
+
+def test_evaluate_leaves_out_a_protocol_that_nobody_can_ask_in(trained, monkeypatch, tmp_path, caplog):
+    root = tmp_path / "lone"
+    for name, colour in (("gil", (120, 20, 120)), ("hal", (20, 120, 20))):
+        write_person(root / "val" / name, colour, 1)
+    monkeypatch.setattr(evaluate, "DATA_DIR", root)
+    assert evaluate.main()["queries"] == 4
+    assert set(strict_json(trained / "figures.json")["protocols"]) == {"same"}
+    assert "PROTOCOL 'cross': no query" in caplog.text and "PROTOCOL 'clean': no query" in caplog.text
+    monkeypatch.setattr(evaluate, "PROTOCOLS", ("cross",))
+    with pytest.raises(ValueError, match="no person of the gallery has a second clean photo"):
+        evaluate.main()
+
+
+def test_evaluate_tells_twins_and_one_photo_under_two_names(trained, task_b, caplog):
+    eve, fay = task_b / "val" / "eve" / "clean", task_b / "val" / "fay" / "clean"
+    shutil.copy(eve / "eve_0001.png", eve / "eve_0009.png")
+    shutil.copy(eve / "eve_0002.png", fay / "fay_0009.png")
+    evaluate.main()
+    assert "1 clean photos of one person are one file" in caplog.text and "eve_0009.png" in caplog.text
+    assert "1 images lie under more than one person" in caplog.text and "fay_0009.png" in caplog.text
+
+
+def test_evaluate_tells_queries_without_a_source_photo(trained, task_b, caplog):
+    folder = task_b / "val" / "eve" / "distortion"
+    (folder / "eve_0001_blurred.png").rename(folder / "other_blurred.png")
+    evaluate.main()
+    assert "1 of 6 queries have no source photo in the gallery by their name" in caplog.text
+
+
+def test_evaluate_says_what_a_gallery_of_one_person_is_worth(trained, monkeypatch, tmp_path, caplog):
+    write_person(tmp_path / "one" / "val" / "gil", (120, 120, 120), 2)
+    monkeypatch.setattr(evaluate, "DATA_DIR", tmp_path / "one")
+    evaluate.main()
+    assert "the gallery holds one person" in caplog.text
+
+
+def test_evaluate_says_which_figures_too_few_samples_forbid(trained, capsys):
+    evaluate.main()
+    printed = capsys.readouterr().out
+    assert "same: TAR@FAR=0.001 is not reported, 6 impostor pairs of 10000 needed" in printed
+    assert "same: DIR@FPIR=0.1 is not reported, 6 strangers' queries of 100 needed" in printed
+
+
+@pytest.mark.parametrize(
+    "constant, value, told",
+    [
+        ("TEMPLATE", "median", "TEMPLATE = 'median'"),
+        ("PROTOCOLS", ("same", "all"), "PROTOCOL 'all'"),
+        ("BACKEND", "tpu", "BACKEND = 'tpu'"),
+    ],
+)
+def test_evaluate_names_a_constant_that_it_does_not_know(trained, monkeypatch, constant, value, told):
+    monkeypatch.setattr(evaluate, constant, value)
+    with pytest.raises(ValueError, match=told):
+        evaluate.main()
+
+
+def test_evaluate_embeds_alike_by_a_faster_backend(trained, monkeypatch):
+    embeddings = evaluate.main()["embeddings"]
+    monkeypatch.setattr(evaluate, "BACKEND", "fused")
+    torch.testing.assert_close(evaluate.main()["embeddings"], embeddings, rtol=0, atol=1e-5)
 
 
 def test_evaluate_takes_image_size_and_crop_from_the_checkpoint(trained, monkeypatch):
