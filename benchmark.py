@@ -47,7 +47,7 @@ COMPILED = True  # False: without torch.compile, which takes a minute before its
 FAST_BACKEND = "onnxruntime"  # of the rows from files and of the search: "fused" or "compiled" on a GPU
 NUM_WORKERS = (0, 2)  # of gallery.embed's rows from files, each 0..CPU cores
 PHOTOS = 256  # embedded from files in those rows, BATCH_SIZE..(STEPS + 1) x BATCH_SIZE
-GALLERY_PERSONS = 1000  # enrolled in the rows that search, >= 1
+GALLERY_PERSONS = 10_000  # enrolled in the rows that search, >= 1
 
 
 def main() -> dict[str, dict]:
@@ -118,7 +118,13 @@ def in_own_process(measure, *arguments):
     """`measure(*arguments)` in a new process: its peak memory, threads and caches are its own."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure, *arguments).result()
+        return pool.submit(_as_here, multiprocessing.get_start_method(), measure, *arguments).result()
+
+
+def _as_here(start_method: str, measure, *arguments):
+    # A spawned process spawns: its loading processes would import everything anew, for seconds, as no script's do.
+    multiprocessing.set_start_method(start_method, force=True)
+    return measure(*arguments)
 
 
 # --- the cases, each in a process of its own --------------------------------------------------------------------------

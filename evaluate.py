@@ -7,6 +7,7 @@ queries.csv, persons.csv and the pictures.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,14 +40,9 @@ DATA_DIR = Path("Task_B")  # holds one folder per split
 SPLIT = "val"  # "val", "test" or "train"
 CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None: the PRETRAINED network as it is
 COMPARE_WITH = None  # checkpoint asked the same, the "before" of tables and pictures; "pretrained": that network; None
-TEMPLATE = (
-    "mean"  # which figures count: of the "mean" of a person's clean embeddings, or of the "best" match among them
-)
-PROTOCOLS = (
-    "same",
-    "cross",
-    "clean",
-)  # "same": every query; "cross": not against its own source photo; "clean": clean photos ask
+TEMPLATE = "mean"  # whose figures count: a person's "mean" clean embedding, or the "best" match among its photos
+# Who asks: all distorted photos ("same"), these without their own source ("cross"), clean photos ("clean").
+PROTOCOLS = ("same", "cross", "clean")
 RESULTS_DIR = Path("results")
 CHECK_IMAGES = True  # decode every file once first, list the broken ones and go on without them
 
@@ -58,7 +54,7 @@ FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 # --- speed ---
 BACKEND = "torch"  # "torch", "fused", "compiled" or "onnxruntime" (CPU, pip install onnxruntime): see fast.py
 BATCH_SIZE = 64  # photos embedded at a time, >= 1
-NUM_WORKERS = 2  # processes that load images, 0..CPU cores
+NUM_WORKERS = 2  # processes that load images, 0..CPU cores; 0 where the network itself keeps the cores busy
 
 # --- pictures ---
 PICTURES = True  # False: figures only
@@ -83,6 +79,8 @@ def main() -> dict:
     before = None
     if COMPARE_WITH is not None:
         before = evaluated(None if COMPARE_WITH == "pretrained" else COMPARE_WITH, device)
+        if before.title == after.title:
+            before = replace(before, title=f"{before.title}, before")
     comparison = compared(before, after) if before else {}
 
     for protocol, details in after.details.items():

@@ -118,6 +118,8 @@ class OnnxFaceNet(nn.Module):
     Raises FileNotFoundError; ValueError if it is no such file, of another image size, or onnxruntime is not installed.
     """
 
+    memory_format = torch.contiguous_format  # what onnxruntime takes without a copy
+
     def __init__(self, source: Path | str | bytes, image_size: int):
         super().__init__()
         runtime = _package("onnxruntime")

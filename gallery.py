@@ -82,13 +82,14 @@ def embed(
     rank, world = rank_and_world()
     photos = PhotoList(paths[rank::world], transform)
     loader = DataLoader(photos, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    memory_format = getattr(model, "memory_format", torch.channels_last)  # fast.OnnxFaceNet has another
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()
     batches = []
     try:
         quiet = rank > 0 or len(loader) < 3
         for images in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            images = images.to(device, non_blocking=True, memory_format=memory_format)
             batches.append(F.normalize(model(images).float()).cpu())
     finally:
         for module, training in modes:

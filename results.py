@@ -125,6 +125,8 @@ def write_report(
     """Each picture as <name>.png or, of photos, .jpg; and report.html, which holds them all."""
     files = {name: report.encoded(figure) for name, figure in pictures.items()}
     for name, (suffix, content) in files.items():
+        for other in folder.glob(f"{name}.*g"):
+            other.unlink()  # of an earlier run: a sheet of mistakes has photos, one without any has none
         with training.atomic_file(folder / f"{name}{suffix}") as file:
             file.write(content)
 

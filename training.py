@@ -73,9 +73,9 @@ def run(main: Callable[[], object]) -> None:
             raise
         sys.exit(f"error: {error}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
     except KeyboardInterrupt as interrupt:
-        sys.exit(
-            f"\n{str(interrupt) or 'interrupted; RESUME = True goes on from the last checkpoint, if there is one'}"
-        )
+        way_on = "; RESUME = True goes on from the last checkpoint, if there is one"
+        resumes = "RESUME" in getattr(main, "__globals__", {})
+        sys.exit(f"\n{str(interrupt) or 'interrupted' + (way_on if resumes else '')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

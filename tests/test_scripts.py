@@ -78,8 +78,9 @@ def test_evaluate_writes_what_it_returns(trained):
 
 def test_evaluate_draws_pictures_that_open(trained):
     evaluate.main()
-    for name in ("tsne.png", "similarity.png", "mistakes.jpg"):
-        with Image.open(trained / name) as picture:
+    for name in ("tsne", "similarity", "mistakes"):
+        [path] = trained.glob(f"{name}.*")
+        with Image.open(path) as picture:
             picture.load()
             assert min(picture.size) > 100
 
@@ -106,7 +107,7 @@ def test_evaluate_reports_every_protocol_on_one_page(trained):
     assert {name: found["queries"] for name, found in protocols.items()} == {"same": 6, "cross": 4, "clean": 2}
     assert set(protocols["same"]["figures"]["best"]["all"]) == set(metrics.FIGURES)
     page = (trained / "report.html").read_text()
-    assert all(f">{name}</h2>" in page for name in protocols) and "http" not in page
+    assert all(f">{name}</h2>" in page for name in protocols) and "http:" not in page and "https:" not in page
     pictures = {path.stem for path in trained.iterdir() if path.suffix in (".png", ".jpg")}
     drawn = {f"{kind}_{name}" for kind in ("kinds", "cmc", "roc", "scores") for name in protocols}
     assert pictures == drawn | {"tsne", "similarity", "mistakes"} and page.count("data:image/") == len(pictures)
@@ -287,3 +288,11 @@ def test_user_errors_end_in_one_sentence(task_b, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         training.run(evaluate.main)
     assert "none.pt: no checkpoint; run the stage that writes it" in str(stopped.value)
+
+
+def test_a_checkpoint_compared_with_one_of_its_own_stage_keeps_both_apart(trained, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "COMPARE_WITH", evaluate.CHECKPOINT)
+    evaluate.main()
+    assert "difference to stage2, before" in capsys.readouterr().out
+    differences = [float(row["value"]) for row in read_csv(trained / "comparison.csv")]
+    assert differences and not any(differences)

@@ -107,7 +107,11 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch, kind):
         training.run(raising(kind("bug")))
 
 
-def test_an_interrupted_script_tells_how_to_go_on():
+def test_an_interrupted_script_tells_how_to_go_on_if_it_can(monkeypatch):
+    with pytest.raises(SystemExit) as end:
+        training.run(raising(KeyboardInterrupt()))
+    assert end.value.code == "\ninterrupted"
+    monkeypatch.setitem(globals(), "RESUME", False)  # as a training script has it
     with pytest.raises(SystemExit) as end:
         training.run(raising(KeyboardInterrupt()))
     assert end.value.code == "\ninterrupted; RESUME = True goes on from the last checkpoint, if there is one"
