@@ -50,11 +50,12 @@ class Evaluated:
 
 def told(details: dict) -> str:
     """The sizes behind a protocol's figures."""
-    asking = len(details["per_person"])
-    return (
-        f"{details['photos']} clean photos of {details['persons']} persons, {details['queries']} queries of {asking} "
-        f"persons" + (f", {details['not_enrolled']} of them not enrolled" if details["not_enrolled"] else "")
-    )
+    sizes = f"{details['photos']} clean photos of {details['persons']} persons, {details['queries']} queries"
+    if details["not_enrolled"]:
+        sizes += f", {details['not_enrolled']} of them of persons not enrolled"
+    if details["silent"]:
+        sizes += f" of {len(details['per_person'])} persons; the other {details['silent']} ask nothing"
+    return sizes
 
 
 def too_few(after: Evaluated) -> list[str]:
@@ -98,9 +99,14 @@ def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comp
             for template in TEMPLATES:
                 row |= {f"{name}_{template}": value for name, value in query[template].items()}
             per_query.append(row)
+        precision = after.measured[protocol]["mean"]["all"].values["mAP"].tolist()  # of photos, whatever the template
+        of_person: dict[str, list[float]] = {}
+        for person, value in zip(after.queries[protocol].persons, precision, strict=True):
+            of_person.setdefault(person, []).append(value)
         for person, figures in details["per_person"].items():
-            top1 = {f"top1_{template}": value for template, value in figures["top1"].items()}
-            per_person.append({"protocol": protocol, "person": person, "queries": figures["queries"]} | top1)
+            row = {"protocol": protocol, "person": person, "queries": figures["queries"]}
+            row |= {f"top1_{template}": value for template, value in figures["top1"].items()}
+            per_person.append(row | {"mAP": sum(of_person[person]) / len(of_person[person])})
     facts = {name: value for name, value in after.facts.items() if name in FACTS}
     content = {"split": after.split, "model": facts, "template": after.gallery.template, "protocols": protocols}
     if before:

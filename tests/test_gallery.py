@@ -317,6 +317,8 @@ def test_cross_equals_a_brute_force_that_leaves_out_each_querys_source(random_co
     assert {query["path"]: query[template]["predicted"] for query in details["per_query"]} == expected
     assert 0 < details["queries"] < len(list(random_colours.glob("*/distortion/*.png")))  # some persons have one photo
     assert details["persons"] == 6  # and stay in the gallery
+    asking = {query["person"] for query in details["per_query"]}
+    assert details["silent"] == 6 - len(asking) > 0
     same = {q["path"]: q[template]["predicted"] for q in asked(random_colours, "same", template)[1]["per_query"]}
     assert any(same[path] != person for path, person in expected.items())  # the protocol decides something
     assert (queries.sources >= 0).all()

@@ -376,6 +376,7 @@ def test_image_size_and_crop_come_from_the_checkpoint(here, monkeypatch):
     monkeypatch.setattr(training, "FaceNet", TinyNet)
     torch.manual_seed(0)
     facts = {"stage": 1, "image_size": 80, "face_crop": 0.7, "dropout": 0.0}
+    facts |= {"epoch": 1, "selected_on": "val", "persons": ["ann", "bob"]}
     training.save_checkpoint(Path("best.pt"), facts, {"model": TinyNet()})
     set_constants(CHECKPOINT=Path("best.pt"), CALIBRATE_ON=None)
     rows = by_name(identify.main())

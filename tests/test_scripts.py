@@ -74,6 +74,9 @@ def test_evaluate_writes_what_it_returns(trained):
     assert float(per_kind["all"]["rank-1"]) == pytest.approx(details["top1"]["mean"])
     persons = [row for row in read_csv(trained / "persons.csv") if row["protocol"] == "same"]
     assert {row["person"]: int(row["queries"]) for row in persons} == {"eve": 4, "fay": 2}
+    for column, figure in (("top1_mean", "rank-1"), ("mAP", "mAP")):  # a mean over queries, whoever asks
+        overall = sum(int(row["queries"]) * float(row[column]) for row in persons) / 6
+        assert overall == pytest.approx(float(per_kind["all"][figure]))
 
 
 def test_evaluate_draws_pictures_that_open(trained):
@@ -89,7 +92,8 @@ def test_evaluate_prints_the_table_and_how_the_checkpoint_was_chosen(trained, ca
     evaluate.main()
     printed = capsys.readouterr().out
     assert "chosen on val" in printed and "HOLDOUT_PERSONS" in printed
-    assert "3 clean photos of 2 persons, 6 queries" in printed
+    assert "same: 3 clean photos of 2 persons, 6 queries; mean template" in printed
+    assert "cross: 3 clean photos of 2 persons, 4 queries of 1 persons; the other 1 ask nothing; mean" in printed
     assert "blurred" in printed and "lowlight" in printed
 
 
