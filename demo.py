@@ -73,13 +73,13 @@ def main() -> None:
     set_constants(train_stage2, RUN_DIR=stage2, STAGE1_CHECKPOINT=stage1 / "best.pt", EPOCHS=STAGE2_EPOCHS, **common)
     set_constants(train_stage2, PERSONS_PER_BATCH=min(train_stage2.PERSONS_PER_BATCH, TRAIN_PERSONS))
     train_stage2.main()
-    set_constants(evaluate, CHECKPOINT=stage2 / "best.pt")
+    set_constants(evaluate, CHECKPOINT=stage2 / "best.pt", COMPARE_WITH=stage1 / "best.pt")
     evaluations["stage 2"] = evaluate.main()
 
     weights = "random weights" if pretrained is None else f"the {pretrained} weights"
     print(f"\n{VAL_PERSONS} synthetic persons that training never saw, starting from {weights}:\n")
     print(top1_table(evaluations))
-    print(f"\npictures: {OUT_DIR / 'results' / 'val_stage2'}   faces: {data_dir / 'sample_faces.png'}")
+    print(f"\nreport: {OUT_DIR / 'results' / 'val_stage2' / 'report.html'}   faces: {data_dir / 'sample_faces.png'}")
     print(f"{time.time() - started:.0f} s. Your own data: set DATA_DIR in the three scripts and run them in turn.")
 
 

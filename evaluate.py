@@ -87,6 +87,8 @@ def main() -> dict:
         groups = after.measured[protocol][TEMPLATE]
         print(f"\n{protocol}: {told(details)}; {TEMPLATE} template")
         print(figures_table(groups))
+        top1 = {template: f"{100 * value:.1f}" for template, value in details["top1"].items()}
+        print(f"rank-1 of all by template: mean {top1['mean']}, best {top1['best']}")
         if protocol in comparison:
             print(f"difference to {before.title}, with 95 % interval (* clear of 0)")
             print(comparison_table(comparison[protocol]))

@@ -95,6 +95,7 @@ def test_evaluate_prints_the_table_and_how_the_checkpoint_was_chosen(trained, ca
     assert "same: 3 clean photos of 2 persons, 6 queries; mean template" in printed
     assert "cross: 3 clean photos of 2 persons, 4 queries of 1 persons; the other 1 ask nothing; mean" in printed
     assert "blurred" in printed and "lowlight" in printed
+    assert printed.count("rank-1 of all by template: mean ") == 3
 
 
 def strict_json(path):
