@@ -131,10 +131,10 @@ def write_report(
     """Each picture as <name>.png or, of photos, .jpg; and report.html, which holds them all."""
     files = {name: report.encoded(figure) for name, figure in pictures.items()}
     for name, (suffix, content) in files.items():
-        for other in folder.glob(f"{name}.*g"):
-            other.unlink()  # of an earlier run: a sheet of mistakes has photos, one without any has none
         with training.atomic_file(folder / f"{name}{suffix}") as file:
             file.write(content)
+        # An earlier run's: a sheet of mistakes has photos, one without any has none.
+        (folder / f"{name}{'.jpg' if suffix == '.png' else '.png'}").unlink(missing_ok=True)
 
     def shown(names: Sequence[str]) -> list[report.Picture]:
         captions = {name: PICTURE_CAPTIONS[name.split("_")[0]] for name in names if name in files}
