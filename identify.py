@@ -410,9 +410,8 @@ def answers(gallery: Gallery, photos: Sequence[Path], eyes: Eyes) -> list[dict]:
     """
     looks, embeddings = eyes.embed(photos, "photos")
     threshold = gallery.threshold["cosine"] if gallery.threshold else None
-    found = iter(
-        zip(identify(gallery, embeddings), ranked(gallery, embeddings), strict=True) if len(embeddings) else ()
-    )
+    next_best = ranked(gallery, embeddings) if TOP > 1 else [[]] * len(embeddings)
+    found = zip(identify(gallery, embeddings), next_best, strict=True)
     rows = []
     for look in looks:
         row = {"photo": str(look.photo), "status": look.status, "person": None, "score": None, "threshold": threshold}
