@@ -103,9 +103,9 @@ def check_constants() -> None:
     if WHICH not in CHOICES:
         raise ValueError(f"WHICH = {WHICH!r}: expected one of {', '.join(map(repr, CHOICES))}")
     ranges = {
-        "MARGIN": (MARGIN, (int, float), 0, 3),
+        "MARGIN": (MARGIN, float, 0, 3),
         "SIZE": (SIZE, int, 16, 4096),
-        "MIN_PROBABILITY": (MIN_PROBABILITY, (int, float), 0, 1),
+        "MIN_PROBABILITY": (MIN_PROBABILITY, float, 0, 1),
         "MIN_FACE": (MIN_FACE, int, 12, 1000),
         "JPEG_QUALITY": (JPEG_QUALITY, int, 1, 100),
         "SHEET": (SHEET, int, 0, 10_000),
@@ -115,7 +115,7 @@ def check_constants() -> None:
     for name, (value, kind, low, high) in ranges.items():
         if name == "SIZE" and value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        if not training.in_range(value, kind, low, high):
             what = "a whole number" if kind is int else "a number"
             raise ValueError(f"{name} = {value!r}: expected {what}, {low}..{high}{' or None' * (name == 'SIZE')}")
 

@@ -26,7 +26,7 @@ from datasets import (
     warn_once,
 )
 from metrics import TEMPLATES, TIE, check_template
-from models import fingerprint, why_unreadable
+from models import fingerprint, read_plain
 from training import atomic_file
 
 PROTOCOLS = ("same", "cross", "clean")  # see by_protocol
@@ -579,12 +579,7 @@ def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no gallery; enroll photos first, or correct the path")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, ...
-        raise ValueError(
-            f"{path}: damaged, or not a gallery ({why_unreadable(error)}); enroll the photos anew"
-        ) from error
+    saved = read_plain(path, "damaged, or not a gallery", "enroll the photos anew")
     fault = _fault(saved)
     if fault:
         raise ValueError(f"{path}: {fault}; enroll the photos anew")

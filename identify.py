@@ -121,13 +121,13 @@ def check_constants() -> None:
     check_template(TEMPLATE)
     ranges = {
         "TOP": (TOP, int, 1, 10**6),
-        "MARGIN": (MARGIN, (int, float), 0, 3),
+        "MARGIN": (MARGIN, float, 0, 3),
         "ANNOTATED_SIDE": (ANNOTATED_SIDE, int, 200, 4096),
         "BATCH_SIZE": (BATCH_SIZE, int, 1, 10**6),
         "NUM_WORKERS": (NUM_WORKERS, int, 0, 1000),
     }
     for name, (value, kind, low, high) in ranges.items():
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        if not training.in_range(value, kind, low, high):
             raise ValueError(f"{name} = {value!r}: expected a {'whole ' * (kind is int)}number in {low}..{high}")
     if not isinstance(FALSE_ACCEPT, float) or not 0 < FALSE_ACCEPT < 1:
         raise ValueError(

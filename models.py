@@ -84,12 +84,7 @@ def load_pretrained(source: str | Path) -> dict[str, Tensor]:
             f"PRETRAINED = {str(source)!r}: no such file; give the path of a state dict, "
             f"{' or '.join(map(repr, PRETRAINED_URLS))}, or None for random weights"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, OSError, ...
-        raise ValueError(
-            f"{path}: not a state dict that torch can read ({why_unreadable(error)}); delete it and fetch it anew"
-        ) from error
+    state = read_plain(path, "not a state dict that torch can read", "delete it and fetch it anew")
     is_dict = isinstance(state, dict)
     if not is_dict or not all(isinstance(n, str) and isinstance(value, Tensor) for n, value in state.items()):
         hint = "; this is a checkpoint: name it where the script asks for one" if is_dict and "model" in state else ""
@@ -145,7 +140,19 @@ def _downloaded(name: str) -> Path:
     return path
 
 
-def why_unreadable(error: Exception) -> str:
+def read_plain(path: Path, fault: str, way_out: str) -> object:
+    """Content of a torch file, tensors on the CPU. `weights_only`: a file from elsewhere can run no code.
+
+    Raises ValueError "<path>: <fault> (<reason>); <way_out>" for what cannot be read, or is more than tensors and plain
+    types.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, OSError, ...
+        raise ValueError(f"{path}: {fault} ({_why_unreadable(error)}); {way_out}") from error
+
+
+def _why_unreadable(error: Exception) -> str:
     """A short reason. torch's own text on an UnpicklingError advises weights_only=False: to run a stranger's code."""
     if isinstance(error, pickle.UnpicklingError):
         return "no torch file, or one with more than tensors and plain types in it"

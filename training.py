@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import plots
 from datasets import derived_seed, rank_and_world
-from models import FaceNet, why_unreadable
+from models import FaceNet, read_plain
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,12 @@ RANGES = {
     "EMA_DECAY": (float, 0, 0.999999),
     "BALANCE": (float, 0, 1),
 }
+
+
+def in_range(value: object, kind: type, low: float, high: float) -> bool:
+    """Whether a constant is a number of `kind`, int (whole) or float (either), in low..high."""
+    number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # True is an int to Python
+    return number and low <= value <= high
 
 
 def run(main: Callable[[], object]) -> None:
@@ -293,8 +299,7 @@ def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
         if name not in capitals:
             continue
         value = capitals[name]
-        number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # True is an int to Python
-        if not number or not low <= value <= high:
+        if not in_range(value, kind, low, high):
             article = "a whole number" if kind is int else "a number"
             raise ValueError(f"{name} = {value!r}: expected {article}, {low}..{high}")
     if not resume and is_main():
@@ -309,18 +314,13 @@ def save_checkpoint(path: Path, facts: dict, parts: dict) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` wrote, tensors on the CPU. `weights_only`: a file from elsewhere can run no code.
+    """What `save_checkpoint` wrote, tensors on the CPU.
 
     Raises FileNotFoundError, or ValueError if the file is no checkpoint of this project.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no checkpoint; run the stage that writes it, or correct the path")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, ...
-        raise ValueError(
-            f"{path}: damaged, or not a checkpoint ({why_unreadable(error)}); run the stage that writes it again"
-        ) from error
+    saved = read_plain(path, "damaged, or not a checkpoint", "run the stage that writes it again")
     if not isinstance(saved, dict) or not {"format", "stage", "model", "image_size", "face_crop"} <= saved.keys():
         raise ValueError(f"{path}: no checkpoint of these scripts; a bare state dict belongs into PRETRAINED")
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
