@@ -1,4 +1,4 @@
-"""Seven kinds of bad image, modelled on the distorted photos of FACECOM.
+"""Seven kinds of bad image, modelled on the distorted photos of FACECOM, and five that are for testing only.
 
 Every kind is `(image, severity, generator) -> image`: RGB in, RGB of the same size out, the input left as it is.
 severity 0 is the mildest one still sees, 0.5 the average FACECOM file, 1 the heaviest. In the formulas x is a
@@ -7,6 +7,7 @@ shrink with it, so a 2048 x 3072 photo looks as bad as a 250 x 250 one. The same
 pixels, and with the same state a higher severity only adds to a lower one.
 """
 
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -113,6 +114,51 @@ def sunny(image: Image.Image, severity: float, generator: np.random.Generator) -
     return to_image(pixels + glare * (1 - pixels))
 
 
+def motionblur(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
+    """A camera that moved: the mean along a line of 9 + 12 s px at an angle of up to 45 degrees from level."""
+    check(image, severity)
+    steps = max(2, round((9 + 12 * severity) * min(image.size) / REFERENCE_SIDE))
+    angle = generator.uniform(-np.pi / 4, np.pi / 4)
+    pixels, blurred = np.pad(to_pixels(image), ((steps, steps), (steps, steps), (0, 0)), mode="edge"), 0
+    for step in np.arange(steps) - (steps - 1) / 2:
+        right, down = round(step * np.cos(angle)), round(step * np.sin(angle))
+        blurred = blurred + np.roll(pixels, (down, right), (0, 1))
+    return to_image(blurred[steps:-steps, steps:-steps] / steps)
+
+
+def jpegblocks(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
+    """Compression: JPEG of quality 12 - 9 s, its blocks 8 px at side = 250. Draws nothing at random."""
+    check(image, severity)
+    small = image.resize(scaled(image.size, min(1.0, REFERENCE_SIDE / min(image.size))), Image.Resampling.BILINEAR)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=round(12 - 9 * severity))
+    with Image.open(file) as blocks:
+        return blocks.convert("RGB").resize(image.size, Image.Resampling.BILINEAR)
+
+
+def pixelated(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
+    """Squares of one colour, 4 + 4 s px wide. Draws nothing at random."""
+    check(image, severity)
+    side = (4 + 4 * severity) * min(image.size) / REFERENCE_SIDE
+    small = image.resize(scaled(image.size, 1 / max(1.0, side)), Image.Resampling.BOX)
+    return small.resize(image.size, Image.Resampling.NEAREST)
+
+
+def colournoise(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
+    """A sensor at its limit: Gaussian noise of deviation 0.08 + 0.16 s, in each channel its own, grains as `noisy`."""
+    check(image, severity)
+    columns, rows = scaled(image.size, min(1.0, REFERENCE_SIDE / min(image.size)))
+    noise = generator.normal(0, 0.08 + 0.16 * severity, (rows, columns, 3)).astype(np.float32)
+    channels = [Image.fromarray(noise[..., c]).resize(image.size, Image.Resampling.NEAREST) for c in range(3)]
+    return to_image(to_pixels(image) + np.stack([np.asarray(channel) for channel in channels], -1))
+
+
+def gammadark(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
+    """Darkness that swallows the shadows: x ^ (2.5 + 2 s). Draws nothing at random."""
+    check(image, severity)
+    return image.point([round(255 * (value / 255) ** (2.5 + 2 * severity)) for value in range(256)] * 3)
+
+
 def check(image: Image.Image, severity: float) -> None:
     """Raise ValueError for a severity outside 0..1 (or NaN), or an image that is not RGB."""
     if not 0 <= severity <= 1:  # NaN fails this comparison too
@@ -145,4 +191,12 @@ DISTORTIONS: dict[str, Distortion] = {
     "rainy": rainy,
     "resized": resized,
     "sunny": sunny,
+}
+# For testing alone (see unseen_kinds.py): training draws from DISTORTIONS, so no network has met their form.
+UNSEEN: dict[str, Distortion] = {
+    "motionblur": motionblur,
+    "jpegblocks": jpegblocks,
+    "pixelated": pixelated,
+    "colournoise": colournoise,
+    "gammadark": gammadark,
 }

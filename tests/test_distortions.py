@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from distortions import DISTORTIONS, blurred, foggy, lowlight, noisy, rainy, resized, sunny
+from distortions import DISTORTIONS, UNSEEN, blurred, foggy, lowlight, noisy, rainy, resized, sunny
 
-KINDS = sorted(DISTORTIONS)
-RANDOM_KINDS = ["foggy", "noisy", "rainy"]
+KINDS = sorted(DISTORTIONS | UNSEEN)
+RANDOM_KINDS = ["foggy", "noisy", "rainy", "motionblur", "colournoise"]
 
 
 def photo(width=250, height=250, seed=0):
@@ -23,7 +23,7 @@ def grey(value, width=250, height=250):
 
 
 def distort(kind, image, severity, seed=1):
-    return DISTORTIONS[kind](image, severity, np.random.default_rng(seed))
+    return (DISTORTIONS | UNSEEN)[kind](image, severity, np.random.default_rng(seed))
 
 
 def distance(first, second):
@@ -43,6 +43,36 @@ def white_and_black_share(image):
 def test_the_table_names_the_seven_kinds_in_alphabetical_order():
     assert list(DISTORTIONS) == ["blurred", "foggy", "lowlight", "noisy", "rainy", "resized", "sunny"]
     assert [kind.__name__ for kind in DISTORTIONS.values()] == list(DISTORTIONS)
+
+
+def test_no_kind_for_testing_is_one_to_train_on():
+    assert [kind.__name__ for kind in UNSEEN.values()] == list(UNSEEN)
+    assert not DISTORTIONS.keys() & UNSEEN.keys() and not set(DISTORTIONS.values()) & set(UNSEEN.values())
+
+
+def test_motion_blur_spreads_a_point_along_a_line_and_keeps_its_light():
+    point = grey(0)
+    point.putpixel((125, 125), (255, 255, 255))
+    pixels = np.asarray(distort("motionblur", point, 0.5), float)[..., 0]
+    rows, columns = pixels.nonzero()
+    assert 13 <= len(rows) <= 15 and np.ptp(columns) >= np.ptp(rows)  # 9 + 12 / 2 px, up to 45 degrees from level
+    assert pixels.sum() == pytest.approx(255, abs=0.5 * 15)
+
+
+def test_pixelated_makes_squares_of_one_colour():
+    pixels = np.asarray(distort("pixelated", photo(), 1.0), float)  # squares of 8 px
+    assert (np.abs(np.diff(pixels, axis=1)).sum((0, 2)) > 0).sum() <= 250 / 8
+
+
+def test_gammadark_darkens_the_shadows_more_than_the_lights():
+    dark, light = (np.asarray(distort("gammadark", grey(value), 0.5)).max() / value for value in (60, 200))
+    assert dark == pytest.approx((60 / 255) ** 2.5, abs=0.01) and light == pytest.approx((200 / 255) ** 2.5, abs=0.01)
+
+
+def test_colour_noise_is_of_its_deviation_and_differs_between_the_channels():
+    pixels = np.asarray(distort("colournoise", grey(128), 0.5), float)
+    assert pixels.std() / 255 == pytest.approx(0.16, abs=0.01)
+    assert abs(np.corrcoef(pixels[..., 0].ravel(), pixels[..., 1].ravel())[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,7 +100,7 @@ def test_the_input_image_is_left_as_it_was(kind):
     assert image.tobytes() == photo().tobytes()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DISTORTIONS)
 @pytest.mark.parametrize("size", [(250, 250), (160, 220), (100, 100)])
 def test_the_distance_to_the_original_grows_with_severity(kind, size):
     image = photo(*size)
@@ -79,7 +109,7 @@ def test_the_distance_to_the_original_grows_with_severity(kind, size):
     assert distances == sorted(set(distances))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DISTORTIONS)
 def test_a_tiny_photo_is_changed_by_the_heaviest_and_never_less_than_by_a_milder_one(kind):
     image = photo(40, 40)
     distances = [distance(distort(kind, image, severity), image) for severity in (0, 0.5, 1)]

@@ -1,0 +1,54 @@
+"""Write a tree whose queries are distorted in ways that training has never seen: what to expect of an eighth kind.
+
+    python unseen_kinds.py
+
+Reads SOURCE_DIR, a split of a tree as the other scripts read it, and writes OUT_DIR/val/: each person's clean photos as
+they are, and as queries the photos in `distortion/` whose name ends with _SOURCE_KIND, each distorted by every kind of
+distortions.UNSEEN. With SOURCE_KIND = None the clean photos themselves are distorted. evaluate.py reads OUT_DIR then.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import training
+from datasets import CLEAN, DISTORTION, derived_seed, distortion_kind, load_image, scan_persons
+from distortions import UNSEEN
+
+SOURCE_DIR = Path("Task_B/val")  # one folder per person
+SOURCE_KIND = None  # kind of the files in distortion/ that are taken, such as "clean" for other, undistorted photos
+OUT_DIR = Path("Task_B_unseen")  # must not exist yet
+SEVERITY = 0.5  # 0 (one still sees it) .. 1 (heaviest)
+SEED = 0  # 0, 1, 2, ...
+
+
+def main() -> None:
+    if not training.in_range(SEVERITY, float, 0, 1):
+        raise ValueError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
+    if OUT_DIR.exists():
+        raise FileExistsError(f"{OUT_DIR}: is there already; delete it, or give OUT_DIR another name")
+    photos = 0
+    for person in tqdm(scan_persons(SOURCE_DIR), desc="distorting", unit="person", leave=False):
+        chosen = [path for path in person.distorted if distortion_kind(path) == SOURCE_KIND]
+        folder = OUT_DIR / "val" / person.name
+        for name in (CLEAN, DISTORTION):
+            (folder / name).mkdir(parents=True)
+        for path in person.clean:
+            shutil.copyfile(path, folder / CLEAN / path.name)
+        for path in person.clean if SOURCE_KIND is None else chosen:
+            stem, image = path.stem.removesuffix(f"_{SOURCE_KIND}"), load_image(path)
+            for kind, distort in UNSEEN.items():
+                seed = derived_seed(SEED, *path.name.encode(), *kind.encode())
+                distorted = distort(image, SEVERITY, np.random.default_rng(seed))
+                distorted.save(folder / DISTORTION / f"{stem}_{kind}.png")  # PNG: no compression of its own
+                photos += 1
+    if not photos:
+        shutil.rmtree(OUT_DIR)
+        raise ValueError(f"{SOURCE_DIR}: no photo of kind {SOURCE_KIND!r}; correct SOURCE_KIND")
+    print(f"{OUT_DIR}: {photos} queries of the kinds {', '.join(UNSEEN)}; set DATA_DIR of evaluate.py to it")
+
+
+if __name__ == "__main__":
+    training.run(main)
