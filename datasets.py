@@ -190,6 +190,15 @@ def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
     return max(sources, key=lambda photo: len(photo.stem), default=None)
 
 
+def _copies(person: Person) -> dict[Path, tuple[Path, ...]]:
+    """The distorted copies of each clean photo of a person that has any."""
+    copies: dict[Path, list[Path]] = {}
+    for path in person.distorted:
+        if source := source_photo(path, person.clean):
+            copies.setdefault(source, []).append(path)
+    return {source: tuple(paths) for source, paths in copies.items()}
+
+
 def warn_shared(train: Sequence[Person], val: Sequence[Person]) -> None:
     """Tell what would make val figures flatter or labels wrong: persons of both splits, and one image file (by content)
     under two persons, within or across the splits."""
@@ -328,11 +337,12 @@ def train_transform(
     zoom: float,
     shift: float,
     distort: Callable[[Image.Image], Image.Image] | None = None,
+    mirror: bool = True,
 ) -> Transform:
-    """`eval_transform` with the crop jittered (see FaceCrop) and every second image mirrored; `distort`, such as
-    RandomDistortion, sees the photo before the crop."""
-    before = [distort] if distort else []
-    return v2.Compose([*before, FaceCrop(image_size, face_crop, zoom, shift), v2.RandomHorizontalFlip(), *_TO_TENSOR])
+    """`eval_transform` with the crop jittered (see FaceCrop) and, with `mirror`, every second image mirrored;
+    `distort`, such as RandomDistortion, sees the photo before the crop."""
+    before, after = [distort] if distort else [], [v2.RandomHorizontalFlip()] if mirror else []
+    return v2.Compose([*before, FaceCrop(image_size, face_crop, zoom, shift), *after, *_TO_TENSOR])
 
 
 class RandomDistortion:
@@ -525,8 +535,11 @@ class FacePairDataset(_SeededDataset):
     three (3, H, W) float32; label and negative label, int in 0..len(persons)-1. The negative's person is drawn evenly
     over persons, then the photo evenly over that person's. Positive and negative are drawn by (seed, epoch, index).
     A person without clean or without distorted photos is no anchor (told once, with the count), yet can be a negative.
-    With `negatives` False an item is (anchor, positive, label) alone, for negatives that are mined in the batch.
-    `positive_transform` is for photos other than the anchor: with random distortions, say, while anchors stay clean.
+    With `negatives` False an item is (anchor, positive, label, place of the anchor in `.anchors`), for negatives that
+    are mined. With `copies` the positive is a copy of the anchor itself (see source_photo), of another photo of the
+    person only where it has none. A share `clean` of the positives is the anchor itself, undistorted, and a share
+    `anew` is `distort` of it, such as RandomDistortion, instead of a file. With `mirror` all photos of every second
+    item are mirrored: `transform` alone would do it to one photo of a pair and not to the other.
     `exclude` and `skip_kinds` leave out persons and kinds of distortion.
     Index i + n * len(self) is anchor i once more, with another positive (see PersonBatches).
     Raises what `scan_persons` raises; ValueError if no anchor or fewer than two persons are left.
@@ -537,21 +550,35 @@ class FacePairDataset(_SeededDataset):
         root: Path | str,
         transform: Transform,
         *,
-        positive_transform: Transform | None = None,
         negatives: bool = True,
+        copies: bool = False,
+        clean: float = 0.0,
+        anew: float = 0.0,
+        distort: Callable[[Image.Image], Image.Image] | None = None,
+        mirror: bool = False,
         exclude: Collection[str] = (),
         skip_kinds: Collection[str] = (),
         seed: int = 0,
         check_images: bool = True,
     ):
         super().__init__(transform, seed)
-        self.positive_transform, self.negatives = positive_transform or transform, negatives
+        if not (clean >= 0 and anew >= 0 and clean + anew <= 1):
+            raise ValueError(
+                f"CLEAN = {clean}, DISTORT = {anew}: expected shares of 0..1 that make 1 at most, together"
+            )
+        if anew and distort is None:
+            raise ValueError(f"DISTORT = {anew}: photos are to be distorted anew, but no distortion is given")
+        self.negatives, self.clean, self.anew, self.distort, self.mirror = negatives, clean, anew, distort, mirror
         self._scanned = _scan_for_training(root, exclude, skip_kinds, check_images)
         self.persons = [person.name for person in self._scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
         self.anchors = [
             (path, label) for label, p in enumerate(self._scanned) if p.distorted for path in p.clean
         ]  # (path, label)
+        copies_of = [_copies(person) if copies and person.clean else {} for person in self._scanned]
+        self._positives = [
+            copies_of[label].get(path, self._scanned[label].distorted) for path, label in self.anchors
+        ]  # of each anchor
         unpaired = [p.name for p in self._scanned if not (p.clean and p.distorted)]
         if unpaired:
             warn_once(
@@ -573,22 +600,36 @@ class FacePairDataset(_SeededDataset):
             return int(torch.randint(count, (), generator=generator))
 
         anchor, label = self.anchors[index % len(self)]
-        positives = self._scanned[label].distorted
+        positives = self._positives[index % len(self)]
         negative_label = (label + 1 + pick(len(self.persons) - 1)) % len(self.persons)  # any but `label`, evenly
         negatives = self._scanned[negative_label].clean + self._scanned[negative_label].distorted
         return anchor, positives[pick(len(positives))], negatives[pick(len(negatives))], label, negative_label
 
+    def _origin(self, generator: torch.Generator) -> str:
+        """Where a positive comes from: "clean", "anew" or "file"."""
+        which = torch.rand((), generator=generator).item()
+        return "clean" if which < self.clean else "anew" if which < self.clean + self.anew else "file"
+
     def __getitem__(self, index: int) -> tuple:
         with self._seeded(index) as generator:
             anchor, positive, negative, label, negative_label = self.draw(index, generator)
-            images = [self.transform(load_image(anchor)), self.positive_transform(load_image(positive))]
-            if not self.negatives:
-                return *images, label
-            return *images, self.positive_transform(load_image(negative)), label, negative_label
+            origin = self._origin(generator)
+            mirrored = self.mirror and torch.rand((), generator=generator).item() < 0.5
+            photos = [load_image(anchor), load_image(positive if origin == "file" else anchor)]
+            if origin == "anew":
+                photos[1] = self.distort(photos[1])
+            if self.negatives:
+                photos.append(load_image(negative))
+            images = [self.transform(photo) for photo in photos]
+            if mirrored:
+                images = [image.flip(2) for image in images]
+            return (*images, label, negative_label) if self.negatives else (*images, label, index % len(self))
 
     def files(self, index: int) -> list[Path]:
         with self._seeded(index) as generator:
-            return list(self.draw(index, generator)[: 2 + self.negatives])
+            anchor, positive, negative, *_ = self.draw(index, generator)
+            files = [anchor, positive if self._origin(generator) == "file" else anchor, negative]
+            return files[: 2 + self.negatives]
 
 
 class PhotoList(Dataset):

@@ -63,7 +63,8 @@ def main() -> None:
     set_constants(train_stage1, EPOCHS=STAGE1_EPOCHS)
     if pretrained is None:
         # Random weights have a longer way to go.
-        set_constants(train_stage1, BACKBONE_LR=1e-3, DROPOUT=0.0)
+        set_constants(train_stage1, BACKBONE_LR=1e-3, HEAD_LR=1e-2, DROPOUT=0.0)
+        set_constants(train_stage1, CENTRES_FROM_MEANS=False, FREEZE_BATCHNORM=False)
         set_constants(train_stage2, LEARNING_RATE=1e-4)
     train_stage1.main()
     set_constants(evaluate, CHECKPOINT=stage1 / "best.pt", PICTURES=True)
@@ -71,6 +72,7 @@ def main() -> None:
 
     print("\n== stage 2: contrastive")
     set_constants(train_stage2, RUN_DIR=stage2, STAGE1_CHECKPOINT=stage1 / "best.pt", EPOCHS=STAGE2_EPOCHS, **common)
+    set_constants(train_stage2, TEACHER=pretrained, WIDE_SIZE=IMAGE_SIZE)
     set_constants(train_stage2, PERSONS_PER_BATCH=min(train_stage2.PERSONS_PER_BATCH, TRAIN_PERSONS))
     train_stage2.main()
     set_constants(evaluate, CHECKPOINT=stage2 / "best.pt", COMPARE_WITH=stage1 / "best.pt")

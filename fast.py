@@ -80,7 +80,7 @@ def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -
     """`model`, fused, as the bytes of an ONNX file; `model` stays as it is.
 
     Input "images": (B, 3, image_size, image_size) float32, any B >= 1, as datasets.eval_transform gives them: RGB,
-    (x - 127.5) / 128. Output "embeddings": (B, 512) float32, rows of norm 1.
+    (x - 127.5) / 128. Output "embeddings": (B, D) float32, rows of norm 1, D as the model's.
     metadata: fingerprint, face_crop and the like, kept as strings in metadata_props; image_size is added.
     Raises ValueError if the package onnx is not installed.
     """
@@ -113,7 +113,7 @@ def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -
 class OnnxFaceNet(nn.Module):
     """An ONNX file of `export`, or its bytes, run by onnxruntime with torch's number of threads, on the CPU.
 
-    Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format -> embeddings (B, 512) float32 of
+    Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format -> embeddings (B, D) float32 of
     norm 1, without gradients. metadata: the file's, strings by name.
     Raises FileNotFoundError; ValueError if it is no such file, of another image size, or onnxruntime is not installed.
     """
@@ -139,13 +139,15 @@ class OnnxFaceNet(nn.Module):
                 f"{name}: not an ONNX file that onnxruntime can run ({reason}); export_onnx.py writes one"
             ) from error
         ends = [(end.name, end.shape[1:]) for end in (*self.session.get_inputs(), *self.session.get_outputs())]
-        if len(ends) != 2 or ends[0][0] != INPUT or ends[1] != (OUTPUT, [EMBEDDING_DIM]):
+        widths = ([EMBEDDING_DIM], [2 * EMBEDDING_DIM])  # of the face alone, or with the whole frame (models.Crops)
+        if len(ends) != 2 or ends[0][0] != INPUT or ends[1][0] != OUTPUT or ends[1][1] not in widths:
             raise ValueError(f"{name}: an ONNX file, but not a FaceNet of export_onnx.py; found {ends}")
         if ends[0][1] != [3, image_size, image_size]:
             raise ValueError(
                 f"{name}: takes images of {' x '.join(map(str, ends[0][1][1:]))} pixels, but the image size here is "
                 f"{image_size}; set that, or export it anew"
             )
+        self.dims = ends[1][1][0]
         self.image_size, self.metadata = image_size, dict(self.session.get_modelmeta().custom_metadata_map)
         # The weights are the session's: without this, any two of these would have one and the same fingerprint.
         digest = bytearray(hashlib.sha256(source).digest())
@@ -158,7 +160,7 @@ class OnnxFaceNet(nn.Module):
                 f"expected (B, 3, {self.image_size}, {self.image_size}) on the CPU"
             )
         if len(images) == 0:
-            return torch.empty(0, EMBEDDING_DIM)
+            return torch.empty(0, self.dims)
         (embeddings,) = self.session.run([OUTPUT], {INPUT: images.detach().float().contiguous().numpy()})
         return torch.from_numpy(embeddings)
 

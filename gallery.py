@@ -51,15 +51,8 @@ class Gallery:
     threshold: dict | None = None
 
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
-        """(T, D) rows of norm 1 to match against, and (T,) their labels: all photos for "best", one row per person
-        for "mean" (sum of the photos' embeddings, renormalised).
-
-        Raises ValueError for another `template`.
-        """
-        check_template(template)
-        if template == "best":
-            return self.embeddings, self.labels
-        return metrics.mean_templates(self.embeddings, self.labels), torch.arange(len(self.persons))
+        """(T, D) rows of norm 1 to match against, and (T,) their labels; see metrics.templates."""
+        return metrics.templates(self.embeddings, self.labels, template)
 
 
 @torch.inference_mode()
@@ -144,6 +137,22 @@ def build_gallery(
     )
     names = [person.name for person in enrolled]
     return Gallery(embeddings, torch.tensor(labels), names, paths, template, made_by or {})
+
+
+def person_means(
+    model: nn.Module,
+    root: Path | str,
+    transform: Transform,
+    device: torch.device | str,
+    persons: Sequence[str],
+    **options,
+) -> tuple[Tensor, Tensor]:
+    """The mean clean embeddings (N, D) of `persons`, and their places (N,) in that list; who has no clean photo is left
+    out. Takes the options of `build_gallery` and raises what it raises."""
+    gallery = build_gallery(model, root, transform, device, persons=persons, **options)
+    place = {name: index for index, name in enumerate(persons)}
+    means = metrics.mean_templates(gallery.embeddings, gallery.labels)
+    return means, torch.tensor([place[name] for name in gallery.persons])
 
 
 def _select(root: Path | str, persons: Collection[str] | None, check_images: bool) -> list[Person]:
@@ -361,6 +370,41 @@ def summary(details: dict) -> dict[str, float]:
     row = {f"top1_{template}": value for template, value in details["top1"].items()}
     chosen = details["template"]
     return row | {f"top1_{kind}": figures["top1"][chosen] for kind, figures in details["per_kind"].items()}
+
+
+def validate(
+    model: nn.Module,
+    root: Path | str,
+    transform: Transform,
+    device: torch.device | str,
+    *,
+    template: str,
+    persons: Collection[str] | None = None,
+    num_workers: int = 0,
+    check_images: bool = True,
+) -> tuple[float, dict[str, float]]:
+    """What an epoch is chosen by, and its row for the log, on persons of `root` that training does not know.
+
+    The choice: the mean of top-1 under the protocols "same" and "cross", by `template`. "same" alone is won by finding
+    the photo again, a stranger's as well as a friend's; "cross" alone says nothing of the persons with one photo.
+    Where nobody has a second photo there is "same" only, and a warning once.
+    The row: `summary` of "same", and top1_cross and top1_clean where somebody can ask so.
+    Raises what `build_gallery` and `embed_queries` raise.
+    """
+    options = {"persons": persons, "num_workers": num_workers, "check_images": check_images}
+    gallery = build_gallery(model, root, transform, device, template=template, **options)
+    queries = embed_queries(model, gallery, root, transform, device, **options)
+    details = ask(gallery, by_protocol(gallery, queries, "same"))
+    same, row = details["top1"][template], summary(details)
+    if (torch.bincount(gallery.labels) > 1).any():
+        for protocol in ("cross", "clean"):
+            row[f"top1_{protocol}"] = ask(gallery, by_protocol(gallery, queries, protocol))["top1"][template]
+        return (same + row["top1_cross"]) / 2, row
+    warn_once(
+        f"{root}: nobody that epochs are chosen on has a second clean photo; the choice rests on finding photos again, "
+        "which says little of knowing people"
+    )
+    return same, row
 
 
 def top1_table(evaluations: dict[str, dict]) -> str:

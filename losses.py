@@ -28,6 +28,11 @@ class ArcMarginProduct(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))  # only each row's direction counts
         nn.init.xavier_uniform_(self.weight)
 
+    @torch.no_grad()
+    def start_at(self, means: Tensor, labels: Tensor) -> None:
+        """Put the centres of the classes `labels` (N,) int64 at `means` (N, D); the others stay."""
+        self.weight[labels] = F.normalize(means).to(self.weight)
+
     def cosine(self, embeddings: Tensor) -> Tensor:
         """cos(t_ij), (B, C): what classifies, without margin and scale."""
         with torch.autocast(embeddings.device.type, enabled=False):  # half precision cannot tell 10 from 0 degrees
@@ -53,7 +58,8 @@ class ContrastiveLoss(nn.Module):
 
     d: Euclidean distance; on unit embeddings d^2 = 2 - 2 cos, 0..4. `margin` is a distance: 1.0 is an angle of 60
     degrees, and a negative farther away than that gives no gradient.
-    Shapes: anchor, positive, negative (B, D) -> scalar. The gradient is finite, and 0, where a pair coincides.
+    Shapes: anchor, positive, negative (B, D), weight (B,) in 0..1 -> scalar, the mean over triplets by weight; 0 if
+    all weights are. The gradient is finite, and 0, where a pair coincides.
     Raises ValueError if the margin is outside (0, 2], the distances that unit embeddings can have.
     """
 
@@ -65,10 +71,45 @@ class ContrastiveLoss(nn.Module):
             )
         self.margin = margin
 
-    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor, weight: Tensor | None = None) -> Tensor:
         pull = (anchor - positive).square().sum(1)  # (B,)
         push = (self.margin - euclidean(anchor, negative)).clamp_min(0).square()  # (B,)
-        return (pull + push).mean()
+        return weighted_mean(pull + push, weight)
+
+
+class SourceLoss(nn.Module):
+    """Cross-entropy of finding the clean photo that a distorted one was made from, among many: instance discrimination,
+    Wu et al. 2018, arXiv:1805.01978, eq. 2, with a bank of clean embeddings; InfoNCE where the bank is the batch.
+
+    mean_i -log( exp(z_i b_s / t) / sum_j exp(z_i b_j / t) ), s the source of i, j over the bank less the other photos
+    of the same person: they are no wrong answer. t: temperature, no unit; the smaller, the more the nearest rivals
+    count.
+    Shapes: embeddings z (B, D) and bank b (N, D), rows of norm 1; source (B,) int64 in 0..N-1; bank_labels (N,), the
+    persons; weight (B,) in 0..1 -> scalar, the mean by weight; 0 if all weights are.
+    Raises ValueError if the temperature is not positive.
+    """
+
+    def __init__(self, temperature: float):
+        super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"TEMPERATURE = {temperature}: expected a positive number, usually 0.02..0.2")
+        self.temperature = temperature
+
+    def forward(
+        self, embeddings: Tensor, bank: Tensor, source: Tensor, bank_labels: Tensor, weight: Tensor | None = None
+    ) -> Tensor:
+        logits = embeddings @ bank.T / self.temperature  # (B, N)
+        others = bank_labels[source][:, None] == bank_labels[None, :]
+        others = others.scatter(1, source[:, None], False)
+        logits = logits.masked_fill(others, -torch.inf)
+        return weighted_mean(F.cross_entropy(logits, source, reduction="none"), weight)
+
+
+def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """sum w v / sum w, the plain mean for None, and 0, with a gradient of 0, where all weights are 0."""
+    if weight is None:
+        return values.mean()
+    return (weight * values).sum() / weight.sum().clamp_min(1e-6)
 
 
 def euclidean(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Figures of a retrieval: rank-k, CMC, mAP, macro F1, ROC, EER, open-set rates, and their intervals. Tensors only.
 
 A query scores against each person of the gallery: the cosine with the person's mean embedding (template "mean") or
-with its most similar photo ("best"). All scores of a query are looked at, a block of queries at a time.
+with its most similar photo ("best"). All scores of a query are looked at, a block of queries at a time. Embeddings of
+a face and a whole frame (models.Crops, D > 512) are averaged in the face alone, see `templates`.
 
 Shapes used throughout: queries (Q, D) and gallery (G, D), rows of norm 1; labels (G,) int64 in 0..P-1, the person of
 each gallery row, every person with at least one; truth (Q,) int64, the query's person, -1 if not enrolled; sources
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models import EMBEDDING_DIM
 
 TEMPLATES = ("mean", "best")  # a person's mean embedding, or the best match over its photos
 TIE = 1e-6  # cosines closer than this are equal: float32 rounding
@@ -37,6 +40,37 @@ def _sums(gallery: Tensor, labels: Tensor) -> Tensor:
     return torch.zeros(int(labels.max()) + 1, gallery.shape[1]).index_add_(0, labels, gallery)
 
 
+def templates(gallery: Tensor, labels: Tensor, template: str) -> tuple[Tensor, Tensor]:
+    """(T, D) rows of norm 1 to match against, and (T,) their labels: a person's score is that of its best row.
+
+    "best": all photos. "mean": one row per person. Of embeddings of a face and a whole frame, "mean" has a row per
+    photo all the same: the mean of the person's faces beside the frame of that one photo. A frame's embedding tells a
+    photo, not a person, and the mean of several is like none of them. A person all of whose faces are burnt out has
+    its frames alone.
+    Raises ValueError for another `template`.
+    """
+    check_template(template)
+    if template == "best":
+        return gallery, labels
+    if gallery.shape[1] <= EMBEDDING_DIM:
+        return mean_templates(gallery, labels), torch.arange(int(labels.max()) + 1)
+    faces, frames, share = _parts(gallery)
+    means = mean_templates(faces, labels)
+    means = means[labels]
+    return torch.cat([share * means, _beside(means, share)[:, None] * frames], 1), labels
+
+
+def _parts(gallery: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Faces (G, 512), of norm `share` or, burnt out, 0; frames, of norm 1; share: the norm of a face beside a frame."""
+    faces, frames = gallery[:, :EMBEDDING_DIM], F.normalize(gallery[:, EMBEDDING_DIM:])
+    return faces, frames, min(1.0, faces.norm(dim=1).max().item())
+
+
+def _beside(means: Tensor, share: float) -> Tensor:
+    """The norm of the frame beside each of `means`, (N, 512) of norm 1 or 0, so that both make 1."""
+    return torch.where(means.any(1), math.sqrt(max(1 - share**2, 1e-12)), 1.0)
+
+
 def person_scores(
     queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -45,31 +79,68 @@ def person_scores(
     A query with a source is scored against its person's other photos only; -inf if there is none.
     """
     check_template(template)
-    sums = _sums(gallery, labels)
-    persons, means = len(sums), F.normalize(sums)
-    left_out = (sources >= 0) & (truth >= 0)
-    columns = gallery if template == "best" else means
-    one_photo_each = len(gallery) == persons
-    rows = max(1, BLOCK_SCORES // len(columns))
+    sources = torch.where(truth >= 0, sources, -1)
+    if template == "best":
+        score, columns = _BestMatch(gallery, labels), len(gallery)
+    elif gallery.shape[1] <= EMBEDDING_DIM:
+        score, columns = _MeanMatch(gallery, labels), int(labels.max()) + 1
+    else:
+        score, columns = _MeanFaceMatch(gallery, labels), len(gallery)
+    rows = max(1, BLOCK_SCORES // columns)
     for start in range(0, len(queries), rows):
         block = slice(start, min(start + rows, len(queries)))
-        scores = queries[block] @ columns.T
-        of_block = left_out[block].nonzero()[:, 0]  # rows of the block with a source to leave out
-        own, source = truth[block][of_block], sources[block][of_block]
-        if template == "best":
-            scores[of_block, source] = -torch.inf
-            if one_photo_each:
-                scores = torch.empty_like(scores).index_copy_(1, labels, scores)
-            else:
-                by_person = scores.new_full((len(scores), persons), -torch.inf)
-                scores = by_person.scatter_reduce_(1, labels.expand_as(scores), scores, "amax")
-        elif len(of_block):
-            rest = sums[own] - gallery[source]
-            # A person with no other photo: what rounding leaves of the difference is no direction.
-            lone = torch.bincount(labels, minlength=persons)[own] == 1
-            cosine = (queries[block][of_block] * F.normalize(rest)).sum(1)
-            scores[of_block, own] = torch.where(lone, -torch.inf, cosine)
-        yield block, scores
+        of_block = (sources[block] >= 0).nonzero()[:, 0]  # rows of the block with a source to leave out
+        yield block, score(queries[block], of_block, truth[block][of_block], sources[block][of_block])
+
+
+class _BestMatch:
+    """Scores (B, P) of a block: the highest cosine among a person's photos; `rows` of it leave out `source`."""
+
+    def __init__(self, gallery: Tensor, labels: Tensor):
+        self.gallery, self.labels, self.persons = gallery, labels, int(labels.max()) + 1
+
+    def __call__(self, queries: Tensor, rows: Tensor, own: Tensor, source: Tensor) -> Tensor:
+        scores = queries @ self.gallery.T
+        scores[rows, source] = -torch.inf
+        if len(self.gallery) == self.persons:
+            return torch.empty_like(scores).index_copy_(1, self.labels, scores)
+        by_person = scores.new_full((len(scores), self.persons), -torch.inf)
+        return by_person.scatter_reduce_(1, self.labels.expand_as(scores), scores, "amax")
+
+
+class _MeanMatch:
+    """Scores (B, P) of a block: the cosine with the mean of a person's photos; `rows` of it leave out `source`."""
+
+    def __init__(self, gallery: Tensor, labels: Tensor):
+        self.gallery, self.sums, self.counts = gallery, _sums(gallery, labels), torch.bincount(labels)
+        self.means = F.normalize(self.sums)
+
+    def rest(self, own: Tensor, source: Tensor) -> Tensor:
+        """(N, D): the means without one photo; 0 where it is a person's only one, which rounding leaves at random."""
+        rest = F.normalize(self.sums[own] - self.gallery[source])
+        return rest.masked_fill((self.counts[own] == 1)[:, None], 0)
+
+    def __call__(self, queries: Tensor, rows: Tensor, own: Tensor, source: Tensor) -> Tensor:
+        scores = queries @ self.means.T
+        if len(rows):
+            cosine = (queries[rows] * self.rest(own, source)).sum(1)
+            scores[rows, own] = cosine.masked_fill(self.counts[own] == 1, -torch.inf)
+        return scores
+
+
+class _MeanFaceMatch:
+    """Scores (B, P) of a block: "mean" of embeddings of a face and a frame, see `templates`."""
+
+    def __init__(self, gallery: Tensor, labels: Tensor):
+        faces, frames, self.share = _parts(gallery)
+        self.of_faces, self.of_frames = _MeanMatch(faces, labels), _BestMatch(frames, labels)
+
+    def __call__(self, queries: Tensor, rows: Tensor, own: Tensor, source: Tensor) -> Tensor:
+        faces, frames = queries[:, :EMBEDDING_DIM], queries[:, EMBEDDING_DIM:]
+        of_frames = self.of_frames(frames, rows, own, source)  # (B, P)
+        beside = _beside(self.of_faces.means, self.share).expand_as(of_frames).clone()
+        beside[rows, own] = _beside(self.of_faces.rest(own, source), self.share)
+        return self.share * self.of_faces(faces, rows, own, source) + beside * of_frames
 
 
 def check_template(template: str) -> None:

@@ -1,10 +1,12 @@
 """The backbone: FaceNet's InceptionResnetV1, pretrained, as one module from image to unit embedding."""
 
+import copy
 import hashlib
 import http.client
 import os
 import pickle
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,18 +30,59 @@ BLOCKS = (
 CONNECT_TIMEOUT = 30  # seconds without an answer before a download is given up
 
 
+BURNT = (250 - 127.5) / 128  # standardized pixel from which a channel counts as burnt out: 250 of 255
+BURNT_SHARE = 0.3  # of the face crop's pixels burnt out in all channels, above which it shows no face
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What FaceNet takes from a photo's frame: the face, and with a weight of its own the frame as a whole.
+
+    face: side of the centre square that is the face crop, as a share (0..1) of the frame's. wide_size: pixels that the
+    frame is shrunk to, 76 or more. wide_weight: of the wide embedding, where the face's has 1, > 0.
+    Raises ValueError for a number out of range.
+    """
+
+    face: float
+    wide_size: int
+    wide_weight: float
+
+    def __post_init__(self):
+        if not 0 < self.face < 1:
+            raise ValueError(f"FACE_CROP = {self.face}: a wide crop needs photos with more than the face in them, < 1")
+        if not (isinstance(self.wide_size, int) and self.wide_size >= 76):
+            raise ValueError(
+                f"WIDE_SIZE = {self.wide_size}: expected a whole number of pixels, 76 or more; below, nothing is left "
+                "to see"
+            )
+        if not 0 < self.wide_weight < float("inf"):
+            raise ValueError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.1..1")
+
+
 class FaceNet(nn.Module):
-    """Images (B, 3, H, W) float -> embeddings (B, 512) float32 of norm 1: Schroff et al. 2015, arXiv:1503.03832.
+    """Images (B, 3, H, W) float -> embeddings (B, D) float32 of norm 1: Schroff et al. 2015, arXiv:1503.03832.
 
     The network is InceptionResnetV1 (Szegedy et al. 2016, arXiv:1602.07261, as in facenet-pytorch); images are
     standardized as (x - 127.5) / 128. `pretrained` is "vggface2", "casia-webface" (downloaded once), the path of a
     state dict, or None for random weights. `dropout` (0..1) acts before the last linear layer, in training only.
     `freeze_until` names the last block, in BLOCKS, of a trunk that stays as loaded: its weights take no gradient, so no
     backward runs through it, and its BatchNorm keeps to its statistics in train mode too. None: everything trains.
+
+    Without `crops`, images are face crops and D = 512. With them images are whole frames, and a second network sees
+    each of them entire: z = [g f, w v] / norm, D = 1024, where f is the embedding of the frame's centre, the face, v
+    that of the whole frame, w = wide_weight, and the gate g is 0 where the face is burnt out and 1 elsewhere. So one
+    cosine compares faces, with w^2 / (1 + w^2) of it from hair, clothes and background, and where a photo shows no
+    face all of what it says is the latter's. f knows persons, v knows photos.
     Raises what `load_pretrained` raises.
     """
 
-    def __init__(self, pretrained: str | Path | None, dropout: float, freeze_until: str | None = None):
+    def __init__(
+        self,
+        pretrained: str | Path | None,
+        dropout: float,
+        freeze_until: str | None = None,
+        crops: Crops | None = None,
+    ):
         super().__init__()
         if freeze_until is not None and freeze_until not in BLOCKS:
             raise ValueError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, BLOCKS))}")
@@ -48,9 +91,16 @@ class FaceNet(nn.Module):
         self.backbone = InceptionResnetV1(pretrained=None, dropout_prob=dropout)
         if pretrained is not None:
             self.backbone.load_state_dict(load_pretrained(pretrained))
+        self.crops, self.wide = None, None
+        if crops is not None:
+            self.widen(crops)
         frozen = BLOCKS[: BLOCKS.index(freeze_until) + 1] if freeze_until else ()
         self._frozen = [self.backbone.get_submodule(name).requires_grad_(False) for name in frozen]
         self.train()
+
+    def widen(self, crops: Crops) -> None:
+        """From now on take whole frames; the wide crop's network starts as a copy of the face's, nothing frozen."""
+        self.crops, self.wide = crops, copy.deepcopy(self.backbone).requires_grad_(True).train(self.training)
 
     def train(self, mode: bool = True) -> "FaceNet":
         super().train(mode)
@@ -58,9 +108,43 @@ class FaceNet(nn.Module):
             block.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, part: str = "both") -> Tensor:
+        """The embedding; with crops, "face" and "wide" ask for one part of it alone, (B, 512) of norm 1."""
+        if self.crops is None:  # then the face is all there is
+            return self._embed(self.backbone, images)
+        if part == "wide":
+            return self._embed(self.wide, self.whole(images))
+        face = self._embed(self.backbone, self.face(images))
+        if part == "face":
+            return face
+        wide = self._embed(self.wide, self.whole(images))
+        return F.normalize(torch.cat([self.gate(images)[:, None] * face, self.crops.wide_weight * wide], 1))
+
+    @staticmethod
+    def _embed(network: nn.Module, images: Tensor) -> Tensor:
         # The backbone normalizes too, but under autocast in half precision, which is 1 only to three digits.
-        return F.normalize(self.backbone(images).float())
+        return F.normalize(network(images).float())
+
+    def face(self, frames: Tensor) -> Tensor:
+        """The face crop: the centre of whole frames, pixel for pixel; without crops, the images as they are."""
+        if self.crops is None:
+            return frames
+        size = int(frames.shape[-1])  # int: ONNX tracing would make a tensor of it, which has no round()
+        side = round(self.crops.face * size)
+        start = (size - side) // 2
+        return frames[..., start : start + side, start : start + side]
+
+    def whole(self, frames: Tensor) -> Tensor:
+        """The wide crop: whole frames, shrunk to wide_size."""
+        size = self.crops.wide_size
+        if frames.shape[-1] >= 2 * size:  # bilinear sampling alone would skip pixels; ONNX has no antialiasing
+            frames = F.avg_pool2d(frames, 2)
+        return F.interpolate(frames, size=(size, size), mode="bilinear", align_corners=False)
+
+    def gate(self, frames: Tensor) -> Tensor:
+        """(B,) float32: 1 where the face crop shows a face, 0 where over BURNT_SHARE of its pixels are burnt out."""
+        burnt = (self.face(frames).amin(1) >= BURNT).float().mean((1, 2))  # amin: of the three channels
+        return (burnt <= BURNT_SHARE).float()
 
 
 def fingerprint(model: nn.Module) -> str:

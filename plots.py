@@ -260,7 +260,8 @@ def mistakes_sheet(rows: Sequence[tuple[Sequence[Image.Image], Sequence[str]]]) 
 def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
     """A run at a glance: loss and learning rate per step, top-1 per epoch, overall and per kind.
 
-    history: rows of log.csv, with epoch, top1_mean, top1_best, top1_<kind>; steps: rows of steps.csv, as text.
+    history: rows of log.csv, with epoch, top1_mean, top1_best, top1_cross, top1_clean, top1_<kind>; steps: rows of
+    steps.csv, as text.
     """
     figure = Figure(figsize=(13, 4), layout="constrained", dpi=DPI)
     loss_axes, top1_axes, kind_axes = figure.subplots(1, 3)
@@ -288,14 +289,14 @@ def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
     epoch = [row["epoch"] for row in history]
     names = [name for row in history for name in row if "top1_" in name]
     for name in dict.fromkeys(names):
-        overall = name.endswith(("top1_mean", "top1_best"))
+        overall = name.endswith(("top1_mean", "top1_best", "top1_cross", "top1_clean"))
         axes, style = (top1_axes, "-") if overall else (kind_axes, "-")
         if name.startswith("ema_"):
             style = "--"  # of the averaged weights
         values = [100 * row.get(name, np.nan) for row in history]
         label = name.replace("ema_", "averaged: ").replace("top1_", "")
         axes.plot(epoch, values, style, marker="o", markersize=3, linewidth=1.2, label=label)
-    top1_axes.set(title="top-1, %, by template", xlabel="epoch")
+    top1_axes.set(title="top-1, %, by template and protocol", xlabel="epoch")
     kind_axes.set(title="top-1, %, by kind", xlabel="epoch")
     for axes in (top1_axes, kind_axes):
         axes.grid(alpha=0.3)

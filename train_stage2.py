@@ -1,17 +1,23 @@
-"""Stage 2: pull a distorted photo to its person's clean one and push the nearest other person away.
+"""Stage 2: pull a distorted photo to its clean one, as a frozen teacher sees it, away from the nearest other person.
 
     python train_stage2.py
 
+The teacher embeds the clean photos once, into a bank: the anchors, which therefore cannot be forgotten. Beside the face
+a second network learns to find a photo again by its whole frame, for photos that show no face; WIDE_WEIGHT = 0: none.
 Starts from STAGE1_CHECKPOINT; writes RUN_DIR/best.pt (for evaluate.py), last.pt (for RESUME), log.csv, steps.csv,
 curves.png, tensorboard/ and constants.json. Several GPUs: torchrun --nproc_per_node=2 train_stage2.py
 """
 
+import copy
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 
+import gallery
 import training
 from datasets import (
     FacePairDataset,
@@ -23,8 +29,9 @@ from datasets import (
     warn_shared,
 )
 from distortions import DISTORTIONS
-from gallery import build_gallery, check_template, evaluate, summary
-from losses import ContrastiveLoss, euclidean, hardest_negatives
+from gallery import check_template, embed
+from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
+from models import Crops, FaceNet
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -39,26 +46,37 @@ TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, 
 PATIENCE = 0  # stop after so many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
-FREEZE_UNTIL = None  # last block that stays as loaded, such as "mixed_6a" (see models.BLOCKS); None: all of it trains
+FREEZE_UNTIL = None  # last block of the face's network that stays as loaded (see models.BLOCKS); None: all of it trains
+# The frozen network in whose space the distorted photos are to lie: "vggface2", "casia-webface" or the path of a state
+# dict, as PRETRAINED of stage 1; None: the network that stage 1 left.
+TEACHER = "vggface2"
+# Of the whole frame's embedding beside the face's, 0.1..1. It matches photos (hair, clothes, background), not people:
+# 0 for faces alone, and for photos that are cropped to the face.
+WIDE_WEIGHT = 0.3
+WIDE_SIZE = 112  # pixels, 76..160, that the whole frame is shrunk to
+
+# --- losses ---
+CONTRASTIVE_WEIGHT = 2.0  # pull to the anchor, push from the nearest other person, 0..10
+CONTRASTIVE_MARGIN = 1.0  # distance of unit embeddings, 0..2: negatives farther away give no gradient
+BANK_WEIGHT = 1.0  # a distorted face finds its photo among all clean ones of the bank, 0..10
+INSTANCE_WEIGHT = 1.0  # a distorted frame finds its photo among the clean ones of the batch, 0..10
+TEMPERATURE = 0.07  # of both searches, no unit, 0.02..0.2: the lower, the more the nearest rivals count
 
 # --- pairs ---
-PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs together, >= 2: each is a negative of the rest
+PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs together, >= 2
 PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
-CONTRASTIVE_MARGIN = 1.0  # distance of unit embeddings, 0..2: negatives farther away give no gradient
-HARD_NEGATIVES = True  # nearest other person of the batch; False: a random photo more, which is too far to push
-# Kinds of distortion that are not trained on; all are evaluated. FACECOM's sunny hides the whole face: pulling every
-# person to the same white disc pulls them to each other. () trains on all.
-SKIP_KINDS = ("sunny",)
+SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
+CLEAN = 0.1  # share of the positives that are the clean photo itself, 0..0.5
+DISTORT = 0.5  # share of the positives that are the clean photo distorted anew, at random, not a file on disk, 0..1
+DISTORT_MOST = 2  # kinds on one such photo, 1..7
 CROP_ZOOM = 0.1  # the crop's side varies by +- this share of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this share of the shorter side, 0..0.1
-DISTORT = 0.0  # share of the positives that are distorted once more, at random, 0..1
-DISTORT_MOST = 2  # kinds on one such photo, 1..7
 
 # --- optimisation ---
 SEED = 0  # 0, 1, 2, ...
-EPOCHS = 4  # passes over the clean train photos, 1..999
-ACCUMULATE = 1  # steps per update of the weights, >= 1; negatives are still mined in each step alone
-LEARNING_RATE = 3e-5  # AdamW, per update, 1e-6..1e-4: a tenth of stage 1's, only refines it
+EPOCHS = 20  # passes over the clean train photos, 1..999
+ACCUMULATE = 1  # steps per update of the weights, >= 1
+LEARNING_RATE = 3e-4  # AdamW, per update, 1e-5..1e-3
 WEIGHT_DECAY = 5e-4  # AdamW, 0..0.1
 WARMUP_STEPS = 20  # updates with rising learning rate
 GRAD_CLIP = 5.0  # largest norm of the gradient, > 0
@@ -78,9 +96,19 @@ def main() -> None:
 
     # Model: what stage 1 left, and what its checkpoint knows.
     model, stage1 = training.load_facenet(STAGE1_CHECKPOINT, device, FREEZE_UNTIL)
-    image_size, face_crop, holdout = stage1["image_size"], stage1["face_crop"], stage1["holdout"]
+    if stage1["stage"] != 1:
+        raise ValueError(
+            f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1"
+        )
+    face_size, face_crop, holdout = stage1["image_size"], stage1["face_crop"], stage1["holdout"]
+    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, dropout=0).to(device)
+    teacher = teacher.to(memory_format=torch.channels_last)
+    image_size, share = face_size, face_crop
+    if WIDE_WEIGHT:
+        model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT))
+        image_size, share = round(face_size / face_crop), 1.0  # the frame whose centre is the face crop
 
-    # Data: pairs of the persons that stage 1 trained on.
+    # Data: pairs of a clean photo and its distorted copy, of the persons that stage 1 trained on.
     train_dir, val_dir = DATA_DIR / "train", DATA_DIR / "val"
     warn_shared(
         scan_persons(train_dir, check_images=CHECK_IMAGES),
@@ -90,28 +118,34 @@ def main() -> None:
         raise ValueError(
             f"PHOTOS_PER_PERSON = {PHOTOS_PER_PERSON}: expected an even number, half clean, half distorted"
         )
-    distort = RandomDistortion(
-        {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
-        *(DISTORT, DISTORT_MOST),
-        side=round(image_size / face_crop),
-    )
-    crop = (image_size, face_crop, CROP_ZOOM, CROP_SHIFT)
+    kinds = {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS}
     train_set = FacePairDataset(
         train_dir,
-        train_transform(*crop),
-        positive_transform=train_transform(*crop, distort),
-        negatives=not HARD_NEGATIVES,
+        train_transform(image_size, share, CROP_ZOOM, CROP_SHIFT, mirror=False),
+        negatives=False,
+        copies=True,
+        clean=CLEAN,
+        anew=DISTORT,
+        distort=RandomDistortion(kinds, 1.0, DISTORT_MOST, side=round(face_size / face_crop)),
+        mirror=True,
         exclude=holdout,
         skip_kinds=SKIP_KINDS,
         seed=SEED,
         check_images=CHECK_IMAGES,
     )
-    batches = PersonBatches([label for _, label in train_set.anchors], PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
+    labels = [label for _, label in train_set.anchors]
+    batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
-    transform = eval_transform(image_size, face_crop)
+    transform = eval_transform(image_size, share)
 
-    # Loss and optimizer.
-    criterion = ContrastiveLoss(CONTRASTIVE_MARGIN)
+    # The bank: the clean photos as the teacher sees them.
+    paths = [path for path, _ in train_set.anchors]
+    bank = embed(teacher, paths, eval_transform(face_size, face_crop), device, num_workers=NUM_WORKERS)
+    bank, bank_labels = bank.clone().to(device), torch.tensor(labels, device=device)  # embed()'s know no autograd
+    del teacher
+
+    # Losses and optimizer.
+    losses = Losses(bank, bank_labels)
     group = {"name": "backbone", "params": training.trainable(model), "lr": LEARNING_RATE}
     optimizer = AdamW([group], weight_decay=WEIGHT_DECAY, fused=True)
     scheduler = training.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
@@ -120,19 +154,17 @@ def main() -> None:
     ddp_model = training.parallel(model)
 
     def validate(network: torch.nn.Module) -> tuple[float, dict]:
-        """Top-1 of retrieval among persons that training does not know, and the row for the log."""
+        """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
         root = train_dir if holdout else val_dir
         options = {"persons": holdout or None, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
-        gallery = build_gallery(network, root, transform, device, template=TEMPLATE, **options)
-        top1, details = evaluate(network, gallery, root, transform, device, **options)
-        return top1, summary(details)
+        return gallery.validate(network, root, transform, device, template=TEMPLATE, **options)
 
-    # Epochs; epoch 0 is what stage 1 left, so the best checkpoint is never worse than that.
-    facts = {key: stage1[key] for key in ("image_size", "face_crop", "dropout", "pretrained", "holdout")}
-    facts |= {"stage": 2, "persons": train_set.persons, "template": TEMPLATE, "seed": SEED}
-    facts |= {"freeze_until": FREEZE_UNTIL, "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
-    facts |= {"distort": [DISTORT, DISTORT_MOST], "hard_negatives": HARD_NEGATIVES}
-    facts |= {"skip_kinds": list(SKIP_KINDS), "photos": len(train_set)}
+    # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
+    facts = {key: stage1[key] for key in ("dropout", "pretrained", "holdout")}
+    facts |= {"stage": 2, "image_size": image_size, "face_crop": share, "crops": model.crops and asdict(model.crops)}
+    facts |= {"persons": train_set.persons, "template": TEMPLATE, "seed": SEED, "freeze_until": FREEZE_UNTIL}
+    facts |= {"teacher": str(TEACHER), "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
+    facts |= {"distort": [CLEAN, DISTORT, DISTORT_MOST], "skip_kinds": list(SKIP_KINDS), "photos": len(train_set)}
     run = training.Run(
         *(RUN_DIR, facts, {"model": model}, optimizer, scheduler, loader),
         **{"epochs": EPOCHS, "device": device, "wrapped": (ddp_model,), "amp": AMP, "accumulate": ACCUMULATE},
@@ -144,37 +176,62 @@ def main() -> None:
         print(f"train: {len(train_set.persons)} persons, {len(train_set)} anchors, {len(loader)} steps per epoch")
         run.finish_epoch(validate)
     for _ in run.epochs():
-        train_one_epoch(run, ddp_model, criterion, device)
+        train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
     run.tell_end()
 
 
-def train_one_epoch(run: training.Run, model, criterion: ContrastiveLoss, device: torch.device) -> None:
+class Losses:
+    """The terms of the loss, on the embeddings of a whole batch."""
+
+    def __init__(self, bank: Tensor, labels: Tensor):
+        """bank: (N, 512), the teacher's embeddings of the clean photos; labels: (N,) int64, their persons."""
+        self.bank, self.labels = bank, labels
+        self.contrastive, self.source = ContrastiveLoss(CONTRASTIVE_MARGIN), SourceLoss(TEMPERATURE)
+
+    def of_faces(self, face: Tensor, gate: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """face: (B, 512) of distorted photos; gate: (B,), 0 where no face shows; source: (B,), rows of the bank.
+
+        The anchor is frozen, so it is the distorted photo that goes to it and leaves the nearest other person.
+        """
+        anchor = self.bank[source]
+        negative = self.bank[hardest_negatives(face, self.labels[source], self.bank, self.labels)]
+        contrastive = self.contrastive(face, anchor, negative, gate)
+        search = self.source(face, self.bank, source, self.labels, gate)
+        with torch.no_grad():
+            to_anchor, to_negative = euclidean(face, anchor), euclidean(face, negative)
+            told = {
+                "accuracy": weighted_mean((to_anchor < to_negative).float(), gate),  # nearer to its own person
+                "active_negatives": weighted_mean((to_negative < CONTRASTIVE_MARGIN).float(), gate),  # that push
+                "positive_distance": weighted_mean(to_anchor, gate),
+                "negative_distance": weighted_mean(to_negative, gate),
+                "contrastive_loss": contrastive.detach(),
+                "bank_loss": search.detach(),
+            }
+        return CONTRASTIVE_WEIGHT * contrastive + BANK_WEIGHT * search, told
+
+    def of_frames(self, clean: Tensor, distorted: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """clean, distorted: (B, 512) of whole frames, which find each other within the batch."""
+        search = self.source(distorted, clean, torch.arange(len(source), device=source.device), self.labels[source])
+        return INSTANCE_WEIGHT * search, {"instance_loss": search.detach()}
+
+
+def train_one_epoch(run: training.Run, model: FaceNet, ddp_model, losses: Losses, device: torch.device) -> None:
     """One pass over the anchors."""
     model.train()
     if FREEZE_BATCHNORM:
         training.freeze_batchnorm(model)
-    for batch in run.steps():
-        *images, labels = batch if HARD_NEGATIVES else batch[:4]  # the fifth, whose the negatives are, is not needed
+    for clean, distorted, _, source in run.steps():
         with training.autocast(device, AMP):
-            embeddings = model(torch.cat(images))  # one pass: BatchNorm sees clean and distorted photos together
-        # From here on each process has the whole batch: negatives are mined among all of it.
-        anchor, positive, *negative, labels = training.gather(*embeddings.split(len(labels)), labels)  # (B, D), (B,)
-        if HARD_NEGATIVES:
-            candidates = torch.cat([anchor, positive])
-            negative = [candidates[hardest_negatives(anchor, labels, candidates, labels.repeat(2))]]
-        loss = criterion(anchor, positive, *negative)
-        with torch.no_grad():
-            to_positive, to_negative = euclidean(anchor, positive), euclidean(anchor, *negative)
-            right = (to_positive < to_negative).float().mean()  # share of triplets in the right order
-            active = (to_negative < CONTRASTIVE_MARGIN).float().mean()  # share of negatives that push
-        run.step(
-            loss,
-            accuracy=right,
-            active_negatives=active,
-            positive_distance=to_positive.mean(),
-            negative_distance=to_negative.mean(),
-        )
+            face = ddp_model(distorted, "face")
+            frames = ddp_model(torch.cat([clean, distorted]), "wide").chunk(2) if WIDE_WEIGHT else ()
+        # From here on each process has the whole batch.
+        face, gate, source, *frames = training.gather(face, model.gate(distorted), source, *frames)
+        loss, values = losses.of_faces(face, gate, source)
+        if WIDE_WEIGHT:
+            of_frames, more = losses.of_frames(*frames, source)
+            loss, values = loss + of_frames, values | more
+        run.step(loss, **values)
 
 
 if __name__ == "__main__":

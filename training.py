@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import plots
 from datasets import derived_seed, rank_and_world
-from models import FaceNet, read_plain
+from models import Crops, FaceNet, read_plain
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,10 @@ RANGES = {
     "GRAD_CLIP": (float, 1e-12, math.inf),
     "EMA_DECAY": (float, 0, 0.999999),
     "BALANCE": (float, 0, 1),
+    "WIDE_WEIGHT": (float, 0, math.inf),
+    "CONTRASTIVE_WEIGHT": (float, 0, math.inf),
+    "BANK_WEIGHT": (float, 0, math.inf),
+    "INSTANCE_WEIGHT": (float, 0, math.inf),
 }
 
 
@@ -349,7 +353,12 @@ def load_facenet(path: Path | str, device: torch.device | str, freeze_until: str
     """The model of a checkpoint, on `device` in channels_last, and everything else that the checkpoint knows."""
     path = Path(path)
     saved = read_checkpoint(path)
-    model = FaceNet(None, saved["dropout"], freeze_until)
+    crops = saved.get("crops")
+    try:
+        crops = crops and Crops(**crops)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its crops {crops!r} are none that this version knows ({error})") from error
+    model = FaceNet(None, saved["dropout"], freeze_until, crops)
     restore(path, saved, {"model": model})
     return model.to(device, memory_format=torch.channels_last), saved
 

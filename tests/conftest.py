@@ -13,6 +13,7 @@ import datasets
 import train_stage1
 import train_stage2
 import training
+from models import FaceNet
 
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and crawl where other work holds the cores
 
@@ -57,20 +58,19 @@ def task_b(tmp_path) -> Path:
     return root
 
 
-class TinyNet(nn.Module):
-    """FaceNet's interface, BatchNorm and dropout included, in 10,000 weights: (B, 3, H, W) -> (B, 512) of norm 1."""
+class TinyNet(FaceNet):
+    """FaceNet, crops and gate included, on a network of 10,000 weights with BatchNorm and dropout."""
 
-    def __init__(self, pretrained=None, dropout=0.4, freeze_until=None):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    def __init__(self, pretrained=None, dropout=0.4, freeze_until=None, crops=None):
+        nn.Module.__init__(self)
+        self.backbone = nn.Sequential(
+            *(nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            *(nn.Dropout(dropout), nn.Linear(16, 512)),
         )
-        self.dropout, self.linear = nn.Dropout(dropout), nn.Linear(16, 512)
-        if freeze_until:
-            self.layers.requires_grad_(False)
-
-    def forward(self, images):
-        return nn.functional.normalize(self.linear(self.dropout(self.layers(images))))
+        self.crops = self.wide = None
+        if crops:
+            self.widen(crops)
+        self._frozen = [self.backbone[:5].requires_grad_(False)] if freeze_until else []
 
 
 @pytest.fixture
@@ -78,6 +78,9 @@ def tiny_runs(monkeypatch, task_b, tmp_path):
     """Both training scripts, set to TinyNet on `task_b` for two short epochs; yields (train_stage1, train_stage2)."""
     monkeypatch.setattr(train_stage1, "FaceNet", TinyNet)
     monkeypatch.setattr(training, "FaceNet", TinyNet)
+    monkeypatch.setattr(train_stage2, "FaceNet", TinyNet)
+    monkeypatch.setattr(train_stage2, "WIDE_SIZE", 76)
+    monkeypatch.setattr(train_stage2, "TEACHER", None)  # the network that stage 1 left
     both = {"DATA_DIR": task_b, "NUM_WORKERS": 0, "EPOCHS": 2, "WARMUP_STEPS": 1}
     monkeypatch.setattr(train_stage1, "BATCH_SIZE", 4)
     monkeypatch.setattr(train_stage2, "PERSONS_PER_BATCH", 3)

@@ -450,11 +450,14 @@ def test_a_repeated_anchor_gets_another_positive_and_another_augmentation(tree):
     assert same <= 7  # of 11; about 3.3 by chance
 
 
-def test_a_batch_loads_with_repeats_as_one_tensor_and_its_labels(tree):
+def test_a_batch_loads_with_repeats_as_one_tensor_its_labels_and_the_places_of_its_anchors(tree):
     dataset = FacePairDataset(tree, tiny, negatives=False)
     batches = batches_of(dataset, persons=4, pairs=3)
-    [(anchors, positives, labels), *_] = DataLoader(dataset, batch_sampler=batches)
+    indices = epoch_of(batches)[0]
+    [(anchors, positives, labels, places), *_] = DataLoader(dataset, batch_sampler=batches)
     assert anchors.shape == positives.shape == (12, 6)
+    assert places.tolist() == [index % len(dataset) for index in indices] != indices
+    assert [dataset.anchors[place][1] for place in places] == labels.tolist()
     assert Counter(labels.tolist()) == {0: 3, 1: 3, 2: 3, 3: 3}
     assert len(anchors.unique(dim=0)) == 12  # ann's single photo three times, each cropped anew
 

@@ -511,6 +511,14 @@ def test_train_transform_without_jitter_is_the_eval_transform_mirrored_about_hal
     assert 160 <= mirrored <= 240  # 200 +- 4 standard deviations of 10
 
 
+def test_train_transform_without_mirror_and_jitter_is_the_eval_transform():
+    image = Image.fromarray(noise(90, 90))
+    augment = train_transform(76, 1.0, zoom=0.0, shift=0.0, mirror=False)
+    plain = eval_transform(76, 1.0)(image)
+    assert not torch.equal(plain, plain.flip(2))
+    assert all(torch.equal(augment(image), plain) for _ in range(20))
+
+
 # --- classification datasets ------------------------------------------------------------------------------------------
 
 
@@ -788,13 +796,15 @@ def test_files_of_equal_size_but_other_content_are_no_copies(tmp_path, caplog):
     assert caplog.text == ""
 
 
-# --- pairs without negatives, with distorted positives, and beyond len ------------------------------------------------
+# --- pairs without negatives, with chosen positives, and beyond len ---------------------------------------------------
 
 
-def test_without_negatives_an_item_is_anchor_positive_and_label(tree):
+def test_without_negatives_an_item_is_anchor_positive_label_and_the_anchors_place(tree):
     pairs, triplets = (FacePairDataset(tree, first_pixel, seed=2, negatives=negatives) for negatives in (False, True))
-    for index in range(len(pairs)):
-        anchor, positive, label = pairs[index]
+    for index in range(3 * len(pairs)):
+        anchor, positive, label, place = pairs[index]
+        assert place == index % len(pairs) and pairs.anchors[place][1] == label
+        assert first_pixel(load_image(pairs.anchors[place][0])).tolist() == anchor.tolist()
         assert anchor[0] == positive[0] == label and (anchor[2], positive[2]) == (0, 1)
         assert [anchor.tolist(), positive.tolist(), label] == [
             *(pixel.tolist() for pixel in triplets[index][:2]),
@@ -807,20 +817,91 @@ def marked(image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("negatives", [False, True])
-def test_positive_transform_is_for_all_photos_but_the_anchor(tree, negatives):
-    marking = FacePairDataset(tree, first_pixel, positive_transform=marked, negatives=negatives)
-    plain = FacePairDataset(tree, first_pixel, negatives=negatives)
-    for index in range(len(plain)):
-        (anchor, *others), (plain_anchor, *plain_others) = (
-            [pixel.tolist() for pixel in dataset[index][: 2 + negatives]] for dataset in (marking, plain)
-        )
-        assert anchor == plain_anchor
-        assert others == [[value + 100 for value in pixel] for pixel in plain_others]
-
-
-def test_without_a_positive_transform_every_photo_goes_through_the_transform(tree):
-    *pixels, _, _ = FacePairDataset(tree, marked)[0]
+@pytest.mark.parametrize("shares", [{}, {"clean": 1.0}, {"anew": 1.0, "distort": lambda image: image}])
+def test_every_photo_goes_through_the_transform(tree, negatives, shares):
+    pixels = FacePairDataset(tree, marked, negatives=negatives, **shares)[0][: 2 + negatives]
     assert all((pixel >= 100).all() for pixel in pixels)
+
+
+def drawn_positives(dataset: FacePairDataset, times: int) -> dict[tuple, Counter]:
+    """How often each positive came to each anchor, both as pixels, in so many epochs."""
+    drawn: dict[tuple, Counter] = {}
+    for epoch in range(times):
+        for anchor, positive, *_ in draw_all(dataset, epoch):
+            drawn.setdefault(anchor, Counter())[positive] += 1
+    return drawn
+
+
+def test_positives_are_any_distorted_photo_of_the_person_and_with_copies_those_of_the_anchor_alone(tmp_path):
+    persons = {"ann": (2, 2), "bob": (1, 3)}
+    root = numbered_tree(tmp_path / "train", persons)
+    write(root / "ann" / "distortion" / "ann_0_rainy.png", (0, 9, 1))  # a second copy of ann's photo 0
+    any_of, copies = (
+        drawn_positives(FacePairDataset(root, first_pixel, copies=copies), 40) for copies in (False, True)
+    )
+    assert any_of[0, 0, 0].keys() == any_of[0, 1, 0].keys() == {(0, 0, 1), (0, 1, 1), (0, 9, 1)}
+    assert any_of[1, 0, 0].keys() == {(1, 0, 1), (1, 1, 1), (1, 2, 1)}
+    assert copies[0, 0, 0].keys() == {(0, 0, 1), (0, 9, 1)} and min(copies[0, 0, 0].values()) >= 10  # of 40
+    assert copies[0, 1, 0].keys() == {(0, 1, 1)}
+    assert copies[1, 0, 0].keys() == {(1, 0, 1)}  # the two others are of photos that are not there
+
+
+def test_an_anchor_without_a_copy_of_its_own_takes_those_of_the_persons_other_photos(tmp_path):
+    root = numbered_tree(tmp_path / "train", {"ann": (3, 2), "bob": (1, 1)})
+    drawn = drawn_positives(FacePairDataset(root, first_pixel, copies=True), 40)
+    assert drawn[0, 2, 0].keys() == {(0, 0, 1), (0, 1, 1)}
+
+
+def test_a_copy_of_a_skipped_kind_is_no_copy(tmp_path):
+    root = numbered_tree(tmp_path / "train", {"ann": (2, 2), "bob": (1, 1)})
+    write(root / "ann" / "distortion" / "ann_0_rainy.png", (0, 9, 1))
+    drawn = drawn_positives(FacePairDataset(root, first_pixel, copies=True, skip_kinds=("foggy",)), 20)
+    assert {anchor: set(positives) for anchor, positives in drawn.items()} == {
+        (0, 0, 0): {(0, 9, 1)},
+        (0, 1, 0): {(0, 9, 1)},
+    }
+
+
+def repainted(image: Image.Image) -> Image.Image:
+    """A distortion that marks what it was given."""
+    return Image.new("RGB", image.size, (*image.getpixel((0, 0))[:2], image.getpixel((0, 0))[2] + 200))
+
+
+@pytest.mark.parametrize("negatives", [False, True])
+def test_shares_of_the_positives_are_the_anchor_as_it_is_or_distorted_anew_and_the_rest_are_files(tree, negatives):
+    options = {"clean": 0.2, "anew": 0.5, "distort": repainted, "negatives": negatives}
+    dataset, count = FacePairDataset(tree, first_pixel, **options), Counter()
+    for index in range(100 * len(dataset)):
+        anchor, positive, *others = (item.tolist() if torch.is_tensor(item) else item for item in dataset[index])
+        assert anchor[2] == 0
+        if positive[2] != 1:
+            assert positive[:2] == anchor[:2]
+        if negatives:
+            assert others[0][2] in (0, 1)  # nothing is done to negatives
+        count[positive[2]] += 1
+    assert count.keys() == {0, 1, 200}  # 200: the clean photo repainted; 201 would be a file distorted once more
+    assert [count[kind] / 700 for kind in (0, 200, 1)] == pytest.approx([0.2, 0.5, 0.3], abs=0.08)  # 4 deviations
+
+
+@pytest.mark.parametrize("shares, expected", [({"clean": 1.0}, 0), ({"anew": 1.0, "distort": repainted}, 200), ({}, 1)])
+def test_a_share_of_1_leaves_no_other_positive_and_one_of_0_none_of_its_own(tree, shares, expected):
+    dataset = FacePairDataset(tree, first_pixel, negatives=False, **shares)
+    assert {dataset[index][1][2].item() for index in range(20 * len(dataset))} == {expected}
+
+
+def test_the_choice_among_the_shares_is_the_same_with_and_without_workers_and_differs_between_epochs(tree):
+    dataset = FacePairDataset(tree, first_pixel, clean=0.3, anew=0.4, distort=repainted, seed=3)
+    alone = [loaded(DataLoader(dataset, 3), epoch) for epoch in (1, 2)]
+    assert [loaded(DataLoader(dataset, 2, num_workers=2), epoch) for epoch in (1, 2)] == alone
+    of_first, of_second = ([positive[2] for _, positive, *_ in items] for items in alone)
+    assert of_first != of_second
+
+
+@pytest.mark.parametrize("clean, anew", [(-0.1, 0.5), (0.5, -0.1), (0.6, 0.5), (0.0, 1.1), (1.1, 0.0), (math.nan, 0.0)])
+def test_shares_that_are_none_are_refused(tree, clean, anew):
+    told = f"CLEAN = {clean}, DISTORT = {anew}: expected shares of 0..1 that make 1 at most, together"
+    with pytest.raises(ValueError, match=told):
+        FacePairDataset(tree, first_pixel, clean=clean, anew=anew, distort=repainted)
 
 
 def test_an_index_beyond_len_is_the_anchor_again_with_draws_of_its_own(tree):

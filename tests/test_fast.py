@@ -14,7 +14,7 @@ import fast
 import training
 from datasets import eval_transform
 from gallery import embed
-from models import FaceNet, fingerprint
+from models import Crops, FaceNet, fingerprint
 
 SIZE = 80  # pixels: 76 is the least, and a tight size would hide an input size that is not looked at
 
@@ -298,3 +298,112 @@ def test_the_script_writes_nothing_when_an_embedding_is_not_a_number(script, mon
     with pytest.raises(ValueError, match=r"differ from torch's by nan"):
         script.main()
     assert not script.OUT.exists()
+
+
+# --- two crops --------------------------------------------------------------------------------------------------------
+
+FRAME = 154  # pixels, whose centre of 0.52 is SIZE wide
+BURNT_ONE = 2  # which of `frames`
+
+
+@pytest.fixture(scope="module")
+def two_crops() -> FaceNet:
+    """As `facenet`, with another network for the whole frame."""
+    torch.manual_seed(0)
+    model = FaceNet(None, dropout=0.4, crops=Crops(face=0.52, wide_size=76, wide_weight=0.3))
+    for norm in (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        norm.momentum = 1.0
+        norm.weight.data.uniform_(0.5, 1.5)  # the two networks part here
+        norm.bias.data.normal_(0, 0.1)
+    with torch.no_grad():
+        model(1.8 * torch.rand(8, 3, FRAME, FRAME) - 0.9)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def frames() -> torch.Tensor:
+    """Five of noise; BURNT_ONE is white where the face would be."""
+    frames = 1.8 * torch.rand(5, 3, FRAME, FRAME, generator=torch.Generator().manual_seed(1)) - 0.9
+    frames[BURNT_ONE, :, 37:117, 37:117] = 127.5 / 128
+    return frames
+
+
+@pytest.fixture(scope="module")
+def of_frames(two_crops, frames) -> torch.Tensor:
+    """What torch makes of them: the gate closed for the burnt one, and for no other."""
+    with torch.inference_mode():
+        embeddings = two_crops(frames)
+    assert embeddings.shape == (5, 1024)
+    assert (embeddings[:, :512].norm(dim=1) < 0.5).nonzero().flatten().tolist() == [BURNT_ONE]
+    return embeddings
+
+
+@pytest.fixture(scope="module")
+def wide_content(two_crops) -> bytes:
+    pytest.importorskip("onnx")
+    return fast.to_onnx(two_crops, FRAME, {"fingerprint": fingerprint(two_crops), "face_crop": 1.0})
+
+
+def check_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within 1e-4, by the closed gate 0 to the bit, and sure that both halves tell the images apart."""
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert (found - expected).abs().max() < 1e-4
+    assert (found[BURNT_ONE, :512] == 0).all()
+    assert found.norm(dim=1).tolist() == pytest.approx([1.0] * len(expected), abs=1e-5)
+    for half in (expected[:2, :512], expected[:, 512:]):
+        assert (half[0] - half[1]).abs().max() > 1e-3
+    assert greatest_difference(found, expected) < 1e-6
+
+
+def test_a_fused_network_of_two_crops_has_both_fused_and_gives_the_same_embeddings(two_crops, frames, of_frames):
+    network = fast.fused(two_crops)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert isinstance(two_crops.wide.last_bn, nn.BatchNorm1d)  # the network itself is left as it is
+    check_same(network(frames), of_frames)
+    for part in ("face", "wide"):
+        with torch.inference_mode():
+            assert (network(frames, part) - two_crops(frames, part)).abs().max() < 1e-4
+
+
+def test_an_exported_file_of_two_crops_gives_the_same_1024_numbers_gate_included(wide_content, frames, of_frames):
+    pytest.importorskip("onnxruntime")
+    network = fast.OnnxFaceNet(wide_content, FRAME)
+    check_same(network(frames), of_frames)
+    check_same(network(frames[: BURNT_ONE + 1]), of_frames[: BURNT_ONE + 1])  # at another batch size
+    alone = network(frames[[BURNT_ONE]])
+    assert (alone[0, :512] == 0).all() and (alone[0] - of_frames[BURNT_ONE]).abs().max() < 1e-4
+
+
+def test_the_gate_of_an_exported_file_is_drawn_where_torchs_is(two_crops, wide_content):
+    """24 of the face's 80 columns are just 0.3 of it: at 250 of 255, 24 leave the gate open and 25 close it."""
+    pytest.importorskip("onnxruntime")
+    frames = torch.zeros(4, 3, FRAME, FRAME)
+    for frame, columns, level in zip(frames, (24, 25, 25, 80), (250, 250, 249, 250), strict=True):
+        frame[:, 37:117, 37 : 37 + columns] = (level - 127.5) / 128
+    with torch.inference_mode():
+        expected = two_crops(frames)
+    found = fast.OnnxFaceNet(wide_content, FRAME)(frames)
+    assert (found[:, :512].norm(dim=1) > 0.5).tolist() == [True, False, True, False]
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_an_exported_file_of_two_crops_gives_1024_columns_for_no_image_and_knows_its_size(wide_content, two_crops):
+    pytest.importorskip("onnxruntime")
+    network = fast.OnnxFaceNet(wide_content, FRAME)
+    assert network(torch.empty(0, 3, FRAME, FRAME)).shape == (0, 1024)
+    assert network.metadata == {"fingerprint": fingerprint(two_crops), "face_crop": "1.0", "image_size": str(FRAME)}
+    with pytest.raises(ValueError, match=rf"expected \(B, 3, {FRAME}, {FRAME}\) on the CPU"):
+        network(torch.zeros(1, 3, SIZE, SIZE))
+    with pytest.raises(ValueError, match=rf"takes images of {FRAME} x {FRAME} pixels, .* here is {SIZE}"):
+        fast.OnnxFaceNet(wide_content, SIZE)
+
+
+@pytest.mark.parametrize("width", [256, 1536])
+def test_a_file_whose_embeddings_are_neither_512_nor_1024_wide_is_refused(width):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, width))
+    content = fast.to_onnx(network, SIZE, {})
+    with pytest.raises(ValueError, match=r"an ONNX file, but not a FaceNet of export_onnx\.py; found .*" + str(width)):
+        fast.OnnxFaceNet(content, SIZE)

@@ -85,22 +85,34 @@ def read_or_refused(path: Path, content: bytes, read: Callable[[Path], object]) 
     return True
 
 
+CROPS = {"face": 0.52, "wide_size": 76, "wide_weight": 0.3}
+
+
+def written(path: Path, crops: dict | None) -> bytes:
+    facts = {"stage": 2, "image_size": 76, "face_crop": 0.52, "dropout": 0.0, "pretrained": "None", "epoch": 3}
+    facts |= {"selected_on": "val", "persons": ["ann", "bob"], "holdout": [], "template": "mean", "top1": 0.5}
+    if crops:
+        facts |= {"image_size": 146, "face_crop": 1.0}
+    facts["crops"] = crops
+    training.save_checkpoint(path, facts, {"model": TinyNet(None, 0.0, crops=crops and models.Crops(**crops))})
+    return path.read_bytes()
+
+
 @pytest.fixture
 def checkpoint(tmp_path) -> bytes:
-    facts = {"stage": 1, "image_size": 76, "face_crop": 0.52, "dropout": 0.0, "pretrained": "None", "epoch": 3}
-    facts |= {"selected_on": "val", "persons": ["ann", "bob"], "holdout": [], "template": "mean", "top1": 0.5}
-    training.save_checkpoint(tmp_path / "whole.pt", facts, {"model": TinyNet(None, 0.0)})
-    return (tmp_path / "whole.pt").read_bytes()
+    return written(tmp_path / "whole.pt", None)
 
 
-def test_a_damaged_checkpoint_is_refused_or_it_loads(tmp_path, checkpoint, monkeypatch):
+@pytest.mark.parametrize("crops", [None, CROPS], ids=["face", "both crops"])
+def test_a_damaged_checkpoint_is_refused_or_it_loads(tmp_path, crops, monkeypatch):
     monkeypatch.setattr(training, "FaceNet", TinyNet)
+    checkpoint = written(tmp_path / "whole.pt", crops)
 
     def read(path: Path) -> None:
         model, saved = training.load_facenet(path, "cpu")
         eval_transform(saved["image_size"], saved["face_crop"])
         assert f"{saved['stage']:d} {saved['epoch']:d} {saved['selected_on']}" and set(saved["persons"])
-        model.eval()(torch.zeros(1, 3, 76, 76))
+        model.eval()(torch.zeros(1, 3, saved["image_size"], saved["image_size"]))
 
     taken = 0
     for seed in range(300):

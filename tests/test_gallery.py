@@ -155,9 +155,9 @@ def test_the_mode_of_the_network_is_put_back(random_colours, training):
 
 def test_a_layer_frozen_in_eval_mode_stays_frozen(random_colours):
     model = TinyNet().train()
-    model.layers[1].eval()  # as FREEZE_BATCHNORM does
+    model.backbone[1].eval()  # as FREEZE_BATCHNORM does
     embed(model, sorted(random_colours.glob("p0/clean/*.png")), as_float, "cpu")
-    assert model.training and model.dropout.training and not model.layers[1].training
+    assert model.training and model.backbone[5].training and not model.backbone[1].training
 
 
 @pytest.mark.parametrize("training", [True, False])

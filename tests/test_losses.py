@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import ArcMarginProduct, ContrastiveLoss, euclidean, hardest_negatives
+from losses import ArcMarginProduct, ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 
 
 def arcface(s: float, m: float, easy_margin: bool = False) -> ArcMarginProduct:
@@ -251,3 +251,180 @@ def test_no_gradient_flows_through_the_choice():
         index = hardest_negatives(embeddings, torch.arange(4), embeddings, torch.arange(4))
     assert index.dtype == torch.int64
     assert kept == []  # nothing is stored for a backward pass
+
+
+# --- finding the source in a bank -------------------------------------------------------------------------------------
+
+BANK_LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 3])  # persons 0 and 1 have other photos, 2 and 3 have none
+SOURCE = torch.tensor([1, 2, 5, 1, 6])  # two copies of one photo among them
+
+
+def bank_and_copies(dims: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    """(embeddings (5, D) near their sources, bank (7, D)), float64 of norm 1."""
+    bank = unit_vectors(7, dims, seed=20).double()
+    copies = F.normalize(bank[SOURCE] + unit_vectors(5, dims, seed=21).double())
+    return copies, bank
+
+
+def source_loss_by_hand(embeddings, bank, source, labels, temperature, weight) -> float:
+    """The formula, number by number."""
+    embeddings, bank, labels = embeddings.tolist(), bank.tolist(), labels.tolist()
+    total = 0.0
+    for z, s, w in zip(embeddings, source.tolist(), weight, strict=True):
+        scores = [math.exp(sum(x * y for x, y in zip(z, b, strict=True)) / temperature) for b in bank]
+        rivals = [j for j in range(len(bank)) if j == s or labels[j] != labels[s]]
+        total += w * -math.log(scores[s] / sum(scores[j] for j in rivals))
+    return total / sum(weight)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 3.0])
+@pytest.mark.parametrize("weight", [None, [1.0, 0.0, 0.25, 1.0, 0.5]])
+def test_source_loss_equals_the_formula(temperature, weight):
+    embeddings, bank = bank_and_copies()
+    loss = SourceLoss(temperature)(embeddings, bank, SOURCE, BANK_LABELS, weight and torch.tensor(weight).double())
+    expected = source_loss_by_hand(embeddings, bank, SOURCE, BANK_LABELS, temperature, weight or [1.0] * 5)
+    assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_source_loss_gives_the_number_worked_out_by_hand():
+    """Cosine 1 with the source and 0 with two rivals, at t = 1/2: log(1 + 2 e^-2)."""
+    bank = torch.eye(3, 4, dtype=torch.double)
+    loss = SourceLoss(0.5)(bank[:1], bank, torch.tensor([0]), torch.arange(3))
+    assert loss.item() == pytest.approx(math.log(1 + 2 * math.exp(-2)), rel=1e-12)
+
+
+def test_source_loss_gradient_equals_the_numerical_one():
+    embeddings, bank = (part.requires_grad_() for part in bank_and_copies(dims=4))
+    weight = torch.tensor([1.0, 0.0, 0.25, 1.0, 0.5]).double()
+    for w in (None, weight):
+        assert torch.autograd.gradcheck(
+            lambda z, b, w=w: SourceLoss(0.3)(z, b, SOURCE, BANK_LABELS, w), (embeddings, bank)
+        )
+
+
+def test_other_photos_of_the_person_change_nothing_and_get_no_gradient():
+    embeddings, bank = bank_and_copies()
+    source = torch.tensor([1, 2, 1])  # persons 0 and 1; rows 0, 3 and 4 are their other photos
+    embeddings, others = embeddings[[0, 1, 3]].requires_grad_(), [0, 3, 4]
+    alike = bank.clone()
+    alike[others] = torch.stack([bank[1], bank[2], bank[2]])  # as near as can be: the worst of rivals
+    # A photo of person 0 is a rival of person 1's all the same, so each person is looked at alone.
+    for rows, own in (([0, 2], [0]), ([1], [3, 4])):
+        grads, values = [], []
+        for version in (bank, alike):
+            changed = bank.clone()
+            changed[own] = version[own]
+            changed.requires_grad_()
+            loss = SourceLoss(0.1)(embeddings[rows], changed, source[rows], BANK_LABELS)
+            grads.append(torch.autograd.grad(loss, (embeddings, changed)))
+            values.append(loss.item())
+            assert (grads[-1][1][own] == 0).all()
+            assert (grads[-1][1][5:] != 0).all()  # other persons' photos do get one
+        assert values[0] == pytest.approx(values[1], rel=1e-12) and values[0] > 0
+        torch.testing.assert_close(grads[0][0], grads[1][0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_photo_of_another_person_is_a_rival_the_worse_the_nearer():
+    embeddings, bank = bank_and_copies()
+    nearer = bank.clone()
+    nearer[5] = embeddings[0]  # of person 2, upon a copy of person 0's photo
+    before, after = (SourceLoss(0.1)(embeddings[:1], b, SOURCE[:1], BANK_LABELS).item() for b in (bank, nearer))
+    assert after > before + 0.1
+
+
+def test_a_bank_of_one_person_has_no_rival_and_costs_nothing():
+    embeddings, bank = bank_and_copies()
+    embeddings.requires_grad_()
+    loss = SourceLoss(0.07)(embeddings, bank, SOURCE, torch.zeros(7, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-12) and embeddings.grad.abs().max() < 1e-12
+
+
+def test_source_loss_is_finite_where_the_softmax_alone_would_overflow():
+    bank = unit_vectors(4, 8, seed=22)
+    embeddings = (-bank).requires_grad_()  # as wrong as can be
+    loss = SourceLoss(1e-3)(embeddings, bank, torch.arange(4), torch.arange(4))  # e^1000
+    loss.backward()
+    assert loss.isfinite() and loss > 100 and embeddings.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.07, math.nan, math.inf])
+def test_a_temperature_that_is_no_positive_number_is_refused(temperature):
+    with pytest.raises(ValueError, match=rf"TEMPERATURE = {temperature}: expected a positive number"):
+        SourceLoss(temperature)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def triplets() -> list[torch.Tensor]:
+    """Anchor, positive and negative (5, 4) float64, the negatives within a margin of 1.5."""
+    return list(0.3 * torch.randn(3, 5, 4, dtype=torch.double, generator=torch.Generator().manual_seed(23)))
+
+
+def contrastive_case(rows=slice(None)):
+    """The loss as a function of weight, and the embeddings that it reaches, of some `rows` of the batch."""
+    parts = [part[rows].clone().requires_grad_() for part in triplets()]
+    return lambda weight: ContrastiveLoss(1.5)(*parts, weight), parts
+
+
+def source_case(rows=slice(None)):
+    embeddings, bank = bank_and_copies()
+    embeddings, source = embeddings[rows].clone().requires_grad_(), SOURCE[rows]
+    return lambda weight: SourceLoss(0.3)(embeddings, bank, source, BANK_LABELS, weight), [embeddings]
+
+
+CASES = pytest.mark.parametrize("case", [contrastive_case, source_case])
+
+
+@CASES
+def test_rows_of_weight_0_change_neither_the_loss_nor_the_gradient(case):
+    kept, weight = [0, 2, 4], torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]).double()
+    (all_rows, parts), (some_rows, some_parts) = case(), case(kept)
+    weighted, alone = all_rows(weight), some_rows(None)
+    assert weighted.item() == pytest.approx(alone.item(), rel=1e-12)
+    assert weighted.item() != pytest.approx(all_rows(None).item(), rel=1e-3)  # those rows would count otherwise
+    weighted.backward()
+    alone.backward()
+    for part, some in zip(parts, some_parts, strict=True):
+        assert (part.grad[[1, 3]] == 0).all()
+        torch.testing.assert_close(part.grad[kept], some.grad, rtol=1e-9, atol=1e-12)
+        assert (some.grad.norm(dim=1) > 0).all()
+
+
+@CASES
+def test_weights_that_are_all_0_give_a_loss_of_0_and_a_gradient_of_0(case):
+    loss_of, parts = case()
+    loss = loss_of(torch.zeros(5, dtype=torch.double))
+    loss.backward()
+    assert loss.item() == 0
+    assert all((part.grad == 0).all() for part in parts)
+
+
+@CASES
+@pytest.mark.parametrize("same", [1.0, 0.1])
+def test_equal_weights_of_whatever_size_give_the_plain_mean(case, same):
+    loss_of, _ = case()
+    assert loss_of(torch.full((5,), same).double()).item() == pytest.approx(loss_of(None).item(), rel=1e-12)
+
+
+def test_contrastive_loss_with_weights_gives_the_number_worked_out_by_hand():
+    """The first triplet costs 25 + 0.16, the second 0 and the third 4; by weights of 1, 1/2 and 1/2."""
+    anchor = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    positive = torch.tensor([[3.0, 4.0], [1.0, 1.0], [2.0, 0.0]])
+    negative = torch.tensor([[0.6, 0.0], [9.0, 9.0], [9.0, 9.0]])
+    loss = ContrastiveLoss(1.0)(anchor, positive, negative, torch.tensor([1.0, 0.5, 0.5]))
+    assert loss.item() == pytest.approx((25.16 + 0.5 * 4) / 2, rel=1e-6)
+
+
+def test_contrastive_gradient_with_weights_equals_the_numerical_one():
+    weight = torch.tensor([1.0, 0.0, 0.25, 1.0, 0.5]).double()
+    parts = [part.requires_grad_() for part in triplets()]
+    assert torch.autograd.gradcheck(lambda *parts: ContrastiveLoss(1.5)(*parts, weight), parts)
+
+
+def test_a_weighted_mean_is_by_weight_plain_without_and_0_where_nothing_counts():
+    values = torch.tensor([2.0, 4.0, 9.0])
+    assert weighted_mean(values, None).item() == 5
+    assert weighted_mean(values, torch.tensor([1.0, 0.5, 0.0])).item() == pytest.approx(4 / 1.5, rel=1e-6)
+    assert weighted_mean(values, torch.zeros(3)).item() == 0

@@ -1079,3 +1079,76 @@ def test_thousands_of_queries_and_persons_are_measured_a_block_at_a_time(monkeyp
     assert found.figures["rank-1"]["value"] < 0.02  # its own copy is left out, the other photo knows nothing of it
     assert found.figures["TAR@FAR=0.0001"]["value"] is not None
     assert largest.elements <= block_scores
+
+
+# --- a face beside a frame --------------------------------------------------------------------------------------------
+
+
+def joined(faces: torch.Tensor, frames: torch.Tensor, weight: float) -> torch.Tensor:
+    """What models.FaceNet gives with crops: [face, weight x frame] of norm 1; a face of zeros is a burnt out one."""
+    return F.normalize(torch.cat([F.normalize(faces), weight * F.normalize(frames)], 1))
+
+
+def faces_and_frames(seed: int, count: int, persons: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % persons
+    centres = torch.randn(persons, 512, generator=generator)
+    faces = centres[labels] + torch.randn(count, 512, generator=generator)
+    return faces, torch.randn(count, 512, generator=generator), labels
+
+
+@pytest.mark.parametrize("block_scores", [1, 2**24])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_faces_are_averaged_and_frames_are_not(monkeypatch, weight, block_scores):
+    monkeypatch.setattr(metrics, "BLOCK_SCORES", block_scores)
+    faces, frames, labels = faces_and_frames(0, 17, 5)
+    faces[[2, 7, 12]] = 0  # person 2: burnt out in every photo but none of the frames
+    faces[3] = 0  # person 3: in one of three
+    gallery, queries = joined(faces, frames, weight), joined(*faces_and_frames(1, 9, 5)[:2], weight)
+    queries[4, :512] = 0
+    queries = F.normalize(queries)
+    truth = torch.tensor([0, 1, 2, 3, 4, 0, 1, -1, 3])
+    sources = torch.tensor([0, -1, 7, 3, -1, 5, 1, -1, 8])
+
+    expected = torch.empty(9, 5, dtype=torch.float64)
+    for q in range(9):
+        for person in range(5):
+            own = [g for g in range(17) if labels[g] == person and not (g == sources[q] and truth[q] == person)]
+            mean = F.normalize(sum(F.normalize(faces[g].double(), dim=0) for g in own), dim=0)
+            rows = [joined(mean[None], frames[g : g + 1].double(), weight)[0] for g in own]
+            expected[q, person] = max(queries[q].double() @ row for row in rows)
+    blocks = metrics.person_scores(queries, truth, sources, gallery, labels, "mean")
+    assert torch.allclose(torch.cat([scores for _, scores in blocks]).double(), expected, atol=1e-5)
+
+
+def test_the_templates_of_faces_and_frames_score_as_the_queries_do():
+    faces, frames, labels = faces_and_frames(2, 11, 4)
+    faces[[1, 5, 9]], faces[4] = 0, 0
+    gallery, queries = joined(faces, frames, 0.3), joined(*faces_and_frames(3, 6, 4)[:2], 0.3)
+    nobody = torch.full((6,), -1)
+    for template in metrics.TEMPLATES:
+        rows, of_person = metrics.templates(gallery, labels, template)
+        assert torch.equal(of_person, labels) and torch.allclose(rows.norm(dim=1), torch.ones(11), atol=1e-5)
+        (_, scores), *_ = metrics.person_scores(queries, nobody, nobody, gallery, labels, template)
+        cosine = queries @ rows.T
+        best = torch.stack([cosine[:, labels == person].amax(1) for person in range(4)], 1)
+        assert torch.allclose(scores, best, atol=1e-5)
+
+
+def test_a_person_of_one_photo_is_that_photo_and_leaving_it_out_leaves_nothing():
+    faces, frames, labels = faces_and_frames(4, 3, 3)
+    gallery = joined(faces, frames, 0.3)
+    assert torch.allclose(metrics.templates(gallery, labels, "mean")[0], gallery, atol=1e-5)
+    truth = sources = torch.tensor([0, 1, 2])
+    (_, scores), *_ = metrics.person_scores(gallery, truth, sources, gallery, labels, "mean")
+    assert torch.equal(scores.isneginf(), torch.eye(3, dtype=torch.bool)) and not scores.isnan().any()
+
+
+def test_a_frame_that_is_found_again_outvotes_a_mean_of_frames():
+    """Why frames are kept: one of many photos of a person, its face burnt out, is found by its frame alone."""
+    faces, frames, labels = faces_and_frames(5, 60, 6)
+    gallery, query = joined(faces, frames, 0.3), joined(torch.zeros(60, 512), frames + 0.8 * frames.roll(1, 0), 0.3)
+    nobody = torch.full((60,), -1)
+    kept = metrics.ranking(query, labels, nobody, gallery, labels, "mean").predicted
+    averaged = (query @ metrics.mean_templates(gallery, labels).T).argmax(1)
+    assert (kept == labels).all() and (averaged == labels).float().mean() < 0.9

@@ -6,13 +6,16 @@ import socket
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import MakesFolderWhenLoaded, same_tensors
 from PIL import Image
 
 from datasets import eval_transform
-from models import BLOCKS, EMBEDDING_DIM, PRETRAINED_URLS, FaceNet, load_pretrained
+from distortions import DISTORTIONS
+from models import BLOCKS, EMBEDDING_DIM, PRETRAINED_URLS, Crops, FaceNet, load_pretrained
 
 SHARED = Path(__file__).parents[2] / "shared"
 URL = PRETRAINED_URLS["vggface2"]
@@ -513,3 +516,326 @@ def test_a_copy_freezes_blocks_of_its_own():
         assert all(module.training for module in network.backbone.get_submodule(block).modules())
     assert clone.backbone.repeat_2.training
     assert not any(p.requires_grad for block in TRUNK for p in clone.backbone.get_submodule(block).parameters())
+
+
+# --- two crops of a frame ---------------------------------------------------------------------------------------------
+
+FRAME = 154  # pixels: its centre of 0.52 is 80 wide, rows and columns 37..116
+CROPS = Crops(face=0.52, wide_size=76, wide_weight=0.3)
+BURNT_ONE = 1  # which of `frames`
+
+
+@pytest.fixture(scope="module")
+def two_crops(model) -> FaceNet:
+    """Two networks that embed otherwise and tell images apart: BatchNorm has the statistics of some, as each sees them.
+
+    In eval mode, not to be changed.
+    """
+    network = copy.deepcopy(model)
+    network.widen(CROPS)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        for norm in norms:
+            norm.momentum = 1.0
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.1)
+        network.train()(1.8 * torch.rand(6, 3, FRAME, FRAME) - 0.9)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def frames() -> torch.Tensor:
+    """Three of noise; BURNT_ONE is white where the face would be."""
+    frames = 1.8 * torch.rand(3, 3, FRAME, FRAME, generator=torch.Generator().manual_seed(3)) - 0.9
+    frames[BURNT_ONE, :, 37:117, 37:117] = 127.5 / 128
+    return frames
+
+
+def without_weights(crops: Crops | None) -> FaceNet:
+    """For what is done to images before the networks see them."""
+    with torch.device("meta"):
+        return FaceNet(None, dropout=0.0, crops=crops)
+
+
+def photo(seed: int, side: int = 250) -> Image.Image:
+    """Noise of every brightness, from black to white."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def smooth_photo() -> Image.Image:
+    """Waves of 60 px in both directions, other ones in each channel: steep enough to tell a shift by one pixel."""
+    row, column = np.mgrid[:250, :250] * (2 * np.pi / 60)
+    waves = [np.sin(row + phase) + np.sin(column + 2 * phase) for phase in range(3)]
+    return Image.fromarray((127.5 + 60 * np.stack(waves, -1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("face", [0.0, 1.0, -0.5, 1.2, float("nan")])
+def test_a_face_crop_that_leaves_nothing_around_it_or_nothing_in_it_is_refused(face):
+    with pytest.raises(ValueError, match=rf"FACE_CROP = {face}: a wide crop needs photos with more than the face"):
+        Crops(face, 112, 0.3)
+
+
+@pytest.mark.parametrize("size", [75, 0, -112])
+def test_a_wide_crop_too_small_for_the_network_is_refused(size):
+    with pytest.raises(ValueError, match=rf"WIDE_SIZE = {size}: expected a whole number of pixels, 76 or more"):
+        Crops(0.52, size, 0.3)
+
+
+@pytest.mark.parametrize("weight", [0.0, -0.3, float("inf"), float("nan")])
+def test_a_wide_weight_that_is_no_positive_number_is_refused(weight):
+    with pytest.raises(ValueError, match=rf"WIDE_WEIGHT = {weight}: expected a positive number"):
+        Crops(0.52, 112, weight)
+
+
+def test_crops_at_the_ends_of_their_ranges_are_taken():
+    crops = Crops(face=0.999, wide_size=76, wide_weight=1e-3)
+    assert (crops.face, crops.wide_size, crops.wide_weight) == (0.999, 76, 1e-3)
+
+
+def test_the_centre_of_a_frame_is_the_face_crop_of_the_photo():
+    """0.5 of 250 px at 160 is exactly half of the frame at 320; only the rounding of pixels to 0..255 is left."""
+    face = without_weights(Crops(0.5, 112, 0.3)).face(eval_transform(320, 1.0)(photo(seed=0))[None])[0]
+    expected = eval_transform(160, 0.5)(photo(seed=0))
+    assert face.shape == expected.shape == (3, 160, 160) and face.dtype == torch.float32
+    assert (face - expected).abs().max() <= 1.01 / 128
+
+
+def test_the_centre_of_a_frame_of_308_pixels_is_the_face_crop_of_stage_1():
+    """160 / 0.52 is 307.7: a frame of 308 is off by less than a tenth of a pixel at the edge of the face."""
+    network, frame = without_weights(Crops(0.52, 112, 0.3)), eval_transform(308, 1.0)(smooth_photo())
+    expected = eval_transform(160, 0.52)(smooth_photo())
+    face = network.face(frame[None])[0]
+    assert face.shape == expected.shape
+    assert (face - expected).abs().max() <= 2.01 / 128  # two of 256 levels
+    for dim in (1, 2):
+        assert (network.face(frame.roll(1, dim)[None])[0] - expected).abs().max() > 4 / 128
+
+
+def test_the_wide_crop_is_the_whole_frame_to_its_edges():
+    """A ramp, whose value is its place, tells which place each pixel of the shrunk frame comes from."""
+    for frame, size in ((154, 76), (308, 112), (154, 112)):  # the last one by less than half
+        ramp = torch.arange(float(frame)).expand(1, 3, frame, frame)
+        whole = without_weights(Crops(0.52, size, 0.3)).whole(ramp)
+        assert whole.shape == (1, 3, size, size)
+        expected = (torch.arange(float(size)) + 0.5) * frame / size - 0.5
+        torch.testing.assert_close(whole, expected.expand_as(whole), rtol=0, atol=1e-3)
+        down = without_weights(Crops(0.52, size, 0.3)).whole(ramp.transpose(2, 3))
+        torch.testing.assert_close(down, whole.transpose(2, 3))
+
+
+def test_shrinking_the_frame_skips_no_pixel():
+    """Single pixels of black and white in turn: only where each is looked at do they come out as the grey between."""
+    row, column = torch.meshgrid(torch.arange(308), torch.arange(308), indexing="ij")
+    board = (2.0 * ((row + column) % 2) - 1).expand(1, 3, 308, 308)
+    assert without_weights(Crops(0.52, 112, 0.3)).whole(board).abs().max() < 1e-6
+
+
+@torch.inference_mode()
+def test_an_embedding_is_the_face_and_the_frame_each_by_its_weight(two_crops, frames):
+    face, wide = two_crops(frames, part="face"), two_crops(frames, part="wide")
+    gate = torch.tensor([[1.0], [0.0], [1.0]])
+    weighted = torch.cat([gate * face, 0.3 * wide], 1)
+    embeddings = two_crops(frames)
+    assert embeddings.shape == (3, 1024) and embeddings.dtype == torch.float32
+    torch.testing.assert_close(embeddings, weighted / weighted.norm(dim=1, keepdim=True), rtol=0, atol=1e-6)
+    assert embeddings.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    assert embeddings[0, 512:].norm().item() == pytest.approx(0.3 / (1 + 0.3**2) ** 0.5, abs=1e-6)
+
+
+@torch.inference_mode()
+def test_one_cosine_compares_faces_and_frames_by_the_square_of_the_weight(two_crops, frames):
+    a, b = two_crops(frames)[[0, 2]]
+    (face_a, face_b), (wide_a, wide_b) = (two_crops(frames, part)[[0, 2]] for part in ("face", "wide"))
+    assert (a @ b).item() == pytest.approx((face_a @ face_b + 0.09 * wide_a @ wide_b).item() / 1.09, abs=1e-6)
+
+
+@torch.inference_mode()
+def test_the_face_is_what_the_network_alone_makes_of_the_centre_and_the_rest_what_the_other_makes_of_all(
+    two_crops, frames
+):
+    face, wide = two_crops(frames, part="face"), two_crops(frames, part="wide")
+    of_centre = two_crops.backbone(frames[:, :, 37:117, 37:117])
+    of_all = two_crops.wide(F.interpolate(F.avg_pool2d(frames, 2), (76, 76), mode="bilinear"))
+    for part, expected in ((face, of_centre), (wide, of_all)):
+        torch.testing.assert_close(part, F.normalize(expected), rtol=0, atol=1e-6)
+        assert part.shape == (3, 512) and part.dtype == torch.float32
+        assert part.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    around = frames.clone()
+    around[..., :37] = -around[..., :37]
+    assert torch.equal(two_crops(around, part="face"), face)
+    assert (two_crops(around, part="wide") - wide).abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_where_the_face_is_burnt_out_the_frame_says_it_all(two_crops, frames):
+    embeddings, wide = two_crops(frames), two_crops(frames, part="wide")
+    assert (embeddings[BURNT_ONE, :512] == 0).all()
+    torch.testing.assert_close(embeddings[BURNT_ONE, 512:], wide[BURNT_ONE], rtol=0, atol=1e-6)
+    assert embeddings[0, :512].norm() > 0.9 and embeddings[2, :512].norm() > 0.9
+
+
+@torch.inference_mode()
+def test_two_crops_give_float32_of_norm_1_under_autocast(two_crops, frames):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = [two_crops(frames, part) for part in ("both", "face", "wide")]
+    for embeddings in parts:
+        assert embeddings.dtype == torch.float32
+        assert embeddings.norm(dim=1).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+
+
+def test_a_burnt_out_face_gets_no_gradient_and_the_frame_does(two_crops, frames):
+    network = copy.deepcopy(two_crops)
+    network(frames[[BURNT_ONE]])[0, 600].backward()
+    assert all((p.grad == 0).all() for p in network.backbone.parameters() if p.grad is not None)
+    assert network.wide.last_linear.weight.grad.abs().max() > 0
+    network.zero_grad()
+    network(frames[:1])[0, 600].backward()
+    assert network.backbone.last_linear.weight.grad.abs().max() > 0
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def gate_of(image: Image.Image) -> float:
+    gate = without_weights(Crops(0.52, 112, 0.3)).gate(eval_transform(308, 1.0)(image)[None])
+    assert gate.shape == (1,) and gate.dtype == torch.float32
+    return gate.item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gate_closes_on_the_average_glare_and_the_heaviest_and_not_on_the_mildest(seed):
+    image, generator = photo(seed), np.random.default_rng(seed)
+    assert gate_of(image) == 1
+    assert [gate_of(DISTORTIONS["sunny"](image, severity, generator)) for severity in (0.0, 0.5, 1.0)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("severity", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", sorted(set(DISTORTIONS) - {"sunny"}))
+def test_the_gate_stays_open_for_every_other_kind(kind, severity):
+    assert gate_of(DISTORTIONS[kind](photo(4), severity, np.random.default_rng(4))) == 1
+
+
+def test_each_image_of_a_batch_has_a_gate_of_its_own(two_crops, frames):
+    assert two_crops.gate(frames).tolist() == [1, 0, 1]
+    assert two_crops.gate(frames.flip(0)[:2]).tolist() == [1, 0]
+
+
+def frame_with(face_level: int, burnt_columns: int, elsewhere: int = 0) -> Image.Image:
+    """154 px, `elsewhere` but for the first `burnt_columns` of the face's 80, of brightness `face_level`."""
+    pixels = np.full((FRAME, FRAME, 3), elsewhere, np.uint8)
+    pixels[37:117, 37 : 37 + burnt_columns] = face_level
+    return Image.fromarray(pixels)
+
+
+def small_gate(image: Image.Image) -> float:
+    return without_weights(CROPS).gate(eval_transform(FRAME, 1.0)(image)[None]).item()
+
+
+def test_the_gate_closes_above_three_tenths_of_the_face_and_not_at_them():
+    assert [small_gate(frame_with(255, columns)) for columns in (0, 24, 25, 80)] == [1, 1, 0, 0]  # 24 of 80 is 0.3
+
+
+def test_the_gate_takes_a_channel_for_burnt_out_from_250_of_255():
+    assert [small_gate(frame_with(level, 80)) for level in (249, 250, 255)] == [1, 0, 0]
+    exactly = torch.full((1, 3, FRAME, FRAME), (250 - 127.5) / 128)  # eval_transform rounds it up a little
+    assert without_weights(CROPS).gate(exactly).item() == 0
+
+
+def test_the_gate_wants_all_three_channels_burnt_out():
+    pixels = np.full((FRAME, FRAME, 3), 255, np.uint8)
+    assert small_gate(Image.fromarray(pixels)) == 0
+    for channel in range(3):
+        coloured = pixels.copy()
+        coloured[..., channel] = 200
+        assert small_gate(Image.fromarray(coloured)) == 1
+
+
+def test_the_gate_looks_at_the_face_alone():
+    around = np.full((FRAME, FRAME, 3), 255, np.uint8)
+    around[37:117, 37:117] = 100
+    assert small_gate(Image.fromarray(around)) == 1
+
+
+# --- widening, freezing and keeping two crops -------------------------------------------------------------------------
+
+
+def test_widening_starts_from_a_copy_of_the_faces_network_and_leaves_that_as_it_is(model, frames):
+    network, before = copy.deepcopy(model), model.state_dict()
+    network.widen(CROPS)
+    assert network.crops == CROPS
+    assert same_tensors(network.wide.state_dict(), model.backbone.state_dict())
+    assert {name.split(".")[0] for name in network.state_dict()} == {"backbone", "wide"}
+    with torch.no_grad():
+        for parameter in network.wide.parameters():
+            parameter.add_(1)  # were the weights shared, the face's would move too
+        assert same_tensors(network.backbone.state_dict(), {n.removeprefix("backbone."): v for n, v in before.items()})
+        assert torch.equal(network.eval()(frames, part="face"), model(frames[:, :, 37:117, 37:117]))
+
+
+def test_crops_given_at_the_start_are_as_widened_later_and_draw_no_random_numbers():
+    torch.manual_seed(0)
+    network = FaceNet(None, dropout=0.4, crops=CROPS)
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    later = FaceNet(None, dropout=0.4)
+    assert torch.equal(torch.rand(3), after)
+    later.widen(CROPS)
+    assert network.crops == later.crops == CROPS
+    assert same_tensors(network.state_dict(), later.state_dict())
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_frozen_trunk_stays_the_faces_alone_whenever_it_is_widened(later):
+    with torch.device("meta"):
+        network = FaceNet(None, dropout=0.0, freeze_until=UNTIL, crops=None if later else CROPS)
+        if later:
+            network.widen(CROPS)
+    for _ in range(2):
+        network.train()
+        assert all(parameter.requires_grad for parameter in network.wide.parameters())
+        assert all(module.training for module in network.wide.modules())
+        for name, parameter in network.backbone.named_parameters():
+            assert parameter.requires_grad == (name.split(".")[0] not in TRUNK), name
+        for block, child in network.backbone.named_children():
+            assert all(module.training == (block not in TRUNK) for module in child.modules()), block
+        assert not any(module.training for module in network.eval().modules())
+
+
+@torch.no_grad()
+def test_with_two_crops_frozen_statistics_stay_and_all_of_the_wide_networks_move(saved, model, frames):
+    network = FaceNet(saved, dropout=0.0, freeze_until=UNTIL, crops=CROPS).train()
+    network(frames)
+    before = dict(model.backbone.named_buffers())
+    for name, buffer in network.backbone.named_buffers():
+        assert torch.equal(buffer, before[name]) == (name.split(".")[0] in TRUNK), name
+    assert not any(torch.equal(buffer, before[name]) for name, buffer in network.wide.named_buffers())
+
+
+def test_a_state_dict_with_two_crops_gives_the_same_embeddings_again(two_crops, frames, tmp_path):
+    path = save(two_crops.state_dict(), tmp_path / "wide.pt")
+    torch.manual_seed(9)
+    loaded = FaceNet(None, dropout=0.0, crops=CROPS).eval()
+    with torch.inference_mode():
+        assert not torch.allclose(loaded(frames), two_crops(frames), atol=1e-3)
+        loaded.load_state_dict(torch.load(path, weights_only=True))
+        assert same_tensors(loaded.state_dict(), two_crops.state_dict())
+        assert torch.equal(loaded(frames), two_crops(frames))
+    path.unlink()  # 190 MB
+
+
+def test_a_network_without_crops_does_not_take_the_weights_of_one_with_them(two_crops, model):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*wide\."):
+        copy.deepcopy(model).load_state_dict(two_crops.state_dict())
+
+
+@torch.inference_mode()
+def test_without_crops_images_are_faces_and_every_part_is_all_there_is(model, images):
+    assert model.crops is None and model.wide is None
+    assert {name.split(".")[0] for name in model.state_dict()} == {"backbone"}
+    assert torch.equal(model.face(images), images)
+    expected = F.normalize(model.backbone(images))
+    for part in ("both", "face", "wide"):
+        torch.testing.assert_close(model(images, part), expected, rtol=0, atol=1e-6)
+    white = torch.full((1, 3, 80, 80), 127.5 / 128)
+    assert model(white).norm().item() == pytest.approx(1, abs=1e-6)  # no gate here

@@ -36,7 +36,7 @@ from conftest import TinyNet
 
 out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 job, seen, written = {}, [], []
-train_stage1.FaceNet = training.FaceNet = TinyNet
+train_stage1.FaceNet = train_stage2.FaceNet = training.FaceNet = TinyNet
 defaults = {module: dict(vars(module)) for module in (train_stage1, train_stage2)}
 
 step, get_item, save = training.Run.step, datasets.FaceClassificationDataset.__getitem__, torch.save
@@ -220,7 +220,9 @@ def root(tmp_path_factory) -> Path:
 def job(name: str, root: Path, runs: Path, stage: int = 1, constants: dict | None = None, **hooks) -> dict:
     """A run of two short epochs in `runs`/<name>; stage 2 starts from the reference run "whole" of stage 1."""
     both = {"NUM_WORKERS": 0, "EPOCHS": 2, "SAVE_EVERY": 1, "WARMUP_STEPS": 1, "CHECK_IMAGES": False}
-    own = {"BATCH_SIZE": 4, "IMAGE_SIZE": 76, "FACE_CROP": 0.8} if stage == 1 else {"PERSONS_PER_BATCH": 3}
+    own = {"BATCH_SIZE": 4, "IMAGE_SIZE": 76, "FACE_CROP": 0.8}
+    if stage == 2:
+        own = {"PERSONS_PER_BATCH": 3, "TEACHER": None, "WIDE_SIZE": 76}
     paths = {"DATA_DIR": root / "Task_B", "RUN_DIR": runs / name}
     if stage == 2:
         paths["STAGE1_CHECKPOINT"] = root / "runs" / hooks.pop("start", "whole") / "best.pt"

@@ -386,8 +386,10 @@ def test_a_nan_loss_in_stage_1_names_the_photos_of_its_batch(tiny_runs, trained,
     assert column(stage1.RUN_DIR, "skipped") == [0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("hard", [True, False])
-def test_a_nan_loss_in_stage_2_names_the_pairs_of_its_batch(tiny_runs, trained, monkeypatch, caplog, opened, hard):
+@pytest.mark.parametrize("wide_weight", [0.0, 0.5])
+def test_a_nan_loss_in_stage_2_names_the_pairs_of_its_batch(
+    tiny_runs, trained, monkeypatch, caplog, opened, wide_weight
+):
     stage1, stage2 = tiny_runs
     trained(stage1, "stage1", EPOCHS=1)
     of_batch = []
@@ -399,8 +401,8 @@ def test_a_nan_loss_in_stage_2_names_the_pairs_of_its_batch(tiny_runs, trained, 
             return super().forward(*embeddings) * (math.nan if len(of_batch) == 3 else 1.0)
 
     monkeypatch.setattr(stage2, "ContrastiveLoss", Loss)
-    trained(stage2, "stage2", HARD_NEGATIVES=hard)  # 2 batches of 3 persons an epoch
-    assert told_files(caplog) == [of_batch[2][-3 * (2 if hard else 3) :]]  # validation came before it
+    trained(stage2, "stage2", WIDE_WEIGHT=wide_weight, CLEAN=0.0, DISTORT=0.0)  # 2 batches of 3 persons an epoch
+    assert told_files(caplog) == [of_batch[2][-3 * 2 :]]  # validation came before it
     assert "epoch 2, batch 1: the loss is nan" in caplog.text
 
 
@@ -540,7 +542,7 @@ def test_the_best_average_is_a_checkpoint_of_its_own(tiny_runs, trained, runs, m
     assert same_tensors(model.state_dict(), runs[0].ema.module.state_dict())
     best = training.read_checkpoint(stage1.RUN_DIR / "best.pt")
     assert same_tensors(best["model"], runs[0].networks["model"].state_dict())
-    assert not torch.equal(model.linear.weight, best["model"]["linear.weight"])
+    assert not torch.equal(model.backbone[6].weight, best["model"]["backbone.6.weight"])
     assert (saved["epoch"], saved["top1"], saved["ema_decay"]) == (2, told[-1], 0.9)
     assert last["best_ema"] == {"epoch": 2, "top1": told[-1]} and last["best"]["top1"] == told[-2]
     rows = read_csv(stage1.RUN_DIR / "log.csv")
@@ -548,7 +550,7 @@ def test_the_best_average_is_a_checkpoint_of_its_own(tiny_runs, trained, runs, m
     assert f"on val: {stage1.RUN_DIR / 'best_ema.pt'}" in capsys.readouterr().out
     # Stage 2 can start from it.
     last = trained(stage2, "stage2", STAGE1_CHECKPOINT=stage1.RUN_DIR / "best_ema.pt", EPOCHS=1, LEARNING_RATE=0.0)
-    assert torch.equal(last["model"]["linear.weight"], model.linear.weight)
+    assert torch.equal(last["model"]["backbone.6.weight"], model.backbone[6].weight)
 
 
 def test_best_and_best_average_are_chosen_each_on_its_own(tmp_path):
@@ -863,14 +865,15 @@ def test_precision_on_a_gpu_is_bfloat16_where_it_has_that(monkeypatch, supported
 
 @pytest.fixture
 def forwards(monkeypatch) -> list[SimpleNamespace]:
-    """Fills up with what TinyNet's forward pass met in training: images, and autocast's type, None where it is off."""
+    """Fills up with what TinyNet's forward pass met in training: images, which part of the embedding was asked for,
+    and autocast's type, None where it is off."""
     seen, forward = [], TinyNet.forward
 
-    def watched(self, images):
+    def watched(self, images, part="both"):
         if self.training:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-            seen.append(SimpleNamespace(images=images, dtype=dtype))
-        return forward(self, images)
+            seen.append(SimpleNamespace(images=images, part=part, dtype=dtype))
+        return forward(self, images, part)
 
     monkeypatch.setattr(TinyNet, "forward", watched)
     return seen
@@ -905,12 +908,15 @@ def test_freeze_until_reaches_the_network_of_both_stages(tiny_runs, trained):
             start = training.read_checkpoint(stage1.RUN_DIR / "best.pt")["model"]
         name = script.RUN_DIR.name
         free, frozen = trained(script, f"{name}_free"), trained(script, name, FREEZE_UNTIL="mixed_6a")
-        for weight in ("layers.0.weight", "layers.1.bias"):
-            assert torch.equal(frozen["model"][weight], start[weight])
-            assert not torch.equal(free["model"][weight], start[weight]) or script is stage2
-        assert not torch.equal(frozen["model"]["linear.weight"], start["linear.weight"])
-        assert len(free["optimizer"]["param_groups"][0]["params"]) == 6
-        assert len(frozen["optimizer"]["param_groups"][0]["params"]) == 2
+        for weight in ("0.weight", "1.bias"):
+            assert torch.equal(frozen["model"][f"backbone.{weight}"], start[f"backbone.{weight}"])
+            assert not torch.equal(free["model"][f"backbone.{weight}"], start[f"backbone.{weight}"])
+            if script is stage2:  # the wide crop's network is never frozen
+                assert not torch.equal(frozen["model"][f"wide.{weight}"], start[f"backbone.{weight}"])
+        assert not torch.equal(frozen["model"]["backbone.6.weight"], start["backbone.6.weight"])
+        of_wide = 6 if script is stage2 else 0
+        assert len(free["optimizer"]["param_groups"][0]["params"]) == 6 + of_wide
+        assert len(frozen["optimizer"]["param_groups"][0]["params"]) == 2 + of_wide
         assert frozen["freeze_until"] == "mixed_6a"
 
 
@@ -955,11 +961,45 @@ def test_distort_reaches_the_photos_of_stage_1(tiny_runs, trained, distorted, co
     assert last["distort"][0] == constants["DISTORT"]
 
 
+def pairs_of_an_epoch(run: training.Run) -> int:
+    return sum(len(batch) for batch in run.loader.batch_sampler.batches())
+
+
 def test_distort_reaches_the_positives_of_stage_2_alone(tiny_runs, trained, distorted, runs):
     stage1, stage2 = tiny_runs
     trained(stage1, "stage1", EPOCHS=1)
-    trained(stage2, "stage2", EPOCHS=1, DISTORT=1.0, DISTORT_MOST=1)  # SKIP_KINDS holds sunny
-    assert distorted == {"fog": sum(len(batch) for batch in runs[-1].loader.batch_sampler.batches())}
+    constants = {"EPOCHS": 1, "CLEAN": 0.0, "DISTORT_MOST": 1, "SKIP_KINDS": ("sunny",)}
+    trained(stage2, "never", DISTORT=0.0, **constants)
+    assert not distorted
+    last = trained(stage2, "always", DISTORT=1.0, **constants)
+    assert distorted == {"fog": pairs_of_an_epoch(runs[-1])}
+    assert (last["distort"], last["skip_kinds"]) == ([0.0, 1.0, 1], ["sunny"])
+
+
+def test_clean_positives_and_those_distorted_anew_open_the_anchor_and_no_file_of_its_copies(
+    tiny_runs, trained, opened, runs
+):
+    stage1, stage2 = tiny_runs
+    trained(stage1, "stage1", EPOCHS=1)
+    train_dir = stage2.DATA_DIR / "train"
+    for clean, distort in ((1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
+        opened.clear()
+        trained(stage2, f"{clean} {distort}", EPOCHS=1, CLEAN=clean, DISTORT=distort)
+        folders = Counter(path.parent.name for path in opened if path.is_relative_to(train_dir))
+        pairs, anchors = pairs_of_an_epoch(runs[-1]), 7  # each anchor is opened once more for the bank
+        of_files = 0 if clean or distort else pairs
+        assert folders == Counter(clean=anchors + 2 * pairs - of_files, distortion=of_files)
+    dataset = runs[-1].loader.dataset
+    files = [dataset.files(index) for index in range(10 * len(dataset))]
+    assert all(positive.stem.startswith(anchor.stem) for anchor, positive in files)  # its own copies, no other photo's
+
+
+def test_shares_of_the_positives_that_are_more_than_all_are_refused(tiny_runs, trained):
+    stage1, stage2 = tiny_runs
+    trained(stage1, "stage1", EPOCHS=1)
+    with pytest.raises(ValueError, match=r"CLEAN = 0.5, DISTORT = 0.75: expected shares of 0\.\.1"):
+        trained(stage2, "stage2", CLEAN=0.5, DISTORT=0.75)
+    assert not list(stage2.RUN_DIR.glob("*.pt"))
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -1005,6 +1045,24 @@ def test_resume_with_another_constant_is_refused_by_its_name(tiny_runs, trained,
     assert {p: p.read_bytes() for p in stage1.RUN_DIR.rglob("*") if p.is_file()} == files
 
 
+@pytest.mark.parametrize(
+    "constants, told",
+    [
+        ({"TEACHER": "vggface2"}, r"teacher has changed \(None then, vggface2 now\)"),
+        ({"WIDE_WEIGHT": 0.75}, r"crops has changed \(.*'wide_weight': 0.5.* then, .*'wide_weight': 0.75.* now\)"),
+        ({"CLEAN": 0.25}, r"distort has changed \(\[0.0, 0.5, 2\] then, \[0.25, 0.5, 2\] now\)"),
+        ({"SKIP_KINDS": ("lowlight",)}, r"skip_kinds has changed \(\[\] then, \['lowlight'\] now\)"),
+    ],
+)
+def test_resume_of_stage_2_with_another_constant_is_refused_by_its_name(tiny_runs, trained, constants, told):
+    stage1, stage2 = tiny_runs
+    trained(stage1, "stage1", EPOCHS=1)
+    usual = {"WIDE_WEIGHT": 0.5, "CLEAN": 0.0}
+    trained(stage2, "stage2", EPOCHS=1, **usual)
+    with pytest.raises(ValueError, match=f"last.pt: cannot be resumed, {told}; start a run of another RUN_DIR"):
+        trained(stage2, "stage2", RESUME=True, **(usual | constants))
+
+
 # --- stage 2 ----------------------------------------------------------------------------------------------------------
 
 
@@ -1021,26 +1079,110 @@ def test_photos_per_person_and_persons_per_batch_make_the_batches_of_stage_2(tin
     trained(stage1, "stage1", EPOCHS=1)
     forwards.clear()
     trained(stage2, "stage2", EPOCHS=1, PERSONS_PER_BATCH=4, PHOTOS_PER_PERSON=6)
-    assert [len(seen.images) for seen in forwards] == [4 * 6]  # 7 clean photos fill one batch of 4 x 3
+    # 7 clean photos fill one batch of 4 x 3 pairs; faces are those of the distorted photos alone.
+    assert [(len(seen.images), seen.part) for seen in forwards] == [(4 * 3, "face"), (4 * 6, "wide")]
 
 
-def test_hard_negatives_are_another_training_and_their_distances_are_logged(tiny_runs, trained):
+def test_a_weight_of_0_leaves_the_whole_frame_out_of_stage_2(tiny_runs, trained, forwards, runs):
     stage1, stage2 = tiny_runs
     trained(stage1, "stage1", EPOCHS=1)
-    constants = {"LEARNING_RATE": 1e-2, "EPOCHS": 1}
-    hard = trained(stage2, "hard", HARD_NEGATIVES=True, **constants)
-    steps = read_csv(stage2.RUN_DIR / "steps.csv")
-    random = trained(stage2, "random", HARD_NEGATIVES=False, **constants)
-    assert not same_tensors(hard["model"], random["model"])
-    for last in (hard, random):
-        row = last["history"][1]
-        assert 0 <= row["active_negatives"] <= 1 and 0 < row["positive_distance"] < 2
-        assert 0 < row["negative_distance"] < 2
-    assert hard["history"][1]["negative_distance"] < random["history"][1]["negative_distance"]
-    assert {"active_negatives", "positive_distance", "backbone_lr", "skipped"} <= steps[0].keys()
-    assert len(steps) == 2
-    with pytest.raises(ValueError, match=r"hard_negatives has changed \(False then, True now\)"):
-        trained(stage2, "random", HARD_NEGATIVES=True, RESUME=True, **constants)
+    forwards.clear()
+    last = trained(stage2, "stage2", EPOCHS=1, WIDE_WEIGHT=0.0)
+    assert {(seen.part, *seen.images.shape[1:]) for seen in forwards} == {("face", 3, 76, 76)}
+    assert runs[-1].networks["model"].wide is None and not any("wide" in name for name in last["model"])
+    assert "instance_loss" not in last["history"][1] and "bank_loss" in last["history"][1]
+
+
+@pytest.fixture
+def banks(monkeypatch, tiny_runs) -> list[SimpleNamespace]:
+    """Fills up with the banks that stage 2 makes, and the arguments of its contrastive loss: calls."""
+    made, stage2 = [], tiny_runs[1]
+
+    class WatchedLosses(stage2.Losses):
+        def __init__(self, bank, labels):
+            made.append(SimpleNamespace(bank=bank, labels=labels, calls=[]))
+            super().__init__(bank, labels)
+
+    class WatchedLoss(stage2.ContrastiveLoss):
+        def forward(self, *args):
+            made[-1].calls.append([arg.detach() for arg in args])
+            return super().forward(*args)
+
+    monkeypatch.setattr(stage2, "Losses", WatchedLosses)
+    monkeypatch.setattr(stage2, "ContrastiveLoss", WatchedLoss)
+    return made
+
+
+def embedded(model: nn.Module, paths: list[Path]) -> torch.Tensor:
+    transform = datasets.eval_transform(76, 0.8)
+    with torch.no_grad():
+        return model.eval()(torch.stack([transform(datasets.load_image(path)) for path in paths]))
+
+
+@pytest.mark.parametrize("wide_weight", [0.0, 0.5])
+@pytest.mark.parametrize("teacher", [None, "vggface2"])
+def test_the_bank_is_every_clean_face_as_the_teacher_sees_it(
+    tiny_runs, trained, monkeypatch, banks, runs, teacher, wide_weight
+):
+    stage1, stage2 = tiny_runs
+    trained(stage1, "stage1", EPOCHS=1)
+    expected, _ = training.load_facenet(stage1.RUN_DIR / "best.pt", CPU)
+    if teacher:
+        expected, asked = TinyNet(), []
+        monkeypatch.setattr(stage2, "FaceNet", lambda source, dropout: asked.append(source) or copy.deepcopy(expected))
+    last = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=1e-2, TEACHER=teacher, WIDE_WEIGHT=wide_weight)
+    paths = sorted((stage2.DATA_DIR / "train").glob("*/clean/*.png"))
+    assert len(paths) == 7 and last["persons"] == ["ann", "bob", "cy", "di"]
+    (made,) = banks
+    torch.testing.assert_close(made.bank, embedded(expected, paths), rtol=0, atol=1e-5)
+    assert made.labels.tolist() == [0, 1, 1, 2, 2, 2, 3]
+    assert not made.bank.requires_grad
+    assert last["teacher"] == str(teacher)
+    assert not teacher or asked == ["vggface2"]
+
+
+def test_stage_2_pulls_to_the_photos_row_of_the_bank_and_pushes_the_nearest_row_of_another_person(
+    tiny_runs, trained, banks
+):
+    stage1, stage2 = tiny_runs
+    trained(stage1, "stage1", EPOCHS=1)
+    last = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=1e-2)
+    (made,), steps = banks, read_csv(stage2.RUN_DIR / "steps.csv")
+    assert len(steps) == len(made.calls) == 2
+    for (face, anchor, negative, gate), row in zip(made.calls, steps, strict=True):
+        assert gate.tolist() == [1.0] * 3
+        to_bank = torch.cdist(face, made.bank)
+        sources, negatives = (torch.cdist(rows, made.bank).argmin(1) for rows in (anchor, negative))
+        assert torch.equal(made.bank[sources], anchor) and torch.equal(made.bank[negatives], negative)
+        other = made.labels[sources][:, None] != made.labels[None, :]
+        nearest = to_bank.where(other, torch.inf).amin(1)
+        assert other.gather(1, negatives[:, None]).all()
+        to_anchor, to_negative = (face - anchor).norm(dim=1), (face - negative).norm(dim=1)
+        torch.testing.assert_close(to_negative, nearest, rtol=0, atol=1e-4)
+        assert float(row["positive_distance"]) == pytest.approx(to_anchor.mean().item(), abs=1e-4)
+        assert float(row["negative_distance"]) == pytest.approx(to_negative.mean().item(), abs=1e-4)
+        assert float(row["accuracy"]) == pytest.approx((to_anchor < to_negative).float().mean().item())
+    assert {"active_negatives", "contrastive_loss", "bank_loss", "instance_loss", "backbone_lr"} <= steps[0].keys()
+    row = last["history"][1]
+    terms = (
+        ("CONTRASTIVE_WEIGHT", "contrastive_loss"),
+        ("BANK_WEIGHT", "bank_loss"),
+        ("INSTANCE_WEIGHT", "instance_loss"),
+    )
+    assert row["loss"] == pytest.approx(sum(getattr(stage2, weight) * row[name] for weight, name in terms), rel=1e-4)
+
+
+def test_faces_that_do_not_show_are_out_of_the_loss_on_faces_and_stay_in_that_on_frames(tiny_runs, trained, banks):
+    stage1, stage2 = tiny_runs
+    trained(stage1, "stage1", EPOCHS=1)
+    for path in (stage2.DATA_DIR / "train").glob("*/distortion/*.png"):
+        Image.new("RGB", (40, 40), "white").save(path)
+    last = trained(stage2, "stage2", EPOCHS=1, CLEAN=0.0, DISTORT=0.0)
+    assert [gate.tolist() for *_, gate in banks[0].calls] == [[0.0] * 3] * 2
+    row = last["history"][1]
+    assert (row["contrastive_loss"], row["bank_loss"], row["positive_distance"]) == (0, 0, 0)
+    assert row["instance_loss"] > 0 and row["skipped"] == 0
+    assert row["loss"] == pytest.approx(stage2.INSTANCE_WEIGHT * row["instance_loss"])
 
 
 def test_active_negatives_are_those_within_the_margin(tiny_runs, trained):
@@ -1088,8 +1230,10 @@ def test_both_stages_use_a_fused_optimizer_and_images_in_channels_last(tiny_runs
         for seen in forwards:
             assert seen.images.is_contiguous(memory_format=torch.channels_last)
             assert not seen.images.is_contiguous()
-        weight = runs[-1].networks["model"].layers[0].weight
-        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        network = runs[-1].networks["model"]
+        for layers in (network.backbone, network.wide) if network.crops else (network.backbone,):
+            weight = layers[0].weight
+            assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_workers_stay_and_fetch_ahead_and_memory_is_pinned_for_a_gpu_only():

@@ -43,6 +43,7 @@ def test_three_scripts_in_sequence_with_the_real_network(task_b, tmp_path, monke
     for script, constants in (
         (train_stage1, training_constants | {"RUN_DIR": stage1, "PRETRAINED": None, "IMAGE_SIZE": 76}),
         (train_stage2, training_constants | {"RUN_DIR": stage2, "STAGE1_CHECKPOINT": stage1 / "best.pt"}),
+        (train_stage2, {"TEACHER": None, "WIDE_SIZE": 76}),
         (evaluate, common | {"CHECKPOINT": stage2 / "best.pt", "RESULTS_DIR": tmp_path, "PICTURES": False}),
     ):
         for constant, value in constants.items():
@@ -51,7 +52,9 @@ def test_three_scripts_in_sequence_with_the_real_network(task_b, tmp_path, monke
     train_stage2.main()
     details = evaluate.main()
     best = torch.load(stage2 / "best.pt", weights_only=True)
-    assert (best["stage"], best["image_size"], best["selected_on"]) == (2, 76, "val")
+    assert (best["stage"], best["selected_on"]) == (2, "val")
+    assert (best["image_size"], best["face_crop"]) == (146, 1.0)  # the frame whose 0.52 are 76 pixels
+    assert best["crops"] == {"face": 0.52, "wide_size": 76, "wide_weight": train_stage2.WIDE_WEIGHT}
     assert best["persons"] == ["ann", "bob", "cy", "di"]
     assert details["top1"]["mean"] == pytest.approx(best["top1"])  # training and evaluate.py mean the same by top-1
     assert details["queries"] == 6

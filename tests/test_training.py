@@ -838,19 +838,50 @@ def test_stage_2_without_a_stage_1_checkpoint_names_it(tiny_runs, trained):
     assert str(stage2.STAGE1_CHECKPOINT) in str(error.value)
 
 
-def test_stage_2_starts_from_stage_1_and_takes_over_image_and_crop(tiny_runs, trained):
+def test_stage_2_refuses_to_start_from_what_stage_2_left(tiny_runs, trained):
+    stage1, stage2 = tiny_runs
+    trained(stage1, "stage1", EPOCHS=1)
+    trained(stage2, "stage2", EPOCHS=1)
+    path = stage2.RUN_DIR / "best.pt"
+    with pytest.raises(ValueError, match="of stage 2, expected one of stage 1") as error:
+        trained(stage2, "again", STAGE1_CHECKPOINT=path)
+    assert f"STAGE1_CHECKPOINT = {path}: " in str(error.value)
+    assert not list(stage2.RUN_DIR.glob("*.pt"))
+
+
+def widened(weights: dict) -> dict:
+    """What a network of these weights is when its wide crop is new."""
+    return weights | {name.replace("backbone.", "wide."): value for name, value in weights.items()}
+
+
+WIDE = {"face": 0.8, "wide_size": 76, "wide_weight": 0.5}
+
+
+@pytest.mark.parametrize("wide_weight, frame", [(0.0, (76, 0.8, None)), (0.5, (95, 1.0, WIDE))])
+def test_stage_2_starts_from_stage_1_and_takes_over_its_crop_or_the_frame_around_it(
+    tiny_runs, trained, wide_weight, frame
+):
     stage1, stage2 = tiny_runs
     best1, _ = trained(stage1, "stage1", EPOCHS=1)
-    best2, last2 = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=0.0)
-    parameters = [name for name, _ in TinyNet().named_parameters()]
-    assert all(torch.equal(last2["model"][name], best1["model"][name]) for name in parameters)
-    for name in ("image_size", "face_crop", "dropout", "pretrained", "holdout"):
+    best2, last2 = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=0.0, WIDE_WEIGHT=wide_weight)
+    start = widened(best1["model"]) if wide_weight else best1["model"]
+    assert last2["model"].keys() == start.keys()
+    assert all(torch.equal(last2["model"][name], start[name]) for name in start if not name.endswith("tracked"))
+    for name in ("dropout", "pretrained", "holdout"):
         assert best2[name] == best1[name]
-    assert (best1["stage"], best2["stage"]) == (1, 2)
-    assert last2["history"][0]["top1_mean"] == best1["top1"]
+    assert (best2["image_size"], best2["face_crop"], best2["crops"]) == frame
+    assert (best1["stage"], best2["stage"], best2["teacher"]) == (1, 2, "None")
+    if not wide_weight:
+        assert last2["history"][0]["top1_mean"] == best1["top1"]
+    model, _ = training.load_facenet(stage2.RUN_DIR / "best.pt", CPU)
+    assert (model.crops and vars(model.crops)) == frame[2]
+    assert model.eval()(torch.zeros(2, 3, frame[0], frame[0])).shape == (2, 1024 if wide_weight else 512)
 
 
-def test_stage_2_is_never_below_the_network_it_loaded_even_where_training_ruins_it(tiny_runs, trained, monkeypatch):
+@pytest.mark.parametrize("wide_weight", [0.0, 0.5])
+def test_stage_2_is_never_below_the_network_it_loaded_even_where_training_ruins_it(
+    tiny_runs, trained, monkeypatch, wide_weight
+):
     stage1, stage2 = tiny_runs
     best1, _ = trained(stage1, "stage1")
     assert best1["top1"] == 1
@@ -858,16 +889,18 @@ def test_stage_2_is_never_below_the_network_it_loaded_even_where_training_ruins_
 
     def ruinous(run, model, *args):
         whole(run, model, *args)
-        model.linear.weight.data.zero_()  # every photo has the same embedding now, and eve is everybody's nearest
+        for network in (model.backbone, model.wide) if wide_weight else (model.backbone,):
+            network[6].weight.data.zero_()  # every photo has the same embedding now, and eve is everybody's nearest
 
     monkeypatch.setattr(stage2, "train_one_epoch", ruinous)
-    best2, last2 = trained(stage2, "stage2", LEARNING_RATE=1e3)
+    best2, last2 = trained(stage2, "stage2", LEARNING_RATE=1e3, WIDE_WEIGHT=wide_weight)
     assert [row["top1_mean"] for row in last2["history"]] == pytest.approx(
         [1, 4 / 6, 4 / 6]
     )  # 4 of 6 queries are eve's
     assert (best2["epoch"], best2["top1"]) == (0, 1)
-    assert same_tensors(best2["model"], best1["model"])
-    assert not same_tensors(last2["model"], best1["model"])
+    start = widened(best1["model"]) if wide_weight else best1["model"]
+    assert same_tensors(best2["model"], start)
+    assert not same_tensors(last2["model"], start)
 
 
 @pytest.fixture
@@ -981,12 +1014,12 @@ def test_both_folder_layouts_give_the_same_run(tiny_runs, trained):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_freeze_batchnorm_keeps_the_statistics_through_a_whole_run(tiny_runs, trained, freeze, stage):
     best, last = trained(tiny_runs[0], "stage1", EPOCHS=1, FREEZE_BATCHNORM=freeze)
-    start = {"layers.1.running_mean": torch.zeros(16), "layers.1.running_var": torch.ones(16)}
+    start = {"backbone.1.running_mean": torch.zeros(16), "backbone.1.running_var": torch.ones(16)}
     if stage == 1:
-        start = {name: best["model"][name] for name in start}
+        start = widened({name: best["model"][name] for name in start})
         _, last = trained(tiny_runs[1], "stage2", EPOCHS=2, FREEZE_BATCHNORM=freeze)
     kept = [torch.equal(last["model"][name], start[name]) for name in start]
-    assert kept == [freeze, freeze]
+    assert kept == [freeze] * (4 if stage == 1 else 2)
 
 
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_runs, trained, monkeypatch):
@@ -995,7 +1028,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_runs, tra
 
     def poisoned(run, model, *args):
         if run.epoch == 2:
-            model.linear.weight.data.fill_(math.nan)
+            model.backbone[6].weight.data.fill_(math.nan)
         whole(run, model, *args)
 
     monkeypatch.setattr(stage1, "train_one_epoch", poisoned)
