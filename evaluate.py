@@ -21,6 +21,7 @@ import training
 from datasets import FaceCrop, eval_transform, load_image, scan_persons, warn_once, warn_shared, warn_twins
 from gallery import (
     Gallery,
+    NobodyAsks,
     Queries,
     ask,
     build_gallery,
@@ -139,7 +140,7 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
     for protocol in PROTOCOLS:
         try:
             queries[protocol] = by_protocol(gallery, distorted, protocol)
-        except ValueError as error:  # nobody has a second photo: said, the other protocols still tell something
+        except NobodyAsks as error:  # nobody has a second photo: said, the other protocols still tell something
             if len(PROTOCOLS) == 1:
                 raise
             warn_once(str(error))

@@ -1,5 +1,6 @@
 """Retrieval: a gallery of clean embeddings, every distorted photo a query, cosine similarity, top-1."""
 
+import contextlib
 import difflib
 import math
 from collections.abc import Collection, Sequence
@@ -30,6 +31,7 @@ from models import fingerprint, read_plain
 from training import atomic_file
 
 PROTOCOLS = ("same", "cross", "clean")  # see by_protocol
+CHOICE = "mean of same and cross"  # of the best epoch, by `validate`; kept in checkpoints
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def by_protocol(gallery: Gallery, queries: Queries | None, protocol: str) -> Que
     same: all of them, against all photos. cross: none is compared with the photo that it was made from; those whose
     person has no other photo do not ask, and their person stays in the gallery. clean: each photo of the gallery
     whose person has another one asks, itself left out.
-    Raises ValueError if nobody asks, or for another `protocol`.
+    Raises NobodyAsks, or ValueError for another `protocol`.
     """
     check_protocol(protocol)
     several = torch.bincount(gallery.labels, minlength=len(gallery.persons)) > 1
@@ -267,8 +269,12 @@ def by_protocol(gallery: Gallery, queries: Queries | None, protocol: str) -> Que
     else:
         return replace(queries, sources=torch.full_like(queries.sources, -1))
     if not len(found.paths):
-        raise ValueError(f"PROTOCOL {protocol!r}: no query, since no person of the gallery has a second clean photo")
+        raise NobodyAsks(f"PROTOCOL {protocol!r}: no query, for nobody who has a second clean photo asks")
     return found
+
+
+class NobodyAsks(ValueError):
+    """A protocol has no query in this data."""
 
 
 def check_protocol(protocol: str) -> None:
@@ -367,9 +373,10 @@ def evaluate(
 
 def summary(details: dict) -> dict[str, float]:
     """The figures of `evaluate`'s details as one flat row: top1_mean, top1_best, top1_<kind> by the chosen template."""
-    row = {f"top1_{template}": value for template, value in details["top1"].items()}
     chosen = details["template"]
-    return row | {f"top1_{kind}": figures["top1"][chosen] for kind, figures in details["per_kind"].items()}
+    overall = {f"top1_{template}": value for template, value in details["top1"].items()}
+    kinds = {f"top1_{kind}": figures["top1"][chosen] for kind, figures in details["per_kind"].items()}
+    return overall | kinds | overall  # a kind called "mean" does not take the place of the mean
 
 
 def validate(
@@ -387,7 +394,7 @@ def validate(
 
     The choice: the mean of top-1 under the protocols "same" and "cross", by `template`. "same" alone is won by finding
     the photo again, a stranger's as well as a friend's; "cross" alone says nothing of the persons with one photo.
-    Where nobody has a second photo there is "same" only, and a warning once.
+    Where nobody can ask so, having one photo, there is "same" only, and a warning once.
     The row: `summary` of "same", and top1_cross and top1_clean where somebody can ask so.
     Raises what `build_gallery` and `embed_queries` raise.
     """
@@ -396,9 +403,10 @@ def validate(
     queries = embed_queries(model, gallery, root, transform, device, **options)
     details = ask(gallery, by_protocol(gallery, queries, "same"))
     same, row = details["top1"][template], summary(details)
-    if (torch.bincount(gallery.labels) > 1).any():
-        for protocol in ("cross", "clean"):
+    for protocol in ("cross", "clean"):
+        with contextlib.suppress(NobodyAsks):
             row[f"top1_{protocol}"] = ask(gallery, by_protocol(gallery, queries, protocol))["top1"][template]
+    if "top1_cross" in row:
         return (same + row["top1_cross"]) / 2, row
     warn_once(
         f"{root}: nobody that epochs are chosen on has a second clean photo; the choice rests on finding photos again, "

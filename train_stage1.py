@@ -160,6 +160,7 @@ def main() -> None:
         "persons": train_set.persons,
         "holdout": holdout,
         "template": TEMPLATE,
+        "chosen_by": gallery.CHOICE,
     }
     run = training.Run(
         *(RUN_DIR, facts, {"model": model, "head": head}, optimizer, scheduler, loader),

@@ -163,6 +163,7 @@ def main() -> None:
     facts = {key: stage1[key] for key in ("dropout", "pretrained", "holdout")}
     facts |= {"stage": 2, "image_size": image_size, "face_crop": share, "crops": model.crops and asdict(model.crops)}
     facts |= {"persons": train_set.persons, "template": TEMPLATE, "seed": SEED, "freeze_until": FREEZE_UNTIL}
+    facts |= {"chosen_by": gallery.CHOICE}
     facts |= {"teacher": str(TEACHER), "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
     facts |= {"distort": [CLEAN, DISTORT, DISTORT_MOST], "skip_kinds": list(SKIP_KINDS), "photos": len(train_set)}
     run = training.Run(

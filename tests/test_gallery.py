@@ -365,9 +365,7 @@ def test_a_query_of_unknown_source_asks_against_all_photos_under_cross(tmp_path)
 def test_a_protocol_in_which_nobody_has_a_second_photo_says_so(tmp_path, protocol):
     write(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
     write(tmp_path / "ann" / "distortion" / "1_foggy.png", (90, 0, 0))
-    with pytest.raises(
-        ValueError, match=f"PROTOCOL '{protocol}': no query, since no person of the gallery has a second"
-    ):
+    with pytest.raises(ValueError, match=f"PROTOCOL '{protocol}': no query, for nobody who has a second"):
         asked(tmp_path, protocol)
 
 

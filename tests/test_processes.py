@@ -220,7 +220,8 @@ def root(tmp_path_factory) -> Path:
 def job(name: str, root: Path, runs: Path, stage: int = 1, constants: dict | None = None, **hooks) -> dict:
     """A run of two short epochs in `runs`/<name>; stage 2 starts from the reference run "whole" of stage 1."""
     both = {"NUM_WORKERS": 0, "EPOCHS": 2, "SAVE_EVERY": 1, "WARMUP_STEPS": 1, "CHECK_IMAGES": False}
-    own = {"BATCH_SIZE": 4, "IMAGE_SIZE": 76, "FACE_CROP": 0.8}
+    own = {"BATCH_SIZE": 4, "IMAGE_SIZE": 76, "FACE_CROP": 0.8, "SKIP_KINDS": (), "FREEZE_BATCHNORM": False}
+    own |= {"HEAD_LR": 1e-2}
     if stage == 2:
         own = {"PERSONS_PER_BATCH": 3, "TEACHER": None, "WIDE_SIZE": 76}
     paths = {"DATA_DIR": root / "Task_B", "RUN_DIR": runs / name}
