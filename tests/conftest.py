@@ -83,6 +83,9 @@ def tiny_runs(monkeypatch, task_b, tmp_path):
     monkeypatch.setattr(train_stage2, "TEACHER", None)  # the network that stage 1 left
     both = {"DATA_DIR": task_b, "NUM_WORKERS": 0, "EPOCHS": 2, "WARMUP_STEPS": 1}
     monkeypatch.setattr(train_stage1, "BATCH_SIZE", 4)
+    # TinyNet starts at random: its defaults are those for such a network.
+    for constant, value in {"SKIP_KINDS": (), "FREEZE_BATCHNORM": False, "HEAD_LR": 1e-2}.items():
+        monkeypatch.setattr(train_stage1, constant, value)
     monkeypatch.setattr(train_stage2, "PERSONS_PER_BATCH", 3)
     for script, name in ((train_stage1, "stage1"), (train_stage2, "stage2")):
         for constant, value in (both | {"RUN_DIR": tmp_path / "runs" / name}).items():

@@ -25,8 +25,10 @@ from gallery import (
     evaluate,
     figures_table,
     measure,
+    person_means,
     summary,
     top1_table,
+    validate,
 )
 
 
@@ -551,3 +553,65 @@ def test_the_summary_is_a_flat_row_with_the_kinds_under_the_chosen_template(four
 def test_a_person_asked_for_but_not_there_is_an_error_with_the_name(task_b):
     with pytest.raises(ValueError, match=r"1 of the persons asked for .* 'nobody'"):
         gallery.build_gallery(TinyNet(), task_b / "val", eval_transform(76, 1.0), "cpu", persons=["eve", "nobody"])
+
+
+# --- class centres, and the choice of an epoch ------------------------------------------------------------------------
+
+
+def test_means_of_persons_are_those_of_their_unit_embeddings_in_the_order_asked_for(tmp_path):
+    write(tmp_path / "ann/clean/1.png", (200, 0, 0))
+    write(tmp_path / "ann/clean/2.png", (0, 100, 0))
+    write(tmp_path / "bob/clean/1.png", (0, 0, 50))
+    write(tmp_path / "cy/clean/1.png", (9, 9, 9))  # not asked for
+    write(tmp_path / "dee/distortion/1_foggy.png", (9, 9, 9))  # no clean photo
+    means, places = person_means(MeanColour(), tmp_path, as_float, "cpu", persons=["bob", "dee", "ann"])
+    found = dict(zip(places.tolist(), means, strict=True))
+    assert found.keys() == {0, 2}
+    torch.testing.assert_close(found[0], torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(found[2], torch.tensor([0.5, 0.5, 0.0]).sqrt())
+
+
+@pytest.fixture
+def two_worlds(tmp_path) -> Path:
+    """Ann's photos are red and green, bob's only one is yellowish. Of ann's two copies one looks like its own photo,
+    and so like bob without it; the other like her other photo. Bob's looks like his."""
+    write(tmp_path / "ann/clean/ann_1.png", (200, 0, 0))
+    write(tmp_path / "ann/clean/ann_2.png", (0, 200, 0))
+    write(tmp_path / "bob/clean/bob_1.png", (200, 40, 0))
+    write(tmp_path / "ann/distortion/ann_1_foggy.png", (200, 0, 0))
+    write(tmp_path / "ann/distortion/ann_1_rainy.png", (20, 200, 0))
+    write(tmp_path / "bob/distortion/bob_1_foggy.png", (200, 40, 0))
+    return tmp_path
+
+
+def test_an_epoch_is_chosen_by_the_mean_of_same_and_cross(two_worlds):
+    top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best")
+    assert row["top1_best"] == 1  # every copy is next to a photo of its person
+    # Of those of ann, who alone has a second photo, the foggy one goes to bob where its own does not count.
+    assert row["top1_cross"] == 1 / 2
+    assert row["top1_clean"] == 0  # her two photos are at a right angle, bob's is nearer to both
+    assert top1 == (1 + 1 / 2) / 2
+    assert (row["top1_foggy"], row["top1_rainy"]) == (1, 1)
+
+
+def test_only_the_persons_asked_for_choose_the_epoch(two_worlds, caplog):
+    top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best", persons=["bob"])
+    assert top1 == row["top1_best"] == 1 and not {"top1_cross", "top1_clean"} & row.keys()
+    assert "nobody that epochs are chosen on has a second clean photo" in caplog.text
+
+
+def test_those_with_a_second_photo_need_not_ask(two_worlds, caplog):
+    """Ann has two clean photos and no distorted one: nobody asks under "cross", and under "clean" she does."""
+    for path in (two_worlds / "ann/distortion").iterdir():
+        path.unlink()
+    top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best")
+    assert top1 == row["top1_best"] == 1 and "top1_cross" not in row and row["top1_clean"] == 0
+    assert "nobody that epochs are chosen on has a second clean photo" in caplog.text
+
+
+def test_a_kind_called_like_a_figure_does_not_take_its_place(two_worlds):
+    for name in ("mean", "best", "cross", "clean"):
+        write(two_worlds / f"bob/distortion/bob_1_{name}.png", (0, 200, 0))  # ann's
+    top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best")
+    assert row["top1_best"] == 3 / 7 and row["top1_cross"] == row["top1_clean"] == 0
+    assert top1 == (3 / 7 + 1 / 2) / 2

@@ -43,6 +43,17 @@ def test_arcface_gives_the_numbers_worked_out_by_hand():
     assert arcface(s=10.0, m=0.0)(at(math.pi / 3), label)[0, 0].item() == pytest.approx(5, rel=1e-12)
 
 
+def test_class_centres_start_where_they_are_told_to_and_train_on_from_there():
+    head = arcface(s=8.0, m=0.5)
+    others = head.weight[1].clone()
+    head.start_at(torch.tensor([[0.0, 3.0], [5.0, 0.0]]), torch.tensor([0, 2]))
+    torch.testing.assert_close(head.weight[[0, 2]], torch.eye(2).flip(0).double())  # of norm 1, in the head's precision
+    assert torch.equal(head.weight[1], others)
+    assert head.cosine(at(math.pi / 2)).argmax() in (0, 1)  # the second class still stands there too
+    F.cross_entropy(head(at(1.0), torch.tensor([0])), torch.tensor([0])).backward()
+    assert head.weight.grad[0].norm() > 0
+
+
 @pytest.mark.parametrize("angle", [math.pi - 0.49, math.pi - 0.25, math.pi])
 def test_arcface_target_is_cos_less_m_sin_m_beyond_pi_minus_m(angle):
     logits = arcface(s=8.0, m=0.5)(at(angle), torch.tensor([0]))
