@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import datasets
+import gallery
 import training
 
 REPO = Path(__file__).parents[1]
@@ -872,7 +873,7 @@ def test_stage_2_starts_from_stage_1_and_takes_over_its_crop_or_the_frame_around
     assert (best2["image_size"], best2["face_crop"], best2["crops"]) == frame
     assert (best1["stage"], best2["stage"], best2["teacher"]) == (1, 2, "None")
     if not wide_weight:
-        assert last2["history"][0]["top1_mean"] == best1["top1"]
+        assert last2["history"][0]["top1"] == best1["top1"]
     model, _ = training.load_facenet(stage2.RUN_DIR / "best.pt", CPU)
     assert (model.crops and vars(model.crops)) == frame[2]
     assert model.eval()(torch.zeros(2, 3, frame[0], frame[0])).shape == (2, 1024 if wide_weight else 512)
@@ -1008,6 +1009,19 @@ def test_both_folder_layouts_give_the_same_run(tiny_runs, trained):
     _, flat = trained(stage2, "flat2", EPOCHS=1, STAGE1_CHECKPOINT=stage1.RUN_DIR / "best.pt")
     assert_same_run(flat1, clean1, ("model", "head"))
     assert_same_run(flat, clean, ("model",))
+
+
+def test_class_centres_start_at_the_persons_means_or_at_random(tiny_runs, trained):
+    stage1, _ = tiny_runs
+    still = {"EPOCHS": 1, "HEAD_LR": 0.0, "BACKBONE_LR": 0.0, "FREEZE_BATCHNORM": True}
+    _, last = trained(stage1, "means", CENTRES_FROM_MEANS=True, **still)
+    model, _ = training.load_facenet(stage1.RUN_DIR / "last.pt", CPU)
+    transform, root = datasets.eval_transform(76, 0.8), stage1.DATA_DIR / "train"
+    means, labels = gallery.person_means(model, root, transform, CPU, persons=last["persons"])
+    assert labels.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(last["head"]["weight"], means, rtol=0, atol=1e-5)
+    _, last = trained(stage1, "random", CENTRES_FROM_MEANS=False, **still)
+    assert (torch.nn.functional.normalize(last["head"]["weight"]) * means).sum(1).abs().max() < 0.5
 
 
 @pytest.mark.parametrize("freeze", [True, False])
