@@ -395,7 +395,8 @@ def validate(
     The choice: the mean of top-1 under the protocols "same" and "cross", by `template`. "same" alone is won by finding
     the photo again, a stranger's as well as a friend's; "cross" alone says nothing of the persons with one photo.
     Where nobody can ask so, having one photo, there is "same" only, and a warning once.
-    The row: `summary` of "same", and top1_cross and top1_clean where somebody can ask so.
+    The row: `summary` of "same"; top1_cross and top1_clean where somebody can ask so; cosine_<kind>, the mean cosine of
+    the distorted photos to the ones that they were made of, where their names tell.
     Raises what `build_gallery` and `embed_queries` raise.
     """
     options = {"persons": persons, "num_workers": num_workers, "check_images": check_images}
@@ -406,6 +407,7 @@ def validate(
     for protocol in ("cross", "clean"):
         with contextlib.suppress(NobodyAsks):
             row[f"top1_{protocol}"] = ask(gallery, by_protocol(gallery, queries, protocol))["top1"][template]
+    row |= copy_cosines(gallery, queries)
     if "top1_cross" in row:
         return (same + row["top1_cross"]) / 2, row
     warn_once(
@@ -413,6 +415,17 @@ def validate(
         "which says little of knowing people"
     )
     return same, row
+
+
+def copy_cosines(gallery: Gallery, queries: Queries) -> dict[str, float]:
+    """cosine_<kind> -> mean cosine of that kind's queries to the photos that they were made of; of known ones only."""
+    known = queries.sources >= 0
+    cosines = (queries.embeddings * gallery.embeddings[queries.sources.clamp(min=0)]).sum(1)
+    of_kind: dict[str, list[float]] = {}
+    for kind, cosine, is_known in zip(queries.kinds, cosines.tolist(), known.tolist(), strict=True):
+        if is_known:
+            of_kind.setdefault(kind, []).append(cosine)
+    return {f"cosine_{kind}": sum(values) / len(values) for kind, values in sorted(of_kind.items())}
 
 
 def top1_table(evaluations: dict[str, dict]) -> str:

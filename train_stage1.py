@@ -43,6 +43,9 @@ CHECK_IMAGES = True  # decode every file once before training, list the broken o
 # --- validation ---
 HOLDOUT_PERSONS = 0  # train persons kept out of training to choose the best epoch on; 0: choose it on val
 TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, or "best" match among them
+# An epoch that knows undistorted photos worse than the network as loaded by more than so many points of top-1 is not
+# kept as the best, 0..100; 100: any is.
+MAX_CLEAN_DROP = 2.0
 PATIENCE = 0  # stop after so many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
@@ -166,6 +169,7 @@ def main() -> None:
         *(RUN_DIR, facts, {"model": model, "head": head}, optimizer, scheduler, loader),
         **{"epochs": EPOCHS, "device": device, "wrapped": (ddp_model, ddp_head), "amp": AMP, "accumulate": ACCUMULATE},
         **{"grad_clip": GRAD_CLIP, "ema_decay": EMA_DECAY, "patience": PATIENCE, "save_every": SAVE_EVERY},
+        **{"max_clean_drop": MAX_CLEAN_DROP},
     )
     if RESUME:
         run.resume()

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import plots
-from datasets import derived_seed, rank_and_world
+from datasets import derived_seed, rank_and_world, warn_once
 from models import Crops, FaceNet, read_plain
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ RANGES = {
     "WARMUP_STEPS": (int, 0, math.inf),
     "GRAD_CLIP": (float, 1e-12, math.inf),
     "EMA_DECAY": (float, 0, 0.999999),
+    "MAX_CLEAN_DROP": (float, 0, 100),
     "BALANCE": (float, 0, 1),
     "WIDE_WEIGHT": (float, 0, math.inf),
     "CONTRASTIVE_WEIGHT": (float, 0, math.inf),
@@ -476,10 +477,12 @@ class Run:
         ema_decay: float = 0.0,
         patience: int = 0,
         save_every: int = 0,
+        max_clean_drop: float = 100.0,
     ):
         self.run_dir, self.networks, self.optimizer, self.scheduler = run_dir, networks, optimizer, scheduler
         self.loader, self.last_epoch, self.device, self.journal = loader, epochs, device, Journal(run_dir)
         self.accumulate, self.grad_clip, self.patience, self.save_every = accumulate, grad_clip, patience, save_every
+        self.max_clean_drop = max_clean_drop
         self.wrapped = [network for network in wrapped if isinstance(network, DistributedDataParallel)]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == torch.float16)
         self.ema = moving_average(networks["model"], ema_decay) if ema_decay else None
@@ -639,14 +642,16 @@ class Run:
         top1, row = validate(self.networks["model"])
         if self.meter.seen:
             row = self.meter.means() | self.rates | {"skipped": self.skipped} | row
-        shown = f"top-1 {top1:.4f}{self._keep_best(self.best, top1, 'best.pt', self.networks)}"
+        shown = f"top-1 {top1:.4f}{self._keep_best(self.best, top1, row, 'best.pt', self.networks)}"
         if self.ema:
             # Before the first step the average is the model.
             ema_top1, ema_row = validate(self.ema.module) if self.epoch else (top1, row)
+            star = self._keep_best(self.best_ema, ema_top1, ema_row, "best_ema.pt", {"model": self.ema.module})
             row = row | {f"ema_{name}": value for name, value in ema_row.items()}
-            star = self._keep_best(self.best_ema, ema_top1, "best_ema.pt", {"model": self.ema.module})
             shown += f"  averaged {ema_top1:.4f}{star}"
+        shown += "".join(f"  {name} {row[f'top1_{name}']:.4f}" for name in ("cross", "clean") if f"top1_{name}" in row)
         self.history.append({"epoch": self.epoch, "top1": top1} | row)
+        self._warn_of_photos()
         self.meter, self.batch, self.skipped = Meter(), 0, 0
         self.save()
         if is_main():
@@ -655,13 +660,31 @@ class Run:
         speed = f"  {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
         print(f"epoch {self.epoch}/{self.last_epoch}{means}  {shown}{speed}", flush=True)
 
-    def _keep_best(self, best: dict, top1: float, name: str, parts: dict) -> str:
-        """Save `parts` and note it in `best` if `top1` is higher; returns the mark for it, " *", or nothing."""
+    def _keep_best(self, best: dict, top1: float, row: dict, name: str, parts: dict) -> str:
+        """Save `parts` and note it in `best` if `top1` is higher and `row` tells no forgetting; returns a mark for it.
+
+        Forgetting: top-1 among undistorted photos under that of the network as loaded by more than `max_clean_drop`.
+        """
         if top1 <= best["top1"]:
             return ""
+        drop = 100 * (self.history[0].get("top1_clean", 0) - row.get("top1_clean", 0)) if self.epoch else 0
+        if drop > self.max_clean_drop + 1e-6:
+            return f" (forgot {drop:.1f} points of clean photos, not kept)"
         best.update(epoch=self.epoch, top1=top1)
         self._save(name, {"top1": top1}, parts)
         return " *"
+
+    def _warn_of_photos(self) -> None:
+        """A network that finds photos better than the one loaded, and persons worse, has learned the wrong thing."""
+        first, last = self.history[0], self.history[-1]
+        same = f"top1_{self.facts.get('template')}"
+        if not {same, "top1_cross"} <= first.keys() & last.keys():
+            return
+        if last[same] > first[same] and last["top1_cross"] < first["top1_cross"]:
+            warn_once(
+                f"epoch {self.epoch} finds photos better than the network as loaded (same: {first[same]:.4f}, now "
+                f"{last[same]:.4f}), and persons worse (cross: {first['top1_cross']:.4f}, now {last['top1_cross']:.4f})"
+            )
 
     def tell_end(self) -> None:
         """Print which epoch was best."""

@@ -594,6 +594,14 @@ def test_an_epoch_is_chosen_by_the_mean_of_same_and_cross(two_worlds):
     assert (row["top1_foggy"], row["top1_rainy"]) == (1, 1)
 
 
+def test_the_row_tells_how_near_each_kind_of_copy_is_to_its_photo(two_worlds):
+    write(two_worlds / "bob/distortion/other_9_rainy.png", (0, 0, 200))  # of no photo that is known
+    _, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best")
+    assert row["cosine_foggy"] == pytest.approx(1)  # ann_1's and bob_1's, each of its photo's colour
+    assert row["cosine_rainy"] == pytest.approx(20 / math.hypot(20, 200))  # ann_1's alone
+    assert sum(name.startswith("cosine_") for name in row) == 2
+
+
 def test_only_the_persons_asked_for_choose_the_epoch(two_worlds, caplog):
     top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best", persons=["bob"])
     assert top1 == row["top1_best"] == 1 and not {"top1_cross", "top1_clean"} & row.keys()

@@ -562,6 +562,14 @@ def test_best_and_best_average_are_chosen_each_on_its_own(tmp_path):
     assert (best_ema["epoch"], best_ema["top1"]) == (2, 0.6)
 
 
+def test_an_average_that_forgot_is_not_kept_either(tmp_path):
+    run = small_run(tmp_path, epochs=1, ema_decay=0.9, max_clean_drop=2.0)
+    rows = iter([0.9, 0.9, 0.8])  # as loaded, then the model, then its average
+    fit(run, validate=lambda net: (1.0 if net is run.ema.module else run.epoch / 2, {"top1_clean": next(rows)}))
+    epochs = [training.read_checkpoint(tmp_path / name)["epoch"] for name in ("best.pt", "best_ema.pt")]
+    assert epochs == [1, 0]
+
+
 def test_without_an_average_there_is_no_file_and_no_column_of_it(tiny_runs, trained):
     last = trained(tiny_runs[0], "run", EPOCHS=1)
     assert not (tiny_runs[0].RUN_DIR / "best_ema.pt").exists() and "ema" not in last

@@ -559,8 +559,8 @@ def model_and_run(tmp_path) -> tuple[nn.Linear, training.Run]:
     return model, small_run(tmp_path, model, rows=[[1.0]] * 2, epochs=3)
 
 
-def finish_epoch(run: training.Run, top1: float, loss: float | None = None) -> None:
-    """End an epoch of 4 images in 2 seconds at `loss`, or the one before any training, with `top1`."""
+def finish_epoch(run: training.Run, top1: float, loss: float | None = None, **row: float) -> None:
+    """End an epoch of 4 images in 2 seconds at `loss`, or the one before any training, with `top1` and `row`."""
     if loss is not None:
         next(run.epochs())
         run.meter.add(4, loss=loss)
@@ -568,7 +568,7 @@ def finish_epoch(run: training.Run, top1: float, loss: float | None = None) -> N
 
     def validate(network: nn.Module) -> tuple[float, dict]:
         assert network is run.networks["model"]
-        return top1, {"top1_mean": top1}
+        return top1, {"top1_mean": top1} | row
 
     run.finish_epoch(validate)
 
@@ -605,6 +605,38 @@ def test_the_history_is_in_the_log_and_in_the_checkpoint(tmp_path, model_and_run
     assert before == {"epoch": 0, "top1": 0.5, "top1_mean": 0.5}
     speed = {"images_per_second": 2.0, "loading": 0.25}
     assert after == {"epoch": 1, "top1": 0.25, "top1_mean": 0.25, "loss": 2.0, "skipped": 0} | speed
+
+
+@pytest.mark.parametrize("drop, kept", [(0.0, 1), (2.0, 2), (3.0, 3), (100.0, 4)])
+def test_an_epoch_that_forgot_clean_photos_is_not_kept_as_the_best(tmp_path, drop, kept, capsys):
+    run = small_run(tmp_path, linear(0.0), rows=[[1.0]] * 2, epochs=4, max_clean_drop=drop)
+    finish_epoch(run, 0.5, top1_clean=0.95)
+    for top1, clean in ((0.6, 0.95), (0.7, 0.93), (0.8, 0.92), (0.9, 0.5)):  # 0, 2, 3 and 45 points lost
+        finish_epoch(run, top1, loss=1.0, top1_clean=clean)
+    best = training.read_checkpoint(tmp_path / "best.pt")
+    assert (best["epoch"], best["top1"]) == (kept, pytest.approx(0.5 + kept / 10))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "epoch 0/4  top-1 0.5000 *  clean 0.9500"
+    assert ("(forgot 45.0 points of clean photos, not kept)" in told[4]) == (kept < 4)
+    assert sum("forgot" in line for line in told) == 4 - kept
+
+
+@pytest.mark.parametrize(
+    "after, warned",
+    [
+        ({"top1": 0.9, "top1_cross": 0.4}, True),
+        ({"top1": 0.9, "top1_cross": 0.5}, False),
+        ({"top1": 0.5, "top1_cross": 0.4}, False),
+        ({"top1": 0.9}, False),
+    ],
+)
+def test_finding_photos_better_and_persons_worse_is_told(model_and_run, caplog, after, warned):
+    _, run = model_and_run
+    run.facts["template"] = "mean"
+    finish_epoch(run, 0.5, top1_cross=0.5)
+    finish_epoch(run, loss=1.0, **after)
+    told = "epoch 1 finds photos better than the network as loaded (same: 0.5000, now 0.9000), and persons worse"
+    assert (told in caplog.text) == warned
 
 
 def test_the_network_as_loaded_can_be_the_best(model_and_run, capsys):
