@@ -95,8 +95,11 @@ def main() -> dict:
             print(comparison_table(comparison[protocol]))
     for line in too_few(after):
         print(line)
+    print(f"\ntop-1, {TEMPLATE} template")
+    for protocol, details in after.details.items():
+        who = f"{details['queries']} queries of {len(details['per_person'])} persons"
+        print(f"{protocol:<6}{100 * details['top1'][TEMPLATE]:7.2f} %, {who}")
     details = next(iter(after.details.values()))
-    print(f"\ntop-1 ({TEMPLATE} template, {next(iter(after.details))}): {100 * details['top1'][TEMPLATE]:.2f} %")
 
     if not training.is_main():  # of several processes one writes
         return details

@@ -523,14 +523,14 @@ def test_a_run_averages_after_each_update_that_counts_and_no_other(tmp_path):
 
 def rising(monkeypatch, script, top1=lambda call: call / 100) -> list[float]:
     """Makes the script's top-1 a function of how many validations there were; returns those told so far."""
-    told, evaluate = [], script.evaluate
+    told, validate = [], script.gallery.validate
 
-    def evaluated(*args, **options):
-        _, details = evaluate(*args, **options)
+    def validated(*args, **options):
+        _, row = validate(*args, **options)
         told.append(top1(len(told)))
-        return told[-1], details
+        return told[-1], row
 
-    monkeypatch.setattr(script, "evaluate", evaluated)
+    monkeypatch.setattr(script.gallery, "validate", validated)
     return told
 
 
