@@ -340,11 +340,11 @@ def measure(gallery: Gallery, queries: Queries, seed: int) -> dict[str, dict[str
     measured: dict[str, dict[str, metrics.Measured]] = {}
     for template in TEMPLATES:
         measured[template] = {}
+        enrolled = (gallery.embeddings, gallery.labels, template)
+        opened = metrics.open_rates(queries.embeddings, queries.truth, queries.sources, *enrolled, seed)
         for name, rows in groups.items():
             inputs = (queries.embeddings[rows], queries.truth[rows], queries.sources[rows])
-            measured[template][name] = metrics.measure(
-                *inputs, gallery.embeddings, gallery.labels, template, persons[rows], seed
-            )
+            measured[template][name] = metrics.measure(*inputs, *enrolled, persons[rows], seed, opened=opened.of(rows))
     return measured
 
 

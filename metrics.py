@@ -356,23 +356,46 @@ def _bins(scores: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class OpenSetPoint:
+    """answered, named: (Q,) bool, whether a query named its person where that is enrolled, and anybody where it is not.
+    thresholds: of both galleries."""
+
+    answered: Tensor
+    named: Tensor
+    thresholds: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class OpenSet:
     """Every query asks twice: once enrolled (score, right: whether its person came first), once a stranger (stranger:
-    the highest score in a gallery that holds other persons). All (Q,)."""
+    the highest score in the gallery that holds the other persons). half: in which of the two galleries, 0 or 1, its
+    person is enrolled; person: whom it shows. All (Q,)."""
 
     score: Tensor
     right: Tensor
     stranger: Tensor
+    half: Tensor
+    person: Tensor
 
-    def at_fpir(self, fpir: float) -> tuple[float, float] | None:
-        """(DIR, threshold): detection and identification rate, the share of enrolled queries answered right at a score
-        at or above the threshold; and the lowest threshold that names at most a share `fpir` of the strangers (false
-        positive identification rate; both ISO/IEC 19795-1). None if too few strangers ask to expect MIN_ERRORS.
+    def at_fpir(self, fpir: float) -> OpenSetPoint | None:
+        """Who is named where a share `fpir` of strangers may be (false positive identification rate; the share of
+        enrolled queries answered right is the detection and identification rate, DIR; both ISO/IEC 19795-1).
+
+        A gallery's threshold is the lowest that names at most that share of the persons who are not enrolled in it. So
+        that the promise is tested and not fitted, each stranger meets the threshold that all the others give: persons
+        who are neither enrolled nor asking. None if too few strangers ask to expect MIN_ERRORS in both galleries, or one
+        person alone.
         """
-        if len(self.stranger) * fpir < MIN_ERRORS:
-            return None
-        threshold = threshold_for(self.stranger, fpir)
-        return (self.right & (self.score >= threshold)).double().mean().item(), threshold
+        named, refused_at = torch.zeros_like(self.right), torch.zeros(2, dtype=torch.float32)
+        for gallery in (0, 1):
+            rows = (self.half != gallery).nonzero()[:, 0]
+            if len(rows) * fpir < MIN_ERRORS or len(self.person[rows].unique()) < 2:
+                return None
+            scores = self.stranger[rows]
+            refused_at[gallery] = threshold_for(scores, fpir)
+            named[rows] = scores >= thresholds_without(scores, self.person[rows], fpir)
+        answered = self.right & (self.score >= refused_at[self.half])
+        return OpenSetPoint(answered, named, tuple(refused_at.tolist()))
 
 
 def open_set(
@@ -382,6 +405,7 @@ def open_set(
 
     Queries of persons outside the gallery are left out. Raises ValueError with fewer than two persons.
     """
+    asks = truth >= 0
     persons = int(labels.max()) + 1
     if persons < 2:
         raise ValueError("an open-set test needs at least two persons in the gallery: one enrolled, one a stranger")
@@ -404,8 +428,8 @@ def open_set(
         )
         score[mated], right[mated] = found.score[mated], found.rank[mated] == 1
         stranger[~mated] = found.score[~mated]
-    asks = truth >= 0
-    return OpenSet(score[asks], right[asks], stranger[asks])
+    half_of = (~enrolled).long()[truth.clamp(min=0)]
+    return OpenSet(score[asks], right[asks], stranger[asks], half_of[asks], truth[asks])
 
 
 def threshold_for(strangers: Tensor, rate: float) -> float:
@@ -415,6 +439,26 @@ def threshold_for(strangers: Tensor, rate: float) -> float:
         return -torch.inf
     highest_refused = strangers.float().sort(descending=True).values[allowed]
     return torch.nextafter(highest_refused, torch.tensor(torch.inf)).item()
+
+
+def thresholds_without(strangers: Tensor, persons: Tensor, rate: float) -> Tensor:
+    """(N,) float32: for each stranger's score (N,) the `threshold_for` the scores of all other persons (N,)."""
+    values, order = strangers.float().sort(descending=True)
+    found = torch.empty(len(strangers))
+    by_person = persons[order].argsort(stable=True)  # places in `values`, person by person, the highest score first
+    _, sizes = persons.unique(return_counts=True)
+    for places in by_person.split(sizes.tolist()):
+        others = len(strangers) - len(places)
+        allowed = int(rate * others + 1e-9)
+        if allowed >= others:
+            found[order[places]] = -torch.inf
+            continue
+        # The place of the others' highest score that is refused: as many places lower as this person holds above it.
+        place = allowed
+        while (lower := allowed + int(torch.searchsorted(places, place, right=True))) != place:
+            place = lower
+        found[order[places]] = torch.nextafter(values[place], torch.tensor(torch.inf))
+    return found
 
 
 # --- how sure? --------------------------------------------------------------------------------------------------------
@@ -467,11 +511,42 @@ FPIRS = (1e-2, 1e-1)
 
 
 @dataclass(frozen=True)
+class OpenRates:
+    """Of each query what it adds to the figures of the open set that can be told, (Q,) float64, NaN for persons outside
+    the gallery; and the thresholds behind each DIR, the higher one of the two galleries."""
+
+    values: dict[str, Tensor]
+    thresholds: dict[str, float]
+
+    def of(self, rows: Tensor) -> "OpenRates":
+        """Those of some queries; the thresholds stay what all gave: a door knows no kinds."""
+        return OpenRates({name: value[rows] for name, value in self.values.items()}, self.thresholds)
+
+
+def open_rates(
+    queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str, seed: int
+) -> OpenRates:
+    """`open_set` at each of FPIRS; nothing where the gallery holds one person, or too few strangers ask."""
+    rates = OpenRates({}, {})
+    opened = open_set(queries, truth, sources, gallery, labels, template, seed) if int(labels.max()) else None
+    for fpir in FPIRS:
+        point = opened.at_fpir(fpir) if opened else None
+        if point is None:
+            continue
+        for name, told in ((f"DIR@FPIR={fpir:g}", point.answered), (f"FPIR of {fpir:g}", point.named)):
+            rates.values[name] = torch.full((len(queries),), torch.nan, dtype=torch.double)
+            rates.values[name][truth >= 0] = told.double()
+        rates.thresholds[f"DIR@FPIR={fpir:g}"] = max(point.thresholds)
+    return rates
+
+
+@dataclass(frozen=True)
 class Measured:
     """The figures of one set of queries under one template.
 
     figures: name -> {value, low, high}, shares in 0..1 with their 95 % interval; None where there is too little to say.
-    Names: rank-1, rank-5, rank-10, mAP, macro F1, EER, TAR@FAR=0.01, 0.001, 0.0001, DIR@FPIR=0.01, 0.1.
+    Names: rank-1, rank-5, rank-10, mAP, macro F1, EER, TAR@FAR=0.01, 0.001, 0.0001, DIR@FPIR=0.01, 0.1, and beside
+    each DIR the FPIR that was realised where so much was promised, FPIR of 0.01, 0.1.
     thresholds: cosine behind each TAR and DIR that has a value. values: name -> (Q,) float64, what each query adds to
     a figure that is a mean over queries; NaN where it does not count. cmc: (ranks,), or (P,) if fewer; roc: the curve.
     """
@@ -493,19 +568,22 @@ def measure(
     persons: Tensor,
     seed: int,
     ranks: int = 20,
+    opened: OpenRates | None = None,
 ) -> Measured:
     """Everything this module knows, of (Q, D) queries; persons: (Q,) int64, whom each shows, enrolled or not.
+
+    opened: of `open_rates`, where these queries are some of those that gave its thresholds; None: these give them.
 
     The intervals of TAR and DIR hold the threshold that all queries gave: they tell how the rate depends on the persons
     asked, not on the draw of the strangers. macro F1 and EER have none. seed: of open_set's halves and the bootstrap.
     """
     inputs = (queries, truth, sources, gallery, labels, template)
     found, curve = ranking(*inputs), roc(*inputs)
+    opened = opened or open_rates(*inputs, seed)
     enrolled = truth >= 0  # in a small gallery P + 1, the rank of nobody, may be among the first 10
     values = {f"rank-{k}": (enrolled & (found.rank <= k)).double() for k in RANKS}
     values["mAP"] = average_precision(queries, truth, sources, gallery, labels)
     thresholds, missing = {}, []
-    nothing = torch.full((len(queries),), torch.nan, dtype=torch.double)
     for far in FARS:
         name, point = f"TAR@FAR={far:g}", curve.at_far(far)
         if point is None:
@@ -514,15 +592,9 @@ def measure(
         if point[1] < torch.inf:
             thresholds[name] = point[1]
         values[name] = torch.where(enrolled, (found.genuine >= point[1]).double(), torch.nan)
-    opened = open_set(*inputs, seed) if int(labels.max()) else None
-    for fpir in FPIRS:
-        name, point = f"DIR@FPIR={fpir:g}", opened.at_fpir(fpir) if opened else None
-        if point is None:
-            missing.append(name)
-            continue
-        thresholds[name] = point[1]
-        values[name] = nothing.clone()
-        values[name][enrolled] = (opened.right & (opened.score >= point[1])).double()
+    values |= opened.values
+    thresholds |= opened.thresholds
+    missing += [name for name in OPEN_FIGURES if name not in values]
     interval = bootstrap(torch.stack(list(values.values()), 1), persons, seed)
     figures: dict[str, dict[str, float | None]] = {}
     for column, (name, value) in enumerate(values.items()):
@@ -534,11 +606,12 @@ def measure(
     return Measured({name: figures[name] for name in FIGURES}, thresholds, values, cmc(found.rank, shown), curve)
 
 
+OPEN_FIGURES = tuple(name for fpir in FPIRS for name in (f"DIR@FPIR={fpir:g}", f"FPIR of {fpir:g}"))
 FIGURES = (
     *(f"rank-{k}" for k in RANKS),
     *("mAP", "macro F1", "EER"),
     *(f"TAR@FAR={far:g}" for far in FARS),
-    *(f"DIR@FPIR={fpir:g}" for fpir in FPIRS),
+    *OPEN_FIGURES,
 )
 
 

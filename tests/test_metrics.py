@@ -1,5 +1,6 @@
 """Figures of a retrieval, against loops over all pairs in float64 and cases counted by hand."""
 
+import dataclasses
 import itertools
 import math
 
@@ -23,11 +24,13 @@ from metrics import (
     macro_f1,
     mean_templates,
     measure,
+    open_rates,
     open_set,
     person_scores,
     ranking,
     roc,
     threshold_for,
+    thresholds_without,
 )
 
 templates = pytest.mark.parametrize("template", TEMPLATES)
@@ -627,7 +630,9 @@ def test_an_open_set_is_one_split_in_halves_in_which_each_asks_once_enrolled_and
     drawn = set()
     for seed in range(6):
         found = open_set(*inputs, template, seed)
-        assert len(found.score) == len(found.right) == len(found.stranger) == int((inputs[1] >= 0).sum())
+        asks = inputs[1] >= 0
+        assert len(found.score) == len(found.right) == len(found.stranger) == int(asks.sum())
+        assert torch.equal(found.person, inputs[1][asks])
         same = [number for number, answers in enumerate(expected) if same_open_set(found, answers)]
         # Of an even number of persons a half and its complement are one split.
         assert len(same) == (2 if persons % 2 == 0 else 1)
@@ -642,7 +647,7 @@ def test_the_open_set_depends_on_the_seed_and_not_on_blocks(monkeypatch, templat
     whole = open_set(*inputs, template, seed=3)
     monkeypatch.setattr(metrics, "BLOCK_SCORES", block_scores)
     again = open_set(*inputs, template, seed=3)
-    for name in ("score", "right", "stranger"):
+    for name in ("score", "right", "stranger", "half", "person"):
         torch.testing.assert_close(getattr(whole, name), getattr(again, name), atol=1e-6, rtol=0)
 
 
@@ -673,35 +678,76 @@ def test_a_threshold_is_strictly_above_the_first_stranger_refused():
         assert threshold_for(strangers, share) == above[score]
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("fpir", [0.01, 0.1, 0.25])
-def test_dir_counts_right_answers_at_or_above_the_lowest_threshold_that_keeps_the_fpir(seed, fpir):
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize("persons", [1, 2, 7, 60])
+@pytest.mark.parametrize("steps", [10, 10**5])  # many ties, and few
+def test_a_strangers_threshold_is_that_of_all_other_persons(share, persons, steps):
+    random = np.random.default_rng(persons)
+    scores = torch.tensor((random.integers(-steps, steps, 300) / steps).astype(np.float32))
+    person = torch.tensor(random.integers(persons, size=300) ** 2)  # of uneven numbers, not 0, 1, 2, ...
+    found = thresholds_without(scores, person, share)
+    for i in range(300):
+        assert found[i].item() == threshold_for(scores[person != person[i]], share)
+
+
+def random_open_set(seed: int, queries: int = 1000, persons: int = 40) -> OpenSet:
     random = np.random.default_rng(seed)
-    score = (random.integers(0, 40, 1000) / 40).astype(np.float32)
-    stranger = (random.integers(-10, 30, 1000) / 40).astype(np.float32)
-    right = random.random(1000) < 0.7
-    found, threshold = OpenSet(*(torch.tensor(column) for column in (score, right, stranger))).at_fpir(fpir)
-    thresholds = [t for t in candidates(score, stranger) if rate(stranger, t) <= fpir]
-    assert rate(stranger, threshold) <= fpir
-    assert found == pytest.approx(max(np.mean(right & (score >= t)) for t in thresholds), abs=1e-12)
-    assert found == pytest.approx(np.mean(right & (score >= threshold)), abs=1e-12)
-    assert 0 < found < right.mean()
+    person = random.integers(persons, size=queries)
+    score = (random.integers(0, 40, queries) / 40).astype(np.float32)
+    stranger = (random.integers(-10, 30, queries) / 40).astype(np.float32)
+    right = random.random(queries) < 0.7
+    return OpenSet(*(torch.tensor(column) for column in (score, right, stranger, person % 2, person)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("fpir", [0.05, 0.1, 0.25])
+def test_nobody_meets_a_threshold_that_the_own_queries_gave(seed, fpir):
+    """Each query against the lowest threshold that keeps the FPIR among others who are not enrolled."""
+    opened = random_open_set(seed)
+    found = opened.at_fpir(fpir)
+    score, right, stranger, half, person = (column.numpy() for column in vars(opened).values())
+
+    def lowest(strangers) -> float:
+        return min(t for t in candidates(score, stranger) if rate(strangers, t) <= fpir)
+
+    for i in range(0, 1000, 7):
+        enrolled_in, other = half[i], 1 - half[i]
+        answered = right[i] and score[i] >= lowest(stranger[half != enrolled_in])
+        named = stranger[i] >= lowest(stranger[(half != other) & (person != person[i])])
+        assert (found.answered[i].item(), found.named[i].item()) == (answered, named)
+    assert 0 < found.answered.float().mean() < right.mean()
+    for gallery in (0, 1):
+        assert rate(stranger[half != gallery], found.thresholds[gallery]) <= fpir
+    assert abs(found.named.float().mean() - fpir) < 0.03
 
 
 def test_an_answer_at_the_threshold_itself_is_named_and_one_at_a_refused_strangers_score_is_not():
-    stranger = torch.full((100,), 0.5)
+    stranger = torch.full((200,), 0.5)
     score = stranger.clone()
-    score[:30] = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0))
-    found, threshold = OpenSet(score, torch.ones(100, dtype=torch.bool), stranger).at_fpir(0.1)
-    assert found == 0.3 and threshold == score[0].item()
+    score[:60] = torch.nextafter(torch.tensor(0.5), torch.tensor(1.0))
+    person = torch.arange(200)
+    found = OpenSet(score, torch.ones(200, dtype=torch.bool), stranger, person % 2, person).at_fpir(0.1)
+    assert found.answered.sum() == 60 and found.thresholds == (score[0].item(),) * 2
+    assert not found.named.any()
 
 
 @pytest.mark.parametrize(
     "strangers, fpir, enough", [(1000, 0.01, True), (999, 0.01, False), (100, 0.1, True), (99, 0.1, False)]
 )
 def test_a_fpir_with_fewer_than_ten_strangers_to_expect_has_no_dir(strangers, fpir, enough):
-    column = torch.linspace(0, 1, strangers)
-    assert (OpenSet(column, column > 0, column).at_fpir(fpir) is not None) == enough
+    column = torch.linspace(0, 1, strangers + 2000)
+    half = (torch.arange(len(column)) >= strangers).long()  # the first ones are strangers to the gallery of the others
+    person = torch.arange(len(column))
+    assert (OpenSet(column, column > 0, column, half, person).at_fpir(fpir) is not None) == enough
+
+
+def test_a_kind_that_resembles_everybody_is_named_beyond_the_promise_and_that_is_seen():
+    """One threshold for all: the tenth that scores high takes up the whole promise, and the others none of it."""
+    opened = random_open_set(0, queries=4000)
+    hubs = torch.arange(4000) % 10 == 0
+    opened = dataclasses.replace(opened, stranger=opened.stranger.where(~hubs, opened.stranger + 1))
+    named = opened.at_fpir(0.05).named.float()
+    assert named[hubs].mean() > 0.4 and named[~hubs].mean() == 0 and abs(named.mean() - 0.05) < 0.01
 
 
 # --- bootstrap --------------------------------------------------------------------------------------------------------
@@ -849,13 +895,16 @@ def test_measure_reports_each_figure_as_the_functions_give_it(template, sources)
     assert tuple(found.figures) == FIGURES
     assert set(FIGURES) == {
         *("rank-1", "rank-5", "rank-10", "mAP", "macro F1", "EER"),
-        *("TAR@FAR=0.01", "TAR@FAR=0.001", "TAR@FAR=0.0001", "DIR@FPIR=0.01", "DIR@FPIR=0.1"),
+        *("TAR@FAR=0.01", "TAR@FAR=0.001", "TAR@FAR=0.0001"),
+        *("DIR@FPIR=0.01", "FPIR of 0.01", "DIR@FPIR=0.1", "FPIR of 0.1"),
     }
-    ranked, curve, opened = ranking(*inputs, template), roc(*inputs, template), open_set(*inputs, template, 7)
+    ranked, curve = ranking(*inputs, template), roc(*inputs, template)
+    opened = open_set(*inputs, template, 7).at_fpir(0.1)
     expected = {f"rank-{k}": np.mean(ranked.rank.numpy() <= k) for k in (1, 5, 10)}
     expected |= {"mAP": average_precision(*inputs).mean().item(), "macro F1": macro_f1(ranked.predicted, truth)}
     points = {f"TAR@FAR={far}": curve.at_far(far) for far in (0.01, 0.001)}
-    points |= {f"DIR@FPIR={fpir}": opened.at_fpir(fpir) for fpir in (0.1,)}
+    points["DIR@FPIR=0.1"] = opened.answered.double().mean().item(), max(opened.thresholds)
+    expected["FPIR of 0.1"] = opened.named.double().mean().item()
     expected |= {"EER": curve.eer()} | {name: point[0] for name, point in points.items()}
     for name in FIGURES:
         if name in expected:
@@ -875,7 +924,7 @@ def test_a_figure_is_the_mean_of_its_values_and_lies_in_the_interval_of_them(tem
     inputs, persons = big_case()
     truth = inputs[1]
     found = measure(*inputs, template, persons, 7)
-    names = set(FIGURES) - {"macro F1", "EER", "TAR@FAR=0.0001", "DIR@FPIR=0.01"}
+    names = set(FIGURES) - {"macro F1", "EER", "TAR@FAR=0.0001", "DIR@FPIR=0.01", "FPIR of 0.01"}
     assert set(found.values) == names
     ones = {"rank-1", "rank-5", "rank-10", "mAP"}
     for name in names:
@@ -892,10 +941,10 @@ def test_a_figure_is_the_mean_of_its_values_and_lies_in_the_interval_of_them(tem
         assert found.figures[name]["low"] is None and found.figures[name]["high"] is None
 
 
-def test_dir_at_a_fpir_of_one_in_a_hundred_is_reported_of_a_thousand_strangers():
+def test_dir_at_a_fpir_of_one_in_a_hundred_is_reported_of_a_thousand_strangers_to_each_half():
     inputs, persons = big_case()
-    asked = [torch.cat([tensor, tensor]) for tensor in inputs[:3]]
-    found = measure(*asked, *inputs[3:], "mean", persons.repeat(2), 7)
+    asked = [torch.cat([tensor] * 3) for tensor in inputs[:3]]
+    found = measure(*asked, *inputs[3:], "mean", persons.repeat(3), 7)
     low, high = (found.figures[f"DIR@FPIR={fpir}"]["value"] for fpir in (0.01, 0.1))
     assert 0 < low < high < 1
     assert found.thresholds["DIR@FPIR=0.01"] > found.thresholds["DIR@FPIR=0.1"]
@@ -941,11 +990,26 @@ def test_a_gallery_of_one_person_has_ranks_and_no_open_set(template):
     assert found.figures["DIR@FPIR=0.1"]["value"] is None and found.roc.impostor_pairs == 8
 
 
-def test_two_persons_are_enough_for_an_open_set():
-    scores = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).repeat(50, 1)
-    found = measure(*given(scores, torch.arange(100) % 2), "mean", torch.arange(100) % 2, 0)
-    assert found.figures["DIR@FPIR=0.1"]["value"] == 1.0  # 0.75 as oneself, 0.25 as a stranger
+def test_four_persons_are_the_fewest_for_an_open_set():
+    """Two in either half: somebody to be refused, and somebody else to tell at which cosine."""
+    scores = (torch.eye(4) / 2 + 0.25).repeat(50, 1)  # 0.75 as oneself, 0.25 as a stranger
+    found = measure(*given(scores, torch.arange(200) % 4), "mean", torch.arange(200) % 4, 0)
+    assert found.figures["DIR@FPIR=0.1"]["value"] == 1.0 and found.figures["FPIR of 0.1"]["value"] == 0.0
     assert 0.25 < found.thresholds["DIR@FPIR=0.1"] < 0.250001
+    scores = torch.tensor([[0.75, 0.25], [0.25, 0.75]]).repeat(100, 1)
+    found = measure(*given(scores, torch.arange(200) % 2), "mean", torch.arange(200) % 2, 0)
+    assert found.figures["DIR@FPIR=0.1"]["value"] is None
+
+
+def test_the_queries_of_a_kind_meet_the_threshold_of_all():
+    inputs, persons = big_case()
+    opened = open_rates(*inputs, "mean", 7)
+    whole = measure(*inputs, "mean", persons, 7)
+    rows = torch.arange(0, 1200, 5)
+    part = measure(*(of[rows] for of in inputs[:3]), *inputs[3:], "mean", persons[rows], 7, opened=opened.of(rows))
+    for name in ("DIR@FPIR=0.1", "FPIR of 0.1"):
+        torch.testing.assert_close(part.values[name], whole.values[name][rows], rtol=0, atol=0, equal_nan=True)
+    assert part.thresholds["DIR@FPIR=0.1"] == whole.thresholds["DIR@FPIR=0.1"]
 
 
 def test_a_measure_without_an_error_has_the_binomial_bound_of_its_persons():
@@ -966,7 +1030,7 @@ def test_with_queries_of_strangers_alone_there_is_nothing_to_accept():
     truth = torch.full((1200,), -1)
     found = measure(inputs[0], truth, truth, *inputs[3:], "mean", torch.arange(1200) % 40, 0)
     values = {name: figure["value"] for name, figure in found.figures.items()}
-    assert [values[name] for name in FIGURES[:5]] == [0.0] * 5 and [values[name] for name in FIGURES[5:]] == [None] * 6
+    assert [values[name] for name in FIGURES[:5]] == [0.0] * 5 and [values[name] for name in FIGURES[5:]] == [None] * 8
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_evaluate_says_which_figures_too_few_samples_forbid(trained, capsys):
     evaluate.main()
     printed = capsys.readouterr().out
     assert "same: TAR@FAR=0.001 is not reported, 6 impostor pairs of 10000 needed" in printed
-    assert "same: DIR@FPIR=0.1 is not reported, 6 strangers' queries of 100 needed" in printed
+    assert "same: DIR@FPIR=0.1 is not reported, 6 strangers' queries of 200 needed" in printed
 
 
 @pytest.mark.parametrize(
