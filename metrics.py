@@ -383,8 +383,8 @@ class OpenSet:
 
         A gallery's threshold is the lowest that names at most that share of the persons who are not enrolled in it. So
         that the promise is tested and not fitted, each stranger meets the threshold that all the others give: persons
-        who are neither enrolled nor asking. None if too few strangers ask to expect MIN_ERRORS in both galleries, or one
-        person alone.
+        who are neither enrolled nor asking. None if too few strangers ask to expect MIN_ERRORS in both galleries, or
+        those of one person alone.
         """
         named, refused_at = torch.zeros_like(self.right), torch.zeros(2, dtype=torch.float32)
         for gallery in (0, 1):
