@@ -473,14 +473,25 @@ def test_a_nan_in_one_process_is_skipped_by_both(root, two, rank):
     assert two.stderr.count("epoch 1, batch 2: the loss is nan; the step is skipped") == 2  # once in each of two runs
 
 
-def test_one_process_goes_on_with_the_run_of_two_that_a_notice_to_one_of_them_stopped(root, one, tmp_path):
-    constants = ALIKE | {"SAVE_EVERY": 0}
-    with child(tmp_path / "first", job("run", root, tmp_path, 1, constants, stop_at=[7, 1]), processes=2) as stopped:
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_in_another_number_of_processes(root, one, tmp_path, stage, first, then):
+    """Stopped by a notice to the last of its processes, in the second of two epochs."""
+    constants = (ALIKE if stage == 1 else {"FREEZE_BATCHNORM": True}) | {"SAVE_EVERY": 0}
+    update, batches = (7, 5) if stage == 1 else (3, 2)
+    start = {"start": "shared"} if stage == 2 else {}
+    stop = job("run", root, tmp_path, stage, constants, stop_at=[update, first - 1], **start)
+    with child(tmp_path / "first", stop, processes=first) as stopped:
         stopped.end()
     last = tmp_path / "run" / "last.pt"
-    told = f"stopped after batch 2 of 5 in epoch 2, saved {last}; set RESUME = True to go on from there"
+    told = f"stopped after batch {update - batches} of {batches} in epoch 2, saved {last}; set RESUME = True to go on"
     assert stopped.process.returncode != 0
     assert told in stopped.stderr
-    assert checkpoint(tmp_path / "run")["updates"] == 7
-    done(tmp_path / "again", job("run", root, tmp_path, 1, constants | {"RESUME": True}))
-    assert_close_run(tmp_path / "run", root / "runs" / "shared")
+    assert checkpoint(tmp_path / "run")["updates"] == update
+    again = done(
+        tmp_path / "again", job("run", root, tmp_path, stage, constants | {"RESUME": True}, **start), processes=then
+    )
+    assert_close_run(tmp_path / "run", root / "runs" / ("shared" if stage == 1 else "shared stage 2"))
+    if stage == 1:
+        seen = sorted(i for rank in range(then) for name, epoch, i in again.result(rank)["seen"] if epoch == 2)
+        assert len(seen) == len(set(seen)) == 21 - 9  # the first two batches hold 5 and 4 of the 21 photos
