@@ -199,6 +199,13 @@ def _copies(person: Person) -> dict[Path, tuple[Path, ...]]:
     return {source: tuple(paths) for source, paths in copies.items()}
 
 
+def listing(persons: Sequence[Person]) -> str:
+    """What tells one set of files from another: their number, and 12 hexadecimal digits of their names and persons."""
+    names = [f"{person.name}/{path.name}" for person in persons for path in person.clean + person.distorted]
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+    return f"{len(names)} files, {digest}"
+
+
 def warn_shared(train: Sequence[Person], val: Sequence[Person]) -> None:
     """Tell what would make val figures flatter or labels wrong: persons of both splits, and one image file (by content)
     under two persons, within or across the splits."""

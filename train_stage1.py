@@ -23,6 +23,7 @@ from datasets import (
     RandomDistortion,
     ShuffledBatches,
     eval_transform,
+    listing,
     scan_persons,
     split_holdout,
     train_transform,
@@ -164,6 +165,7 @@ def main() -> None:
         "holdout": holdout,
         "template": TEMPLATE,
         "chosen_by": gallery.CHOICE,
+        "data": listing(train_persons),
     }
     run = training.Run(
         *(RUN_DIR, facts, {"model": model, "head": head}, optimizer, scheduler, loader),

@@ -24,6 +24,7 @@ from datasets import (
     PersonBatches,
     RandomDistortion,
     eval_transform,
+    listing,
     scan_persons,
     train_transform,
     warn_shared,
@@ -113,8 +114,9 @@ def main() -> None:
 
     # Data: pairs of a clean photo and its distorted copy, of the persons that stage 1 trained on.
     train_dir, val_dir = DATA_DIR / "train", DATA_DIR / "val"
+    train_persons = scan_persons(train_dir, check_images=CHECK_IMAGES)
     warn_shared(
-        scan_persons(train_dir, check_images=CHECK_IMAGES),
+        train_persons,
         [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES),
     )
     if PHOTOS_PER_PERSON % 2:
@@ -166,7 +168,7 @@ def main() -> None:
     facts = {key: stage1[key] for key in ("dropout", "pretrained", "holdout")}
     facts |= {"stage": 2, "image_size": image_size, "face_crop": share, "crops": model.crops and asdict(model.crops)}
     facts |= {"persons": train_set.persons, "template": TEMPLATE, "seed": SEED, "freeze_until": FREEZE_UNTIL}
-    facts |= {"chosen_by": gallery.CHOICE}
+    facts |= {"chosen_by": gallery.CHOICE, "data": listing(train_persons)}
     facts |= {"teacher": str(TEACHER), "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
     facts |= {"distort": [CLEAN, DISTORT, DISTORT_MOST], "skip_kinds": list(SKIP_KINDS), "photos": len(train_set)}
     run = training.Run(

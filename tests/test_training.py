@@ -802,6 +802,18 @@ def test_resume_with_other_persons_is_refused(tiny_runs, trained):
         trained(stage1, "run", RESUME=True)
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_resume_with_as_many_other_photos_is_refused(tiny_runs, trained, stage):
+    trained(tiny_runs[0], "stage1", EPOCHS=1)
+    script = tiny_runs[stage]
+    trained(script, "run", EPOCHS=1)
+    path = next((script.DATA_DIR / "train").glob("*/distortion/*.png"))
+    path.rename(path.with_name(f"other_{path.name}"))
+    told = r"cannot be resumed, data has changed \(21 files, \w{12} then, 21 files, \w{12} now\)"
+    with pytest.raises(ValueError, match=told):
+        trained(script, "run", RESUME=True)
+
+
 def test_resume_where_there_is_nothing_to_resume_tells_to_turn_it_off(tiny_runs, trained):
     stage1, _ = tiny_runs
     with pytest.raises(FileNotFoundError, match="no checkpoint") as error:
