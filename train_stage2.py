@@ -71,7 +71,7 @@ PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs togethe
 PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
 SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
 CLEAN = 0.1  # share of the positives that are the clean photo itself, 0..0.5
-DISTORT = 0.5  # share of the positives that are the clean photo distorted anew, at random, not a file on disk, 0..1
+DISTORT = 0.2  # share of the positives that are the clean photo distorted anew, at random, not a file on disk, 0..1
 DISTORT_MOST = 2  # kinds on one such photo, 1..7
 CROP_ZOOM = 0.1  # the crop's side varies by +- this share of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this share of the shorter side, 0..0.1
