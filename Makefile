@@ -7,7 +7,7 @@ demo: .venv/installed  ## sample faces, stage 1, stage 2, evaluation: about 5 mi
 	$(BIN)/python demo.py
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
