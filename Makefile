@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint clean
 
-demo: .venv/installed  ## sample faces, stage 1, stage 2, evaluation: about 5 minutes on 2 cores
+demo: .venv/installed  ## sample faces, stage 1, stage 2, evaluation: about 8 minutes on one core
 	$(BIN)/python demo.py
 
 test: .venv/installed-dev

@@ -434,11 +434,16 @@ def open_set(
 
 def threshold_for(strangers: Tensor, rate: float) -> float:
     """The lowest float32 threshold that at most a share `rate` of the `strangers`' scores (N,) reach."""
-    allowed = int(rate * len(strangers) + 1e-9)  # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
+    allowed = _allowed(rate, len(strangers))
     if allowed >= len(strangers):
         return -torch.inf
     highest_refused = strangers.float().sort(descending=True).values[allowed]
     return torch.nextafter(highest_refused, torch.tensor(torch.inf)).item()
+
+
+def _allowed(rate: float, strangers: int) -> int:
+    """How many of so many strangers a share `rate` is, rounded down."""
+    return int(rate * strangers + 1e-9)  # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
 
 
 def thresholds_without(strangers: Tensor, persons: Tensor, rate: float) -> Tensor:
@@ -449,7 +454,7 @@ def thresholds_without(strangers: Tensor, persons: Tensor, rate: float) -> Tenso
     _, sizes = persons.unique(return_counts=True)
     for places in by_person.split(sizes.tolist()):
         others = len(strangers) - len(places)
-        allowed = int(rate * others + 1e-9)
+        allowed = _allowed(rate, others)
         if allowed >= others:
             found[order[places]] = -torch.inf
             continue
@@ -583,35 +588,31 @@ def measure(
     enrolled = truth >= 0  # in a small gallery P + 1, the rank of nobody, may be among the first 10
     values = {f"rank-{k}": (enrolled & (found.rank <= k)).double() for k in RANKS}
     values["mAP"] = average_precision(queries, truth, sources, gallery, labels)
-    thresholds, missing = {}, []
+    thresholds = {}
     for far in FARS:
         name, point = f"TAR@FAR={far:g}", curve.at_far(far)
         if point is None:
-            missing.append(name)
             continue
         if point[1] < torch.inf:
             thresholds[name] = point[1]
         values[name] = torch.where(enrolled, (found.genuine >= point[1]).double(), torch.nan)
     values |= opened.values
     thresholds |= opened.thresholds
-    missing += [name for name in OPEN_FIGURES if name not in values]
     interval = bootstrap(torch.stack(list(values.values()), 1), persons, seed)
-    figures: dict[str, dict[str, float | None]] = {}
+    figures: dict[str, dict] = {name: {"value": None, "low": None, "high": None} for name in FIGURES}
     for column, (name, value) in enumerate(values.items()):
         figures[name] = {"value": value.nanmean().item()} | _ends(interval, column)
     for name, value in (("macro F1", macro_f1(found.predicted, truth)), ("EER", curve.eer())):
         figures[name] = {"value": value, "low": None, "high": None}
-    figures |= {name: {"value": None, "low": None, "high": None} for name in missing}
     shown = min(ranks, int(labels.max()) + 1)
-    return Measured({name: figures[name] for name in FIGURES}, thresholds, values, cmc(found.rank, shown), curve)
+    return Measured(figures, thresholds, values, cmc(found.rank, shown), curve)
 
 
-OPEN_FIGURES = tuple(name for fpir in FPIRS for name in (f"DIR@FPIR={fpir:g}", f"FPIR of {fpir:g}"))
 FIGURES = (
     *(f"rank-{k}" for k in RANKS),
     *("mAP", "macro F1", "EER"),
     *(f"TAR@FAR={far:g}" for far in FARS),
-    *OPEN_FIGURES,
+    *(name for fpir in FPIRS for name in (f"DIR@FPIR={fpir:g}", f"FPIR of {fpir:g}")),
 )
 
 

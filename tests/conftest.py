@@ -96,6 +96,28 @@ def tiny_runs(monkeypatch, task_b, tmp_path):
     return train_stage1, train_stage2
 
 
+FRAME = 154  # pixels: its centre of 0.52 is 80 wide, rows and columns 37..116
+
+
+def tell_apart(model: FaceNet, side: int, brightest: float = 1.0) -> FaceNet:
+    """Make a random network tell images apart, by torch's own generator: BatchNorm gets the statistics of some images
+    of `side` pixels up to `brightest`, not the first 0 and 1, in each network as that one sees them. In eval mode."""
+    with torch.no_grad():
+        for norm in (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            norm.momentum = 1.0
+            norm.weight.uniform_(0.5, 1.5)
+            norm.bias.normal_(0, 0.1)
+        model.train()(brightest * (2 * torch.rand(8, 3, side, side) - 1))
+    return model.eval()
+
+
+def noise_frames(count: int, burnt: int, seed: int) -> torch.Tensor:
+    """`count` standardized frames of noise; the one of number `burnt` is white where the face would be."""
+    frames = 0.9 * (2 * torch.rand(count, 3, FRAME, FRAME, generator=torch.Generator().manual_seed(seed)) - 1)
+    frames[burnt, :, 37:117, 37:117] = 127.5 / 128
+    return frames
+
+
 class MakesFolderWhenLoaded:
     """Creates the folder `path` when unpickled: what a malicious file could do with any command."""
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TinyNet, write_photo
+from conftest import FRAME, TinyNet, noise_frames, tell_apart, write_photo
 from torch import nn
 
 import export_onnx
@@ -23,15 +23,7 @@ SIZE = 80  # pixels: 76 is the least, and a tight size would hide an input size 
 def facenet() -> FaceNet:
     """A random network that tells images apart: BatchNorm has the statistics of some, not the first 0 and 1."""
     torch.manual_seed(0)
-    model = FaceNet(None, dropout=0.4)
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum = 1.0
-        norm.weight.data.uniform_(0.5, 1.5)
-        norm.bias.data.normal_(0, 0.1)
-    with torch.no_grad():
-        model(2 * torch.rand(8, 3, SIZE, SIZE) - 1)
-    return model.eval()
+    return tell_apart(FaceNet(None, dropout=0.4), SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +294,6 @@ def test_the_script_writes_nothing_when_an_embedding_is_not_a_number(script, mon
 
 # --- two crops --------------------------------------------------------------------------------------------------------
 
-FRAME = 154  # pixels, whose centre of 0.52 is SIZE wide
 BURNT_ONE = 2  # which of `frames`
 
 
@@ -310,22 +301,13 @@ BURNT_ONE = 2  # which of `frames`
 def two_crops() -> FaceNet:
     """As `facenet`, with another network for the whole frame."""
     torch.manual_seed(0)
-    model = FaceNet(None, dropout=0.4, crops=Crops(face=0.52, wide_size=76, wide_weight=0.3))
-    for norm in (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
-        norm.momentum = 1.0
-        norm.weight.data.uniform_(0.5, 1.5)  # the two networks part here
-        norm.bias.data.normal_(0, 0.1)
-    with torch.no_grad():
-        model(1.8 * torch.rand(8, 3, FRAME, FRAME) - 0.9)
-    return model.eval()
+    return tell_apart(FaceNet(None, dropout=0.4, crops=Crops(face=0.52, wide_size=76, wide_weight=0.3)), FRAME, 0.9)
 
 
 @pytest.fixture(scope="module")
 def frames() -> torch.Tensor:
     """Five of noise; BURNT_ONE is white where the face would be."""
-    frames = 1.8 * torch.rand(5, 3, FRAME, FRAME, generator=torch.Generator().manual_seed(1)) - 0.9
-    frames[BURNT_ONE, :, 37:117, 37:117] = 127.5 / 128
-    return frames
+    return noise_frames(5, BURNT_ONE, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MakesFolderWhenLoaded, same_tensors
+from conftest import FRAME, MakesFolderWhenLoaded, noise_frames, same_tensors, tell_apart
 from PIL import Image
 
 from datasets import eval_transform
@@ -520,7 +520,6 @@ def test_a_copy_freezes_blocks_of_its_own():
 
 # --- two crops of a frame ---------------------------------------------------------------------------------------------
 
-FRAME = 154  # pixels: its centre of 0.52 is 80 wide, rows and columns 37..116
 CROPS = Crops(face=0.52, wide_size=76, wide_weight=0.3)
 BURNT_ONE = 1  # which of `frames`
 
@@ -533,23 +532,15 @@ def two_crops(model) -> FaceNet:
     """
     network = copy.deepcopy(model)
     network.widen(CROPS)
-    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        for norm in norms:
-            norm.momentum = 1.0
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.1)
-        network.train()(1.8 * torch.rand(6, 3, FRAME, FRAME) - 0.9)
-    return network.eval()
+        return tell_apart(network, FRAME, 0.9)
 
 
 @pytest.fixture(scope="module")
 def frames() -> torch.Tensor:
     """Three of noise; BURNT_ONE is white where the face would be."""
-    frames = 1.8 * torch.rand(3, 3, FRAME, FRAME, generator=torch.Generator().manual_seed(3)) - 0.9
-    frames[BURNT_ONE, :, 37:117, 37:117] = 127.5 / 128
-    return frames
+    return noise_frames(3, BURNT_ONE, seed=3)
 
 
 def without_weights(crops: Crops | None) -> FaceNet:
