@@ -296,7 +296,7 @@ class FaceCrop:
 
     fraction: side of the crop as a share (0..1] of the photo's shorter side.
     zoom, shift: random jitter of the side (+-share of it) and of the centre (+-share of the shorter side), 0 = none,
-    drawn from torch's generator and kept inside the photo.
+    drawn from torch's generator; beyond the photo's edges its mirror image goes on.
     Raises ValueError if one of them is out of range.
     """
 
@@ -317,9 +317,14 @@ class FaceCrop:
         side, x, y = self.fraction * shorter, width / 2, height / 2
         if self.zoom or self.shift:
             zoom, dx, dy = (2 * torch.rand(3) - 1).tolist()
-            side = min(side * (1 + self.zoom * zoom), shorter)
-            x = min(max(x + self.shift * shorter * dx, side / 2), width - side / 2)
-            y = min(max(y + self.shift * shorter * dy, side / 2), height - side / 2)
+            side = side * (1 + self.zoom * zoom)
+            x, y = x + self.shift * shorter * dx, y + self.shift * shorter * dy
+            # Kept inside instead, a crop of nearly the whole photo could neither move nor grow.
+            beyond = math.ceil(max(0, side / 2 - min(x, y, width - x, height - y)))
+            if beyond:
+                pixels = np.pad(np.asarray(image), ((beyond, beyond), (beyond, beyond), (0, 0)), mode="symmetric")
+                image, x, y = Image.fromarray(pixels), x + beyond, y + beyond
+                width, height = image.size
         # Rounding may put a corner a hair outside the photo, which Pillow refuses.
         box = (max(x - side / 2, 0), max(y - side / 2, 0), min(x + side / 2, width), min(y + side / 2, height))
         return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)

@@ -449,18 +449,24 @@ def test_jitter_moves_and_scales_the_crop_within_its_bounds():
     assert 88 <= min(sides) < 94 and 106 < max(sides) <= 112  # 100 +- 10 %
 
 
-def test_a_jittered_crop_at_the_photos_edge_stays_square():
+def test_a_crop_of_the_whole_photo_grows_and_moves_too_into_its_mirror_image():
     ramp = np.zeros((150, 200, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(200)[None, :], np.arange(150)[:, None]  # red: column, green: row
-    crop = FaceCrop(100, 0.9, zoom=0.3, shift=0.5)
+    crop = FaceCrop(100, 1.0, zoom=0.2, shift=0.1)
     torch.manual_seed(0)
-    touched = 0
-    for _ in range(100):
+    sides, middles, turned = [], [], 0
+    for _ in range(200):
         pixels = np.asarray(crop(Image.fromarray(ramp))).astype(float)
-        columns, rows = np.ptp(pixels[50, 10:90, 0]), np.ptp(pixels[10:90, 50, 1])
-        assert columns == pytest.approx(rows, abs=2) and columns > 73  # 79 of 100 pixels, side >= 0.7 * 0.9 * 150
-        touched += pixels[0, 0].min() == 0 or pixels[-1, -1, 0] >= 198 or pixels[-1, -1, 1] >= 148
-    assert touched > 50  # the jitter does push against the edges
+        across, down = (pixels[50, 45:55, 0], pixels[45:55, 50, 1])
+        assert np.ptp(across) == pytest.approx(np.ptp(down), abs=1)  # square, and no edge is drawn into the middle
+        sides.append(np.ptp(pixels[50, 30:71, 0]) / 40 * 100)
+        middles.append(pixels[50, 50, 1])
+        rows = np.diff(pixels[:, 50, 1])
+        turned += (rows < 0).any()  # the rows count back beyond the edge
+        assert pixels[..., 1].max() <= 149 and (np.abs(rows) <= 2).all()  # nothing but the photo, without a jump
+    assert 118 <= min(sides) < 125 and 175 < max(sides) <= 182  # 150 +- 20 %
+    assert 60 <= min(middles) < 64 and 86 < max(middles) <= 90  # 75 +- 0.1 * 150
+    assert 100 < turned < 200
 
 
 def test_a_jittered_crop_fits_into_photos_of_any_size():
