@@ -73,6 +73,7 @@ class FaceNet(nn.Module):
     that of the whole frame, w = wide_weight, and the gate g is 0 where the face is burnt out and 1 elsewhere. So one
     cosine compares faces, with w^2 / (1 + w^2) of it from hair, clothes and background, and where a photo shows no
     face all of what it says is the latter's. f knows persons, v knows photos.
+    With `mirror`, f and v are in eval mode each the mean of an image's and its mirror image's, of norm 1 again.
     Raises what `load_pretrained` raises.
     """
 
@@ -82,8 +83,10 @@ class FaceNet(nn.Module):
         dropout: float,
         freeze_until: str | None = None,
         crops: Crops | None = None,
+        mirror: bool = False,
     ):
         super().__init__()
+        self.mirror = mirror
         if freeze_until is not None and freeze_until not in BLOCKS:
             raise ValueError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, BLOCKS))}")
         if not 0 <= dropout < 1:
@@ -120,10 +123,12 @@ class FaceNet(nn.Module):
         wide = self._embed(self.wide, self.whole(images))
         return F.normalize(torch.cat([self.gate(images)[:, None] * face, self.crops.wide_weight * wide], 1))
 
-    @staticmethod
-    def _embed(network: nn.Module, images: Tensor) -> Tensor:
+    def _embed(self, network: nn.Module, images: Tensor) -> Tensor:
         # The backbone normalizes too, but under autocast in half precision, which is 1 only to three digits.
-        return F.normalize(network(images).float())
+        embedding = F.normalize(network(images).float())
+        if self.mirror and not self.training:
+            embedding = F.normalize(embedding + F.normalize(network(images.flip(3)).float()))
+        return embedding
 
     def face(self, frames: Tensor) -> Tensor:
         """The face crop: the centre of whole frames, pixel for pixel; without crops, the images as they are."""

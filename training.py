@@ -350,8 +350,13 @@ def restore(path: Path, saved: dict, parts: dict) -> None:
             ) from error
 
 
-def load_facenet(path: Path | str, device: torch.device | str, freeze_until: str | None = None) -> tuple[FaceNet, dict]:
-    """The model of a checkpoint, on `device` in channels_last, and everything else that the checkpoint knows."""
+def load_facenet(
+    path: Path | str, device: torch.device | str, freeze_until: str | None = None, **changed
+) -> tuple[FaceNet, dict]:
+    """The model of a checkpoint, on `device` in channels_last, and everything else that the checkpoint knows.
+
+    changed: FaceNet's `dropout` and `mirror`, where they are not to be the checkpoint's.
+    """
     path = Path(path)
     saved = read_checkpoint(path)
     crops = saved.get("crops")
@@ -359,7 +364,8 @@ def load_facenet(path: Path | str, device: torch.device | str, freeze_until: str
         crops = crops and Crops(**crops)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its crops {crops!r} are none that this version knows ({error})") from error
-    model = FaceNet(None, saved["dropout"], freeze_until, crops)
+    options = {"dropout": saved["dropout"], "mirror": saved.get("mirror") is True} | changed
+    model = FaceNet(None, freeze_until=freeze_until, crops=crops, **options)
     restore(path, saved, {"model": model})
     return model.to(device, memory_format=torch.channels_last), saved
 

@@ -381,6 +381,17 @@ def test_an_exported_file_of_two_crops_gives_1024_columns_for_no_image_and_knows
         fast.OnnxFaceNet(wide_content, SIZE)
 
 
+def test_a_mirrored_network_is_mirrored_fused_and_exported_too(two_crops, frames, of_frames):
+    pytest.importorskip("onnxruntime")
+    mirrored = copy.deepcopy(two_crops)
+    mirrored.mirror = True
+    with torch.inference_mode():
+        expected = mirrored(frames)
+    assert greatest_difference(expected, of_frames) > 1e-3
+    check_same(fast.fused(mirrored)(frames), expected)
+    check_same(fast.OnnxFaceNet(fast.to_onnx(mirrored, FRAME, {}), FRAME)(frames), expected)
+
+
 @pytest.mark.parametrize("width", [256, 1536])
 def test_a_file_whose_embeddings_are_neither_512_nor_1024_wide_is_refused(width):
     pytest.importorskip("onnx")

@@ -830,3 +830,29 @@ def test_without_crops_images_are_faces_and_every_part_is_all_there_is(model, im
         torch.testing.assert_close(model(images, part), expected, rtol=0, atol=1e-6)
     white = torch.full((1, 3, 80, 80), 127.5 / 128)
     assert model(white).norm().item() == pytest.approx(1, abs=1e-6)  # no gate here
+
+
+@pytest.mark.parametrize("with_crops", [False, True])
+@torch.inference_mode()
+def test_a_mirrored_embedding_is_the_mean_of_an_image_and_its_mirror_image_and_knows_no_side(
+    two_crops, model, frames, images, with_crops
+):
+    plain, asked = (two_crops, frames) if with_crops else (model, images)
+    mirrored = copy.deepcopy(plain).eval()
+    mirrored.mirror = True
+    for part in ("face", "wide") if with_crops else ("face",):
+        of_two = [F.normalize(plain(seen, part).double()) for seen in (asked, asked.flip(3))]
+        assert (of_two[0] - of_two[1]).abs().max() > 1e-3  # a network alone does tell the sides apart
+        expected = (of_two[0] + of_two[1]) / (of_two[0] + of_two[1]).norm(dim=1, keepdim=True)
+        torch.testing.assert_close(mirrored(asked, part).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(mirrored(asked), mirrored(asked.flip(3)), rtol=0, atol=1e-4)
+    if with_crops:  # each part by its weight, as without a mirror: the gate is closed for one
+        assert mirrored(asked)[:, :512].norm(dim=1).tolist() == pytest.approx(
+            plain(asked)[:, :512].norm(dim=1).tolist(), abs=1e-6
+        )
+    in_training = mirrored.train()
+    torch.manual_seed(0)
+    found = in_training(asked)
+    torch.manual_seed(0)
+    again = copy.deepcopy(plain).train()(asked)
+    torch.testing.assert_close(found, again, rtol=0, atol=1e-6)  # each image as it is drawn, then

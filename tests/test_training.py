@@ -912,13 +912,15 @@ def test_stage_2_starts_from_stage_1_and_takes_over_its_crop_or_the_frame_around
     start = widened(best1["model"]) if wide_weight else best1["model"]
     assert last2["model"].keys() == start.keys()
     assert all(torch.equal(last2["model"][name], start[name]) for name in start if not name.endswith("tracked"))
-    for name in ("dropout", "pretrained", "holdout"):
+    for name in ("pretrained", "holdout"):
         assert best2[name] == best1[name]
+    assert (best2["dropout"], best2["mirror"]) == (stage2.DROPOUT, stage2.MIRROR)
     assert (best2["image_size"], best2["face_crop"], best2["crops"]) == frame
     assert (best1["stage"], best2["stage"], best2["teacher"]) == (1, 2, "None")
     if not wide_weight:
         assert last2["history"][0]["top1"] == best1["top1"]
     model, _ = training.load_facenet(stage2.RUN_DIR / "best.pt", CPU)
+    assert model.mirror and not training.load_facenet(stage1.RUN_DIR / "best.pt", CPU)[0].mirror
     assert (model.crops and vars(model.crops)) == frame[2]
     assert model.eval()(torch.zeros(2, 3, frame[0], frame[0])).shape == (2, 1024 if wide_weight else 512)
 
