@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from facenet_pytorch.models.inception_resnet_v1 import BasicConv2d, InceptionResnetV1
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from models import EMBEDDING_DIM
 from training import atomic_file
 
-BACKENDS = ("torch", "fused", "compiled", "onnxruntime")
+BACKENDS = ("torch", "fused", "compiled", "onnxruntime", "openvino")
 OPSET = 17  # of ONNX: runtimes since 2022 read it, and nothing here needs a later one
 INPUT, OUTPUT = "images", "embeddings"  # names in the ONNX file
 
@@ -27,21 +28,24 @@ def accelerated(model: nn.Module, backend: str, image_size: int, device: torch.d
 
     "torch": `model` itself, as it is. The others are copies, which later training does not reach:
     "fused": see `fused`. "compiled": that through torch.compile, which takes a minute or so at the first batch, again
-    at the first batch of another size, and a C++ compiler. "onnxruntime": see OnnxFaceNet; on the CPU only.
+    at the first batch of another size, and a C++ compiler. "onnxruntime": see OnnxFaceNet; "openvino": see
+    OpenVinoFaceNet; both on the CPU only.
     A copy has a `fingerprint` of its own: take that of `model`.
-    Raises ValueError for another backend, onnxruntime on a GPU, or a package that is not installed.
+    Raises ValueError for another backend, one of these two on a GPU, or a package that is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return model
-    if backend == "onnxruntime":
+    for exported in (OnnxFaceNet, OpenVinoFaceNet):
+        if backend != exported.package:
+            continue
         if torch.device(device).type != "cpu":
             raise ValueError(
-                f"BACKEND = 'onnxruntime': runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
+                f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
             )
-        _package("onnxruntime")  # before the export takes its second
-        return OnnxFaceNet(to_onnx(model, image_size, {}), image_size)
+        _package(backend)  # before the export takes its second
+        return exported(to_onnx(model, image_size, {}), image_size)
     network = fused(model).to(device)
     return torch.compile(network) if backend == "compiled" else network
 
@@ -110,35 +114,33 @@ def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -
     return graph.SerializeToString()
 
 
-class OnnxFaceNet(nn.Module):
-    """An ONNX file of `export`, or its bytes, run by onnxruntime with torch's number of threads, on the CPU.
+class _Exported(nn.Module):
+    """An ONNX file of `export`, or its bytes, run by another runtime than torch, with torch's number of threads, on the
+    CPU.
 
     Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format -> embeddings (B, D) float32 of
-    norm 1, without gradients. metadata: the file's, strings by name.
-    Raises FileNotFoundError; ValueError if it is no such file, of another image size, or onnxruntime is not installed.
+    norm 1, without gradients.
+    Raises FileNotFoundError; ValueError if it is no such file, of another image size, or the runtime is not installed.
     """
 
-    memory_format = torch.contiguous_format  # what onnxruntime takes without a copy
+    memory_format = torch.contiguous_format  # what the runtimes take without a copy
+    package: str  # the runtime's
 
     def __init__(self, source: Path | str | bytes, image_size: int):
         super().__init__()
-        runtime = _package("onnxruntime")
+        runtime = _package(self.package)
         name = "these bytes" if isinstance(source, bytes) else str(source)
         if not isinstance(source, bytes):
             if not Path(source).is_file():
                 raise FileNotFoundError(f"{name}: no such file; export_onnx.py writes it")
             source = Path(source).read_bytes()
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors only, and those are raised
         try:
-            self.session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own kinds of RuntimeError and of Exception
+            ends = self._load(runtime, source)
+        except Exception as error:  # the runtimes' own kinds of RuntimeError and of Exception
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"{name}: not an ONNX file that onnxruntime can run ({reason}); export_onnx.py writes one"
+                f"{name}: not an ONNX file that {self.package} can run ({reason}); export_onnx.py writes one"
             ) from error
-        ends = [(end.name, end.shape[1:]) for end in (*self.session.get_inputs(), *self.session.get_outputs())]
         widths = ([EMBEDDING_DIM], [2 * EMBEDDING_DIM])  # of the face alone, or with the whole frame (models.Crops)
         if len(ends) != 2 or ends[0][0] != INPUT or ends[1][0] != OUTPUT or ends[1][1] not in widths:
             raise ValueError(f"{name}: an ONNX file, but not a FaceNet of export_onnx.py; found {ends}")
@@ -147,11 +149,17 @@ class OnnxFaceNet(nn.Module):
                 f"{name}: takes images of {' x '.join(map(str, ends[0][1][1:]))} pixels, but the image size here is "
                 f"{image_size}; set that, or export it anew"
             )
-        self.dims = ends[1][1][0]
-        self.image_size, self.metadata = image_size, dict(self.session.get_modelmeta().custom_metadata_map)
-        # The weights are the session's: without this, any two of these would have one and the same fingerprint.
+        self.dims, self.image_size = ends[1][1][0], image_size
+        # The weights are the runtime's: without this, any two of these would have one and the same fingerprint.
         digest = bytearray(hashlib.sha256(source).digest())
         self.register_buffer("digest", torch.frombuffer(digest, dtype=torch.uint8))
+
+    def _load(self, runtime: ModuleType, content: bytes) -> list[tuple[str, list]]:
+        """Make the network ready; the names of its inputs and outputs with their shapes, the batch's size left out."""
+        raise NotImplementedError
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         if images.device.type != "cpu" or images.shape[1:] != (3, self.image_size, self.image_size):
@@ -161,8 +169,42 @@ class OnnxFaceNet(nn.Module):
             )
         if len(images) == 0:
             return torch.empty(0, self.dims)
-        (embeddings,) = self.session.run([OUTPUT], {INPUT: images.detach().float().contiguous().numpy()})
-        return torch.from_numpy(embeddings)
+        return torch.from_numpy(self._run(images.detach().float().contiguous().numpy()))
+
+
+class OnnxFaceNet(_Exported):
+    """By onnxruntime; see _Exported. metadata: the file's, strings by name."""
+
+    package = "onnxruntime"
+
+    def _load(self, runtime: ModuleType, content: bytes) -> list[tuple[str, list]]:
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors only, and those are raised
+        self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+        return [(end.name, end.shape[1:]) for end in (*self.session.get_inputs(), *self.session.get_outputs())]
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        return self.session.run([OUTPUT], {INPUT: images})[0]
+
+
+class OpenVinoFaceNet(_Exported):
+    """By OpenVINO, in float32; see _Exported."""
+
+    package = "openvino"
+
+    def _load(self, runtime: ModuleType, content: bytes) -> list[tuple[str, list]]:
+        core = runtime.Core()
+        network = core.read_model(io.BytesIO(content))
+        # Left to itself it computes in bfloat16 where the CPU can: three digits in place of seven.
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.network = core.compile_model(network, "CPU", options)
+        ends = (*network.inputs, *network.outputs)
+        return [(end.any_name, [side.get_length() for side in list(end.partial_shape)[1:]]) for end in ends]
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        return self.network(images)[0].copy()  # the next call writes into the same memory
 
 
 def _package(name: str) -> ModuleType:
@@ -170,6 +212,7 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        more = "onnxruntime" if name == "onnx" else name
         raise ValueError(
-            f"the package {name} is not installed ({error}): pip install onnx onnxruntime, or set BACKEND = 'fused'"
+            f"the package {name} is not installed ({error}): pip install onnx {more}, or set BACKEND = 'fused'"
         ) from error

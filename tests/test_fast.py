@@ -102,20 +102,31 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(facenet):
         fast.accelerated(facenet, "tensorrt", SIZE, "cpu")
 
 
-def test_onnxruntime_is_refused_on_a_gpu(facenet):
-    with pytest.raises(ValueError, match=r"on the CPU only, not on cuda:1; set BACKEND = 'fused' or 'compiled'"):
-        fast.accelerated(facenet, "onnxruntime", SIZE, "cuda:1")
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_runtime_of_the_cpu_is_refused_on_a_gpu(facenet, backend):
+    with pytest.raises(ValueError, match=rf"{backend}.*on the CPU only, not on cuda:1; set BACKEND = 'fused'"):
+        fast.accelerated(facenet, backend, SIZE, "cuda:1")
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
-def test_a_missing_package_is_named_with_the_way_out(monkeypatch, facenet, package):
-    monkeypatch.setitem(sys.modules, "onnxruntime", sys)  # neither has to be installed
+@pytest.mark.parametrize(
+    "package, backend", [("onnx", "onnxruntime"), ("onnxruntime", "onnxruntime"), ("openvino", "openvino")]
+)
+def test_a_missing_package_is_named_with_the_way_out(monkeypatch, facenet, package, backend):
+    monkeypatch.setitem(sys.modules, backend, sys)  # none has to be installed
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"package {package} is not installed .*pip install onnx .*BACKEND = 'fused'"):
-        fast.accelerated(facenet, "onnxruntime", SIZE, "cpu")
+        fast.accelerated(facenet, backend, SIZE, "cpu")
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[fast.OnnxFaceNet, fast.OpenVinoFaceNet], ids=lambda exported: exported.package)
+def exported(request) -> type:
+    """The two classes that run exported files."""
+    pytest.importorskip("onnx")
+    pytest.importorskip(request.param.package)
+    return request.param
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -155,20 +166,18 @@ def test_export_writes_the_whole_file_and_a_failed_one_leaves_the_old(monkeypatc
     assert [file.name for file in path.parent.iterdir()] == ["tiny.onnx"]
 
 
-def test_embed_takes_an_onnx_network_like_any_other(tmp_path, content, facenet):
-    pytest.importorskip("onnxruntime")
+def test_embed_takes_an_onnx_network_like_any_other(tmp_path, facenet, exported):
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
         write_photo(path, (80 * number, 200 - 80 * number, 40), seed=number, side=90)
     transform = eval_transform(SIZE, 1.0)
-    network = fast.accelerated(facenet, "onnxruntime", SIZE, "cpu")
+    network = fast.accelerated(facenet, exported.package, SIZE, "cpu")
     found = embed(network, paths, transform, "cpu", batch_size=2)  # the last batch is smaller
     assert greatest_difference(found, embed(facenet, paths, transform, "cpu")) < 1e-6
 
 
-def test_an_onnx_network_is_not_confused_by_the_memory_format(content, images, expected):
-    pytest.importorskip("onnxruntime")
-    network = fast.OnnxFaceNet(content, SIZE)
+def test_an_onnx_network_is_not_confused_by_the_memory_format(content, images, expected, exported):
+    network = exported(content, SIZE)
     found = network(images.contiguous(memory_format=torch.channels_last))
     assert greatest_difference(found, expected) < 1e-6
 
@@ -179,62 +188,55 @@ def test_an_onnx_network_takes_as_many_threads_as_torch(monkeypatch, content):
     assert fast.OnnxFaceNet(content, SIZE).session.get_session_options().intra_op_num_threads == 3
 
 
-def test_an_onnx_network_gives_no_embedding_for_no_image(content):
-    pytest.importorskip("onnxruntime")
-    assert fast.OnnxFaceNet(content, SIZE)(torch.empty(0, 3, SIZE, SIZE)).shape == (0, 512)
+def test_an_onnx_network_gives_no_embedding_for_no_image(content, exported):
+    assert exported(content, SIZE)(torch.empty(0, 3, SIZE, SIZE)).shape == (0, 512)
 
 
-def test_two_onnx_networks_of_different_weights_have_different_fingerprints():
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    networks = [fast.accelerated(TinyNet().eval(), "onnxruntime", SIZE, "cpu") for _ in range(2)]
+def test_two_onnx_networks_of_different_weights_have_different_fingerprints(exported):
+    networks = [fast.accelerated(TinyNet().eval(), exported.package, SIZE, "cpu") for _ in range(2)]
     assert fingerprint(networks[0]) != fingerprint(networks[1])
 
 
-def test_images_of_another_size_are_refused(content):
-    pytest.importorskip("onnxruntime")
-    network = fast.OnnxFaceNet(content, SIZE)
+def test_images_of_another_size_are_refused(content, exported):
+    network = exported(content, SIZE)
     with pytest.raises(ValueError, match=r"shape \(2, 3, 160, 160\) on cpu: expected \(B, 3, 80, 80\) on the CPU"):
         network(torch.zeros(2, 3, 160, 160))
 
 
-def test_a_file_of_another_image_size_is_refused(content, tmp_path):
-    pytest.importorskip("onnxruntime")
+def test_a_file_of_another_image_size_is_refused(content, tmp_path, exported):
     (tmp_path / "facenet.onnx").write_bytes(content)
     with pytest.raises(ValueError, match=r"facenet\.onnx: takes images of 80 x 80 pixels, .* here is 160"):
-        fast.OnnxFaceNet(tmp_path / "facenet.onnx", 160)
+        exported(tmp_path / "facenet.onnx", 160)
 
 
 @pytest.mark.parametrize("junk", [b"", b"not a network", bytes(1000)])
-def test_what_is_not_an_onnx_file_is_refused(tmp_path, junk):
-    pytest.importorskip("onnxruntime")
+def test_what_is_not_an_onnx_file_is_refused(tmp_path, junk, exported):
     (tmp_path / "junk.onnx").write_bytes(junk)
-    with pytest.raises(ValueError, match=r"junk\.onnx: not an ONNX file that onnxruntime can run \(.*export_onnx\.py"):
-        fast.OnnxFaceNet(tmp_path / "junk.onnx", SIZE)
+    with pytest.raises(
+        ValueError, match=r"junk\.onnx: not an ONNX file that (onnxruntime|openvino) can run \(.*export_onnx\.py"
+    ):
+        exported(tmp_path / "junk.onnx", SIZE)
 
 
-def test_a_cut_onnx_file_is_refused(content, tmp_path):
-    pytest.importorskip("onnxruntime")
+def test_a_cut_onnx_file_is_refused(content, tmp_path, exported):
     (tmp_path / "cut.onnx").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"cut\.onnx: not an ONNX file that onnxruntime can run"):
-        fast.OnnxFaceNet(tmp_path / "cut.onnx", SIZE)
+    with pytest.raises(ValueError, match=r"cut\.onnx: not an ONNX file that (onnxruntime|openvino) can run"):
+        exported(tmp_path / "cut.onnx", SIZE)
 
 
-def test_an_onnx_file_of_another_network_is_refused(tmp_path):
+def test_an_onnx_file_of_another_network_is_refused(tmp_path, exported):
     onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in ("x", "y")]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "other", ends[:1], ends[1:])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, tmp_path / "other.onnx")
     with pytest.raises(ValueError, match=r"other\.onnx: an ONNX file, but not a FaceNet of export_onnx\.py"):
-        fast.OnnxFaceNet(tmp_path / "other.onnx", SIZE)
+        exported(tmp_path / "other.onnx", SIZE)
 
 
-def test_a_missing_onnx_file_is_named(tmp_path):
-    pytest.importorskip("onnxruntime")
+def test_a_missing_onnx_file_is_named(tmp_path, exported):
     with pytest.raises(FileNotFoundError, match=r"none\.onnx: no such file; export_onnx\.py writes it"):
-        fast.OnnxFaceNet(tmp_path / "none.onnx", SIZE)
+        exported(tmp_path / "none.onnx", SIZE)
 
 
 # --- the script -------------------------------------------------------------------------------------------------------
@@ -348,24 +350,24 @@ def test_a_fused_network_of_two_crops_has_both_fused_and_gives_the_same_embeddin
             assert (network(frames, part) - two_crops(frames, part)).abs().max() < 1e-4
 
 
-def test_an_exported_file_of_two_crops_gives_the_same_1024_numbers_gate_included(wide_content, frames, of_frames):
-    pytest.importorskip("onnxruntime")
-    network = fast.OnnxFaceNet(wide_content, FRAME)
+def test_an_exported_file_of_two_crops_gives_the_same_1024_numbers_gate_included(
+    wide_content, frames, of_frames, exported
+):
+    network = exported(wide_content, FRAME)
     check_same(network(frames), of_frames)
     check_same(network(frames[: BURNT_ONE + 1]), of_frames[: BURNT_ONE + 1])  # at another batch size
     alone = network(frames[[BURNT_ONE]])
     assert (alone[0, :512] == 0).all() and (alone[0] - of_frames[BURNT_ONE]).abs().max() < 1e-4
 
 
-def test_the_gate_of_an_exported_file_is_drawn_where_torchs_is(two_crops, wide_content):
+def test_the_gate_of_an_exported_file_is_drawn_where_torchs_is(two_crops, wide_content, exported):
     """24 of the face's 80 columns are just 0.3 of it: at 250 of 255, 24 leave the gate open and 25 close it."""
-    pytest.importorskip("onnxruntime")
     frames = torch.zeros(4, 3, FRAME, FRAME)
     for frame, columns, level in zip(frames, (24, 25, 25, 80), (250, 250, 249, 250), strict=True):
         frame[:, 37:117, 37 : 37 + columns] = (level - 127.5) / 128
     with torch.inference_mode():
         expected = two_crops(frames)
-    found = fast.OnnxFaceNet(wide_content, FRAME)(frames)
+    found = exported(wide_content, FRAME)(frames)
     assert (found[:, :512].norm(dim=1) > 0.5).tolist() == [True, False, True, False]
     assert (found - expected).abs().max() < 1e-4
 
@@ -381,22 +383,20 @@ def test_an_exported_file_of_two_crops_gives_1024_columns_for_no_image_and_knows
         fast.OnnxFaceNet(wide_content, SIZE)
 
 
-def test_a_mirrored_network_is_mirrored_fused_and_exported_too(two_crops, frames, of_frames):
-    pytest.importorskip("onnxruntime")
+def test_a_mirrored_network_is_mirrored_fused_and_exported_too(two_crops, frames, of_frames, exported):
     mirrored = copy.deepcopy(two_crops)
     mirrored.mirror = True
     with torch.inference_mode():
         expected = mirrored(frames)
     assert greatest_difference(expected, of_frames) > 1e-3
     check_same(fast.fused(mirrored)(frames), expected)
-    check_same(fast.OnnxFaceNet(fast.to_onnx(mirrored, FRAME, {}), FRAME)(frames), expected)
+    check_same(exported(fast.to_onnx(mirrored, FRAME, {}), FRAME)(frames), expected)
 
 
 @pytest.mark.parametrize("width", [256, 1536])
-def test_a_file_whose_embeddings_are_neither_512_nor_1024_wide_is_refused(width):
+def test_a_file_whose_embeddings_are_neither_512_nor_1024_wide_is_refused(width, exported):
     pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, width))
     content = fast.to_onnx(network, SIZE, {})
     with pytest.raises(ValueError, match=r"an ONNX file, but not a FaceNet of export_onnx\.py; found .*" + str(width)):
-        fast.OnnxFaceNet(content, SIZE)
+        exported(content, SIZE)
