@@ -44,6 +44,7 @@ FREEZE_UNTIL = "mixed_6a"  # of the frozen case, see models.BLOCKS
 PERSONS = 32  # synthetic, for the head and the files, >= 4
 GEMM_SIZE = 2048  # rows and columns of the matrices multiplied
 COMPILED = True  # False: without torch.compile, which takes a minute before its first batch
+RUNTIMES = ("onnxruntime", "openvino")  # other than torch, on the CPU; (): none, as on a GPU
 FAST_BACKEND = "onnxruntime"  # of the rows from files and of the search: "fused" or "compiled" on a GPU
 NUM_WORKERS = (0, 2)  # of gallery.embed's rows from files, each 0..CPU cores
 PHOTOS = 256  # embedded from files in those rows, BATCH_SIZE..(STEPS + 1) x BATCH_SIZE
@@ -53,8 +54,7 @@ GALLERY_PERSONS = 10_000  # enrolled in the rows that search, >= 1
 def main() -> dict[str, dict]:
     """Measure, print the table; returns the figures of each case."""
     kinds = cases()
-    absent = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
-    skipped = [name for name in kinds if absent and "onnxruntime" in name]
+    skipped = {name: absent for name in kinds if (absent := missing(name))}
     kinds = {name: case for name, case in kinds.items() if name not in skipped}
     rates = [in_own_process(gemm_rate)]
     found: dict[str, list[dict]] = {name: [] for name in kinds}
@@ -81,9 +81,15 @@ def main() -> dict[str, dict]:
         }
         ratio, reached = results[name]["ratio"], results[name]["gemm"]
         print(f"{name:<40}{speed:>9.1f}{ratio:>8.2f}{loading:>9.1%}{peak / 2**20:>10.0f}{reached:>9.0%}  {base}")
-    for name in skipped:
-        print(f"{name:<40}left out, not installed: {', '.join(absent)}; pip install onnx onnxruntime")
+    for name, absent in skipped.items():
+        print(f"{name:<40}left out, not installed: {', '.join(absent)}; pip install {' '.join(absent)}")
     return results
+
+
+def missing(name: str) -> list[str]:
+    """The packages that the row `name` needs and that are not installed."""
+    needed = [package for runtime in RUNTIMES if runtime in name for package in ("onnx", runtime)]
+    return [package for package in needed if importlib.util.find_spec(package) is None]
 
 
 def cases() -> dict[str, tuple]:
@@ -99,7 +105,8 @@ def cases() -> dict[str, tuple]:
     if COMPILED:
         rows["embedding, compiled"] = (our_embedding, ("compiled",), memory)
     rows["onnxruntime's own session"] = (session_embedding, (), memory)
-    rows["embedding, onnxruntime"] = (our_embedding, ("onnxruntime",), memory)
+    for backend in RUNTIMES:
+        rows[f"embedding, {backend}"] = (our_embedding, (backend,), memory)
     for backend in dict.fromkeys(("torch", FAST_BACKEND)):
         for workers in NUM_WORKERS:
             name = f"gallery.embed, {backend}, {workers} workers"

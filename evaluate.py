@@ -53,7 +53,7 @@ IMAGE_SIZE = 160  # pixels, 76..160
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 # --- speed ---
-BACKEND = "torch"  # "torch", "fused", "compiled" or "onnxruntime" (CPU, pip install onnxruntime): see fast.py
+BACKEND = "torch"  # "torch", "fused", "compiled"; on CPUs "onnxruntime", "openvino" (pip install onnx openvino)
 BATCH_SIZE = 64  # photos embedded at a time, >= 1
 NUM_WORKERS = 2  # processes that load images, 0..CPU cores; 0 where the network itself keeps the cores busy
 

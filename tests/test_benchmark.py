@@ -89,7 +89,7 @@ def test_the_table_gives_medians_the_ratios_to_the_row_it_names_and_the_share_of
     assert ratios == {
         **{"plain training loop": 1.0, "stage 1": 1.5, "stage 1, frozen up to mixed_6a": 4.0},
         **{"plain embedding": 1.0, "embedding, fused": 1.5, "embedding, compiled": 1.5},
-        **{"onnxruntime's own session": 2.5, "embedding, onnxruntime": 1.5},
+        **{"onnxruntime's own session": 2.5, "embedding, onnxruntime": 1.5, "embedding, openvino": 1.5},
         **{"gallery.embed, torch, 0 workers": 1.25, "gallery.embed, torch, 2 workers": 1.25},
         **{"gallery.embed, onnxruntime, 0 workers": 1.25, "gallery.embed, onnxruntime, 2 workers": 1.25},
         **{"plain search, image by image": 1.0, "our search, onnxruntime": 20.0},
@@ -104,7 +104,8 @@ def test_the_table_gives_medians_the_ratios_to_the_row_it_names_and_the_share_of
 def test_without_onnxruntime_its_rows_say_so_and_the_others_are_measured(pretended, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else object())
     results = benchmark.main()
-    assert "embedding, fused" in results and not any("onnxruntime" in name for name in results)
+    assert {"embedding, fused", "embedding, openvino"} <= results.keys()
+    assert not any("onnxruntime" in name for name in results)
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out, not installed: onnxruntime;" in line]
     assert len(lines) == 5 and all("onnxruntime" in line[:40] for line in lines)
 
@@ -114,11 +115,12 @@ def test_compiling_can_be_left_out(monkeypatch):
     assert "embedding, compiled" not in benchmark.cases() and "embedding, fused" in benchmark.cases()
 
 
-@pytest.mark.parametrize("backend", ["fused", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["fused", "onnxruntime", "openvino"])
 def test_the_embedding_cases_give_a_speed_from_memory_from_files_and_of_the_search(small, monkeypatch, backend):
-    if backend == "onnxruntime":
+    if backend != "fused":
         pytest.importorskip("onnx")
-        pytest.importorskip("onnxruntime")
+        pytest.importorskip(backend)
+    if backend == "onnxruntime":
         assert len(benchmark.session_embedding(small, SETTINGS)["images_per_second"]) == 3
     monkeypatch.setattr(benchmark, "FaceNet", TinyNet)
     monkeypatch.setattr(benchmark, "flops", lambda *args, **options: 1e9)
