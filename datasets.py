@@ -170,15 +170,20 @@ def distortion_kind(path: Path) -> str:
 
 
 def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Person]:
-    """`persons` less their distorted photos of these kinds; a kind that no photo is of is told: perhaps misspelt."""
-    found = {distortion_kind(path) for person in persons for path in person.distorted}
-    for kind in kinds:
-        if kind not in found:
-            warn_once(f"SKIP_KINDS: no train photo is of kind {kind!r}; there are {_names(sorted(found), most=10)}")
+    """`persons` less their distorted photos of these kinds."""
+    _tell_unknown("SKIP_KINDS", kinds, persons)
     return [
         Person(p.name, p.clean, tuple(path for path in p.distorted if distortion_kind(path) not in kinds))
         for p in persons
     ]
+
+
+def _tell_unknown(constant: str, kinds: Collection[str], persons: Sequence[Person]) -> None:
+    """A warning for each of `kinds` that no photo is of: perhaps misspelt."""
+    found = {distortion_kind(path) for person in persons for path in person.distorted}
+    for kind in kinds:
+        if kind not in found:
+            warn_once(f"{constant}: no train photo is of kind {kind!r}; there are {_names(sorted(found), most=10)}")
 
 
 def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
@@ -552,7 +557,8 @@ class FacePairDataset(_SeededDataset):
     person only where it has none. A share `clean` of the positives is the anchor itself, undistorted, and a share
     `anew` is `distort` of it, such as RandomDistortion, instead of a file. With `mirror` all photos of every second
     item are mirrored: `transform` alone would do it to one photo of a pair and not to the other.
-    `exclude` and `skip_kinds` leave out persons and kinds of distortion.
+    `exclude` and `skip_kinds` leave out persons and kinds of distortion; positives of the kinds `often` are drawn twice
+    as often as others.
     Index i + n * len(self) is anchor i once more, with another positive (see PersonBatches).
     Raises what `scan_persons` raises; ValueError if no anchor or fewer than two persons are left.
     """
@@ -568,6 +574,7 @@ class FacePairDataset(_SeededDataset):
         anew: float = 0.0,
         distort: Callable[[Image.Image], Image.Image] | None = None,
         mirror: bool = False,
+        often: Collection[str] = (),
         exclude: Collection[str] = (),
         skip_kinds: Collection[str] = (),
         seed: int = 0,
@@ -588,8 +595,10 @@ class FacePairDataset(_SeededDataset):
             (path, label) for label, p in enumerate(self._scanned) if p.distorted for path in p.clean
         ]  # (path, label)
         copies_of = [_copies(person) if copies and person.clean else {} for person in self._scanned]
+        _tell_unknown("OFTEN", often, self._scanned)
+        positives = [copies_of[label].get(path, self._scanned[label].distorted) for path, label in self.anchors]
         self._positives = [
-            copies_of[label].get(path, self._scanned[label].distorted) for path, label in self.anchors
+            (*paths, *(path for path in paths if distortion_kind(path) in often)) for paths in positives
         ]  # of each anchor
         unpaired = [p.name for p in self._scanned if not (p.clean and p.distorted)]
         if unpaired:

@@ -72,6 +72,7 @@ TEMPERATURE = 0.07  # of both searches, no unit, 0.02..0.2: the lower, the more 
 PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs together, >= 2
 PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
 SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
+OFTEN = ()  # kinds that are drawn twice as often as others, such as ("sunny", "rainy"): the hard ones
 CLEAN = 0.1  # share of the positives that are the clean photo itself, 0..0.5
 DISTORT = 0.0  # share of the positives that are the clean photo distorted anew, at random, not a file on disk, 0..1
 DISTORT_MOST = 2  # kinds on one such photo, 1..7
@@ -136,6 +137,7 @@ def main() -> None:
         anew=DISTORT,
         distort=RandomDistortion(kinds, 1.0, DISTORT_MOST, side=round(face_size / face_crop)),
         mirror=True,
+        often=OFTEN,
         exclude=holdout,
         skip_kinds=SKIP_KINDS,
         seed=SEED,
@@ -173,7 +175,12 @@ def main() -> None:
     facts |= {"persons": train_set.persons, "template": TEMPLATE, "seed": SEED, "freeze_until": FREEZE_UNTIL}
     facts |= {"chosen_by": gallery.CHOICE, "data": listing(train_persons)}
     facts |= {"teacher": str(TEACHER), "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
-    facts |= {"distort": [CLEAN, DISTORT, DISTORT_MOST], "skip_kinds": list(SKIP_KINDS), "photos": len(train_set)}
+    facts |= {
+        "distort": [CLEAN, DISTORT, DISTORT_MOST],
+        "skip_kinds": list(SKIP_KINDS),
+        "often": list(OFTEN),
+        "photos": len(train_set),
+    }
     run = training.Run(
         *(RUN_DIR, facts, {"model": model}, optimizer, scheduler, loader),
         **{"epochs": EPOCHS, "device": device, "wrapped": (ddp_model,), "amp": AMP, "accumulate": ACCUMULATE},

@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets import FacePairDataset, RandomDistortion, eval_transform, load_image, train_transform
+from datasets import (
+    FacePairDataset,
+    RandomDistortion,
+    distortion_kind,
+    eval_transform,
+    load_image,
+    train_transform,
+)
 from distortions import DISTORTIONS
 
 NONE = 99  # stands in a colour for "made of no clean photo"
@@ -111,6 +118,20 @@ def test_a_kind_that_is_skipped_is_no_copy_and_an_anchor_that_has_no_other_falls
     assert [{anchor for anchor, _ in pairs} for pairs in found] == [{(1, 1, 0)}, {(1, 10, 0)}]
     for pairs in found:
         assert {positive for _, positive in pairs} == {(1, 10, 1), (1, 10, 3)}
+
+
+def test_a_kind_drawn_often_comes_twice_as_often_as_another_and_the_others_equally(tree, caplog):
+    """bob_1_10 has three copies: one of them twice as often."""
+    kinds = {distortion_kind(path): path for path in (tree / "bob" / "distortion").glob("bob_1_10_*")}
+    assert len(kinds) == 3
+    often = sorted(kinds)[0]
+    dataset = FacePairDataset(tree, first_pixel, negatives=False, copies=True, often=(often,))
+    drawn = Counter(distortion_kind(dataset.draw(1, torch.Generator().manual_seed(seed))[1]) for seed in range(2000))
+    shares = {kind: count / 2000 for kind, count in drawn.items()}
+    assert shares == {kind: pytest.approx(0.5 if kind == often else 0.25, abs=0.04) for kind in kinds}
+    assert "OFTEN" not in caplog.text
+    FacePairDataset(tree, first_pixel, often=("suny",))
+    assert "OFTEN: no train photo is of kind 'suny'; there are " in caplog.text
 
 
 def test_the_files_of_an_item_are_the_anchor_and_the_copy_that_it_shows(tree):

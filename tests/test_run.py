@@ -1060,6 +1060,9 @@ def test_resume_with_another_constant_is_refused_by_its_name(tiny_runs, trained,
         ({"WIDE_WEIGHT": 0.75}, r"crops has changed \(.*'wide_weight': 0.5.* then, .*'wide_weight': 0.75.* now\)"),
         ({"CLEAN": 0.25}, r"distort has changed \(\[0.0, 0.0, 2\] then, \[0.25, 0.0, 2\] now\)"),
         ({"SKIP_KINDS": ("lowlight",)}, r"skip_kinds has changed \(\[\] then, \['lowlight'\] now\)"),
+        ({"OFTEN": ("lowlight",)}, r"often has changed \(\[\] then, \['lowlight'\] now\)"),
+        ({"MIRROR": False}, r"mirror has changed \(True then, False now\)"),
+        ({"DROPOUT": 0.2}, r"dropout has changed \(0.0 then, 0.2 now\)"),
     ],
 )
 def test_resume_of_stage_2_with_another_constant_is_refused_by_its_name(tiny_runs, trained, constants, told):
