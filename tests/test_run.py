@@ -1130,18 +1130,27 @@ def embedded(model: nn.Module, paths: list[Path]) -> torch.Tensor:
         return model.eval()(torch.stack([transform(datasets.load_image(path)) for path in paths]))
 
 
-@pytest.mark.parametrize("wide_weight", [0.0, 0.5])
+@pytest.mark.parametrize("wide_weight, mirror", [(0.0, True), (0.5, True), (0.5, False)])
 @pytest.mark.parametrize("teacher", [None, "vggface2"])
 def test_the_bank_is_every_clean_face_as_the_teacher_sees_it(
-    tiny_runs, trained, monkeypatch, banks, runs, teacher, wide_weight
+    tiny_runs, trained, monkeypatch, banks, runs, teacher, wide_weight, mirror
 ):
     stage1, stage2 = tiny_runs
     trained(stage1, "stage1", EPOCHS=1)
     expected, _ = training.load_facenet(stage1.RUN_DIR / "best.pt", CPU)
     if teacher:
         expected, asked = TinyNet(), []
-        monkeypatch.setattr(stage2, "FaceNet", lambda source, dropout: asked.append(source) or copy.deepcopy(expected))
-    last = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=1e-2, TEACHER=teacher, WIDE_WEIGHT=wide_weight)
+
+        def loaded(source, dropout, mirror):
+            asked.append(source)
+            network = copy.deepcopy(expected)
+            network.mirror = mirror
+            return network
+
+        monkeypatch.setattr(stage2, "FaceNet", loaded)
+    constants = {"TEACHER": teacher, "WIDE_WEIGHT": wide_weight, "MIRROR": mirror}
+    last = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=1e-2, **constants)
+    expected.mirror = mirror
     paths = sorted((stage2.DATA_DIR / "train").glob("*/clean/*.png"))
     assert len(paths) == 7 and last["persons"] == ["ann", "bob", "cy", "di"]
     (made,) = banks
