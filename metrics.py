@@ -466,29 +466,6 @@ def thresholds_without(strangers: Tensor, persons: Tensor, rate: float) -> Tenso
     return found
 
 
-# --- which photos to refuse? ------------------------------------------------------------------------------------------
-
-
-def wrong_left(quality: Tensor, wrong: Tensor) -> Tensor:
-    """(Q + 1,) float64: how many wrong answers are left once 0, 1, ..., Q queries of the lowest quality are refused:
-    the error-versus-discard characteristic of ISO/IEC 29794-1, here in counts.
-
-    quality (Q,): the higher, the better; wrong (Q,) bool. Among equal qualities it is left to chance whom it hits: the
-    expected number, so that a quality that is the same for all gives a straight line, not the order of the files.
-    """
-    _, group = quality.unique(return_inverse=True)  # sorted: the lowest first
-    sizes = torch.bincount(group)
-    share = torch.bincount(group, wrong.double()) / sizes  # of wrong ones in each group of equals
-    refused = share.repeat_interleave(sizes).cumsum(0)
-    return wrong.sum() - torch.cat([refused.new_zeros(1), refused])
-
-
-def error_rates_left(left: Tensor) -> Tensor:
-    """(Q,) float64: of `wrong_left`, the share of wrong answers among the queries not refused, with one of them left at
-    least."""
-    return left[:-1] / torch.arange(len(left) - 1, 0, -1)
-
-
 # --- how sure? --------------------------------------------------------------------------------------------------------
 
 
