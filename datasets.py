@@ -594,11 +594,14 @@ class FacePairDataset(_SeededDataset):
         self.anchors = [
             (path, label) for label, p in enumerate(self._scanned) if p.distorted for path in p.clean
         ]  # (path, label)
-        copies_of = [_copies(person) if copies and person.clean else {} for person in self._scanned]
         _tell_unknown("OFTEN", often, self._scanned)
-        positives = [copies_of[label].get(path, self._scanned[label].distorted) for path, label in self.anchors]
+        drawn = [  # what is drawn twice as often stands there twice
+            Person(p.name, p.clean, (*p.distorted, *(path for path in p.distorted if distortion_kind(path) in often)))
+            for p in self._scanned
+        ]
+        copies_of = [_copies(person) if copies and person.clean else {} for person in drawn]
         self._positives = [
-            (*paths, *(path for path in paths if distortion_kind(path) in often)) for paths in positives
+            copies_of[label].get(path, drawn[label].distorted) for path, label in self.anchors
         ]  # of each anchor
         unpaired = [p.name for p in self._scanned if not (p.clean and p.distorted)]
         if unpaired:

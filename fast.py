@@ -37,14 +37,13 @@ def accelerated(model: nn.Module, backend: str, image_size: int, device: torch.d
         raise ValueError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return model
-    for exported in (OnnxFaceNet, OpenVinoFaceNet):
-        if backend != exported.package:
-            continue
+    if backend in ("onnxruntime", "openvino"):
         if torch.device(device).type != "cpu":
             raise ValueError(
                 f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
             )
         _package(backend)  # before the export takes its second
+        exported = OnnxFaceNet if backend == "onnxruntime" else OpenVinoFaceNet
         return exported(to_onnx(model, image_size, {}), image_size)
     network = fused(model).to(device)
     return torch.compile(network) if backend == "compiled" else network

@@ -102,14 +102,14 @@ def main() -> None:
     check_template(TEMPLATE)
 
     # Model: what stage 1 left, and what its checkpoint knows.
-    options = {"dropout": DROPOUT, "mirror": MIRROR}
-    model, stage1 = training.load_facenet(STAGE1_CHECKPOINT, device, FREEZE_UNTIL, **options)
+    both = {"dropout": DROPOUT, "mirror": MIRROR}  # of the network and its teacher
+    model, stage1 = training.load_facenet(STAGE1_CHECKPOINT, device, FREEZE_UNTIL, **both)
     if stage1["stage"] != 1:
         raise ValueError(
             f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1"
         )
     face_size, face_crop, holdout = stage1["image_size"], stage1["face_crop"], stage1["holdout"]
-    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, **options).to(device)
+    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, **both).to(device)
     teacher = teacher.to(memory_format=torch.channels_last)
     image_size, share = face_size, face_crop
     if WIDE_WEIGHT:
@@ -170,17 +170,12 @@ def main() -> None:
         return gallery.validate(network, root, transform, device, template=TEMPLATE, **options)
 
     # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
-    facts = options | {key: stage1[key] for key in ("pretrained", "holdout")}
+    facts = both | {key: stage1[key] for key in ("pretrained", "holdout")}
     facts |= {"stage": 2, "image_size": image_size, "face_crop": share, "crops": model.crops and asdict(model.crops)}
     facts |= {"persons": train_set.persons, "template": TEMPLATE, "seed": SEED, "freeze_until": FREEZE_UNTIL}
-    facts |= {"chosen_by": gallery.CHOICE, "data": listing(train_persons)}
+    facts |= {"chosen_by": gallery.CHOICE, "data": listing(train_persons), "photos": len(train_set)}
     facts |= {"teacher": str(TEACHER), "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
-    facts |= {
-        "distort": [CLEAN, DISTORT, DISTORT_MOST],
-        "skip_kinds": list(SKIP_KINDS),
-        "often": list(OFTEN),
-        "photos": len(train_set),
-    }
+    facts |= {"distort": [CLEAN, DISTORT, DISTORT_MOST], "skip_kinds": list(SKIP_KINDS), "often": list(OFTEN)}
     run = training.Run(
         *(RUN_DIR, facts, {"model": model}, optimizer, scheduler, loader),
         **{"epochs": EPOCHS, "device": device, "wrapped": (ddp_model,), "amp": AMP, "accumulate": ACCUMULATE},

@@ -395,7 +395,6 @@ def test_a_mirrored_network_is_mirrored_fused_and_exported_too(two_crops, frames
 
 @pytest.mark.parametrize("width", [256, 1536])
 def test_a_file_whose_embeddings_are_neither_512_nor_1024_wide_is_refused(width, exported):
-    pytest.importorskip("onnx")
     network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, width))
     content = fast.to_onnx(network, SIZE, {})
     with pytest.raises(ValueError, match=r"an ONNX file, but not a FaceNet of export_onnx\.py; found .*" + str(width)):
