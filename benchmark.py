@@ -30,7 +30,7 @@ import train_stage1
 import training
 from datasets import eval_transform, load_image
 from demo import set_constants
-from fast import INPUT, accelerated, to_onnx
+from fast import INPUT, PACKAGES, accelerated, to_onnx
 from gallery import embed
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
@@ -44,7 +44,7 @@ FREEZE_UNTIL = "mixed_6a"  # of the frozen case, see models.BLOCKS
 PERSONS = 32  # synthetic, for the head and the files, >= 4
 GEMM_SIZE = 2048  # rows and columns of the matrices multiplied
 COMPILED = True  # False: without torch.compile, which takes a minute before its first batch
-RUNTIMES = ("onnxruntime", "openvino")  # other than torch, on the CPU; (): none, as on a GPU
+RUNTIMES = ("onnxruntime", "openvino", "openvino-int8")  # other than torch, on the CPU; (): none, as on a GPU
 FAST_BACKEND = "onnxruntime"  # of the rows from files and of the search: "fused" or "compiled" on a GPU
 NUM_WORKERS = (0, 2)  # of gallery.embed's rows from files, each 0..CPU cores
 PHOTOS = 256  # embedded from files in those rows, BATCH_SIZE..(STEPS + 1) x BATCH_SIZE
@@ -88,7 +88,8 @@ def main() -> dict[str, dict]:
 
 def missing(name: str) -> list[str]:
     """The packages that the row `name` needs and that are not installed."""
-    needed = [package for runtime in RUNTIMES if runtime in name for package in ("onnx", runtime)]
+    runtime = max((runtime for runtime in RUNTIMES if runtime in name), key=len, default=None)
+    needed = PACKAGES[runtime] if runtime else ()
     return [package for package in needed if importlib.util.find_spec(package) is None]
 
 
@@ -194,8 +195,8 @@ def plain_embedding(data_dir: Path, s: dict) -> dict:
 def our_embedding(data_dir: Path, s: dict, backend: str) -> dict:
     """What gallery.embed does to a batch, of images that already lie in memory."""
     device = training.pick_device()
-    model = accelerated(facenet(device), backend, s["image_size"], device)
     images = torch.randn(s["batch_size"], 3, s["image_size"], s["image_size"])
+    model = accelerated(facenet(device), backend, s["image_size"], device, list(images))  # speed knows no ranges
 
     def step() -> Tensor:
         return F.normalize(model(images.to(device, memory_format=torch.channels_last)).float()).cpu()

@@ -18,7 +18,17 @@ import fast
 import metrics
 import plots
 import training
-from datasets import FaceCrop, eval_transform, load_image, scan_persons, warn_once, warn_shared, warn_twins
+from datasets import (
+    FaceCrop,
+    PhotoList,
+    Transform,
+    eval_transform,
+    load_image,
+    scan_persons,
+    warn_once,
+    warn_shared,
+    warn_twins,
+)
 from gallery import (
     Gallery,
     NobodyAsks,
@@ -29,12 +39,13 @@ from gallery import (
     check_protocol,
     check_template,
     comparison_table,
+    discarded,
     embed_queries,
     figures_table,
     made_by,
     measure,
 )
-from results import Evaluated, told, too_few, write_report, write_results
+from results import Evaluated, told, told_refused, too_few, write_report, write_results
 
 # --- what to evaluate ---
 DATA_DIR = Path("Task_B")  # holds one folder per split
@@ -53,7 +64,10 @@ IMAGE_SIZE = 160  # pixels, 76..160
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 # --- speed ---
-BACKEND = "torch"  # "torch", "fused", "compiled"; on CPUs "onnxruntime", "openvino" (pip install onnx openvino)
+# "torch", "fused", "compiled"; on CPUs also "onnxruntime", "openvino" (pip install onnx openvino): the same figures.
+# "openvino-int8" (pip install onnx openvino nncf) is far faster, and not the same: about a point less.
+BACKEND = "torch"
+INT8_PHOTOS = 300  # of DATA_DIR/train, that the ranges of "openvino-int8" are fitted to, 100..1000
 BATCH_SIZE = 64  # photos embedded at a time, >= 1
 NUM_WORKERS = 2  # processes that load images, 0..CPU cores; 0 where the network itself keeps the cores busy
 
@@ -90,6 +104,8 @@ def main() -> dict:
         print(figures_table(groups))
         top1 = {template: f"{100 * value:.1f}" for template, value in details["top1"].items()}
         print(f"rank-1 of all by template: mean {top1['mean']}, best {top1['best']}")
+        if after.discarded[protocol]:
+            print(told_refused(after.discarded[protocol]))
         if protocol in comparison:
             print(f"difference to {before.title}, with 95 % interval (* clear of 0)")
             print(comparison_table(comparison[protocol]))
@@ -127,7 +143,8 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
     transform = eval_transform(facts["image_size"], facts["face_crop"])
     facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"])
     options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
-    model = fast.accelerated(model, BACKEND, facts["image_size"], device)
+    photos = int8_photos(transform) if BACKEND == "openvino-int8" else None
+    model = fast.accelerated(model, BACKEND, facts["image_size"], device, photos)
     gallery = build_gallery(model, root, transform, device, template=TEMPLATE, made_by=facts["made_by"], **options)
     if known := set(facts.get("persons", ())) & set(gallery.persons):
         print(
@@ -152,6 +169,7 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
             f"{root}: {unknown} of {len(distorted.paths)} queries have no source photo in the gallery by their name, "
             "<clean photo's name>_<kind>: under 'cross' they ask against all photos"
         )
+    measured = {protocol: measure(gallery, of_protocol, SEED) for protocol, of_protocol in queries.items()}
     return Evaluated(
         title,
         str(checkpoint or PRETRAINED),
@@ -160,8 +178,17 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
         gallery,
         queries,
         {protocol: ask(gallery, of_protocol) for protocol, of_protocol in queries.items()},
-        {protocol: measure(gallery, of_protocol, SEED) for protocol, of_protocol in queries.items()},
+        measured,
+        {protocol: discarded(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
     )
+
+
+def int8_photos(transform: Transform) -> PhotoList:
+    """INT8_PHOTOS of the train photos, clean and distorted, drawn by SEED. Raises what scan_persons raises."""
+    persons = scan_persons(DATA_DIR / "train", check_images=False)
+    paths = [path for person in persons for path in (*person.clean, *person.distorted)]
+    drawn = torch.randperm(len(paths), generator=torch.Generator().manual_seed(SEED))[:INT8_PHOTOS]
+    return PhotoList([paths[index] for index in drawn.tolist()], transform)
 
 
 def compared(before: Evaluated, after: Evaluated) -> dict[str, dict[str, dict]]:
@@ -207,6 +234,10 @@ def draw_pictures(after: Evaluated, before: Evaluated | None) -> dict[str, Figur
             for title, of in rank1.items()
         }
         pictures[f"kinds_{protocol}"] = plots.bars(groups, bars)
+        left = {group: counts.tolist() for group, counts in after.discarded[protocol].items() if counts[0]}
+        if left:
+            together = {"all": left.pop("all")}  # first
+            pictures[f"discard_{protocol}"] = plots.discard(together | left)
     pictures |= embedding_pictures(after.gallery, next(iter(after.queries.values())))
     details = next(iter(after.details.values()))
     crop = FaceCrop(after.facts["image_size"], after.facts["face_crop"])

@@ -4,8 +4,10 @@ import copy
 import hashlib
 import importlib
 import io
+import logging
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -18,33 +20,51 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from models import EMBEDDING_DIM
 from training import atomic_file
 
-BACKENDS = ("torch", "fused", "compiled", "onnxruntime", "openvino")
+# Backends other than torch, on the CPU, and the optional packages that they need.
+PACKAGES = {
+    "onnxruntime": ("onnx", "onnxruntime"),
+    "openvino": ("onnx", "openvino"),
+    "openvino-int8": ("onnx", "openvino", "nncf"),
+}
+BACKENDS = ("torch", "fused", "compiled", *PACKAGES)
 OPSET = 17  # of ONNX: runtimes since 2022 read it, and nothing here needs a later one
-INPUT, OUTPUT = "images", "embeddings"  # names in the ONNX file
+# OpenVINO's names of what Int8FaceNet leaves in float32, beside FaceNet's own products.
+EXACT = ["ReduceL2", "Divide", "Broadcast", "MatMul", "ReduceMean", "Interpolate", "AvgPool", "Unsqueeze"]
+INPUT, OUTPUT, QUALITY = "images", "embeddings", "quality"  # names in the ONNX file
 
 
-def accelerated(model: nn.Module, backend: str, image_size: int, device: torch.device | str) -> nn.Module:
+def accelerated(
+    model: nn.Module,
+    backend: str,
+    image_size: int,
+    device: torch.device | str,
+    photos: Sequence[Tensor] | None = None,
+) -> nn.Module:
     """`model` for embedding on `device`: the same embeddings but for rounding, in eval mode, without gradients.
 
     "torch": `model` itself, as it is. The others are copies, which later training does not reach:
     "fused": see `fused`. "compiled": that through torch.compile, which takes a minute or so at the first batch, again
     at the first batch of another size, and a C++ compiler. "onnxruntime": see OnnxFaceNet; "openvino": see
-    OpenVinoFaceNet; both on the CPU only.
+    OpenVinoFaceNet; "openvino-int8": see Int8FaceNet, whose embeddings are other ones, and which needs `photos`; all
+    three on the CPU only.
     A copy has a `fingerprint` of its own: take that of `model`.
-    Raises ValueError for another backend, one of these two on a GPU, or a package that is not installed.
+    Raises ValueError for another backend, one of these three on a GPU, or a package that is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return model
-    if backend in ("onnxruntime", "openvino"):
+    if backend in PACKAGES:
         if torch.device(device).type != "cpu":
             raise ValueError(
                 f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
             )
-        _package(backend)  # before the export takes its second
-        exported = OnnxFaceNet if backend == "onnxruntime" else OpenVinoFaceNet
-        return exported(to_onnx(model, image_size, {}), image_size)
+        for package in PACKAGES[backend]:
+            _package(package)  # before the export takes its second
+        content = to_onnx(model, image_size, {})
+        if backend == "openvino-int8":
+            return Int8FaceNet(content, image_size, photos)
+        return (OnnxFaceNet if backend == "onnxruntime" else OpenVinoFaceNet)(content, image_size)
     network = fused(model).to(device)
     return torch.compile(network) if backend == "compiled" else network
 
@@ -83,12 +103,16 @@ def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -
     """`model`, fused, as the bytes of an ONNX file; `model` stays as it is.
 
     Input "images": (B, 3, image_size, image_size) float32, any B >= 1, as datasets.eval_transform gives them: RGB,
-    (x - 127.5) / 128. Output "embeddings": (B, D) float32, rows of norm 1, D as the model's.
+    (x - 127.5) / 128. Outputs "embeddings": (B, D) float32, rows of norm 1, D as the model's; and of a FaceNet
+    "quality": (B,) float32, see models.FaceNet.
     metadata: fingerprint, face_crop and the like, kept as strings in metadata_props; image_size is added.
     Raises ValueError if the package onnx is not installed.
     """
     onnx = _package("onnx")
     network = fused(model).cpu().to(memory_format=torch.contiguous_format)
+    outputs = [OUTPUT]
+    if getattr(model, "rates", False):
+        network, outputs = _Rated(network), [OUTPUT, QUALITY]
     example, content = torch.zeros(2, 3, image_size, image_size), io.BytesIO()
     with warnings.catch_warnings():
         # Deprecated, but alike in every torch since 2.5 and content with onnx; its successor wants onnxscript too.
@@ -100,12 +124,13 @@ def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -
             dynamo=False,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_axes={INPUT: {0: "B"}, OUTPUT: {0: "B"}},
+            output_names=outputs,
+            dynamic_axes={name: {0: "B"} for name in (INPUT, *outputs)},
         )
     graph = onnx.load_from_string(content.getvalue())
     columns = graph.graph.output[0].type.tensor_type.shape.dim[1]
-    columns.dim_value = network(example).shape[1]  # the tracer loses it in the normalization
+    embeddings = network(example)[0] if QUALITY in outputs else network(example)
+    columns.dim_value = embeddings.shape[1]  # the tracer loses it in the normalization
     onnx.helper.set_model_props(
         graph, {name: str(value) for name, value in {**metadata, "image_size": image_size}.items()}
     )
@@ -113,12 +138,23 @@ def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -
     return graph.SerializeToString()
 
 
+class _Rated(nn.Module):
+    """Both outputs of a FaceNet."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(images, "rated")
+
+
 class _Exported(nn.Module):
     """An ONNX file of `export`, or its bytes, run by another runtime than torch, with torch's number of threads, on the
     CPU.
 
     Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format -> embeddings (B, D) float32 of
-    norm 1, without gradients.
+    norm 1, without gradients; and, asked for "rated", the quality (B,) too, if the file has it (`rates`).
     Raises FileNotFoundError; ValueError if it is no such file, of another image size, or the runtime is not installed.
     """
 
@@ -141,7 +177,9 @@ class _Exported(nn.Module):
                 f"{name}: not an ONNX file that {self.package} can run ({reason}); export_onnx.py writes one"
             ) from error
         widths = ([EMBEDDING_DIM], [2 * EMBEDDING_DIM])  # of the face alone, or with the whole frame (models.Crops)
-        if len(ends) != 2 or ends[0][0] != INPUT or ends[1][0] != OUTPUT or ends[1][1] not in widths:
+        names = [name for name, _ in ends]
+        self.rates = names == [INPUT, OUTPUT, QUALITY]  # files of earlier versions have no quality
+        if not (self.rates or names == [INPUT, OUTPUT]) or ends[1][1] not in widths:
             raise ValueError(f"{name}: an ONNX file, but not a FaceNet of export_onnx.py; found {ends}")
         if ends[0][1] != [3, image_size, image_size]:
             raise ValueError(
@@ -157,18 +195,21 @@ class _Exported(nn.Module):
         """Make the network ready; the names of its inputs and outputs with their shapes, the batch's size left out."""
         raise NotImplementedError
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+        """Its outputs, in the file's order."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, part: str = "both") -> Tensor | tuple[Tensor, Tensor]:
         if images.device.type != "cpu" or images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"images of shape {tuple(images.shape)} on {images.device}: "
                 f"expected (B, 3, {self.image_size}, {self.image_size}) on the CPU"
             )
         if len(images) == 0:
-            return torch.empty(0, self.dims)
-        return torch.from_numpy(self._run(images.detach().float().contiguous().numpy()))
+            outputs = [torch.empty(0, self.dims), torch.empty(0)]
+        else:
+            outputs = [torch.from_numpy(of) for of in self._run(images.detach().float().contiguous().numpy())]
+        return (outputs[0], outputs[1]) if part == "rated" else outputs[0]
 
 
 class OnnxFaceNet(_Exported):
@@ -184,8 +225,8 @@ class OnnxFaceNet(_Exported):
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
         return [(end.name, end.shape[1:]) for end in (*self.session.get_inputs(), *self.session.get_outputs())]
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        return self.session.run([OUTPUT], {INPUT: images})[0]
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+        return self.session.run(None, {INPUT: images})
 
 
 class OpenVinoFaceNet(_Exported):
@@ -195,23 +236,55 @@ class OpenVinoFaceNet(_Exported):
 
     def _load(self, runtime: ModuleType, content: bytes) -> list[tuple[str, list]]:
         core = runtime.Core()
-        network = core.read_model(io.BytesIO(content))
+        network = self._prepared(core.read_model(io.BytesIO(content)))
         # Left to itself it computes in bfloat16 where the CPU can: three digits in place of seven.
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self.network = core.compile_model(network, "CPU", options)
         ends = (*network.inputs, *network.outputs)
         return [(end.any_name, [side.get_length() for side in list(end.partial_shape)[1:]]) for end in ends]
 
-    def _run(self, images: np.ndarray) -> np.ndarray:
-        return self.network(images)[0].copy()  # the next call writes into the same memory
+    def _prepared(self, network: object) -> object:
+        """What is to be run of an openvino.Model."""
+        return network
+
+    def _run(self, images: np.ndarray) -> list[np.ndarray]:
+        outputs = self.network(images)
+        return [outputs[end].copy() for end in self.network.outputs]  # the next call writes into the same memory
+
+
+class Int8FaceNet(OpenVinoFaceNet):
+    """By OpenVINO, in whole numbers of 8 bits, by NNCF's post-training quantization; see _Exported.
+
+    Much faster, and no longer the same embeddings: measure what it costs. photos: some hundred images
+    (3, image_size, image_size) like those that will be embedded, to which the ranges of the numbers are fitted.
+    Raises ValueError for no photo.
+    """
+
+    def __init__(self, source: Path | str | bytes, image_size: int, photos: Sequence[Tensor] | None):
+        if not photos:
+            raise ValueError("BACKEND = 'openvino-int8': needs photos to fit its ranges to, and got none")
+        self._photos = photos
+        super().__init__(source, image_size)
+
+    def _prepared(self, network: object) -> object:
+        nncf = _package("nncf")
+        nncf.set_log_level(logging.ERROR)
+        images = nncf.Dataset(self._photos, lambda image: {INPUT: image[None].numpy()})
+        # The convolutions are the work. What makes an embedding of their results, the gate included, keeps its digits.
+        exact = nncf.IgnoredScope(types=EXACT, patterns=["^(/network)?/Mul.*"], validate=False)
+        mixed = nncf.QuantizationPreset.MIXED  # for activations that are not symmetric around 0, as after a ReLU
+        options = {"preset": mixed, "subset_size": len(self._photos), "ignored_scope": exact}
+        return nncf.quantize(network, images, **options)
 
 
 def _package(name: str) -> ModuleType:
     """The optional package `name`. Raises ValueError, which a script tells in its one sentence, if it is missing."""
+    if name == "nncf":
+        os.environ.setdefault("NNCF_CI", "1")  # else it reports its use over the internet, without asking
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        more = "onnxruntime" if name == "onnx" else name
+        more = {"onnx": "onnxruntime", "nncf": "openvino nncf"}.get(name, name)
         raise ValueError(
             f"the package {name} is not installed ({error}): pip install onnx {more}, or set BACKEND = 'fused'"
         ) from error

@@ -42,6 +42,7 @@ class Gallery:
     persons: sorted names, each with at least one photo. template: which of TEMPLATES counts in `evaluate`.
     made_by: of the model, its fingerprint, image_size and face_crop: what other embeddings must share.
     threshold: of `calibrate`; None: every query is given a name.
+    quality: (G,) float32, of each photo as the model rates it; None where it does not.
     """
 
     embeddings: Tensor
@@ -51,6 +52,7 @@ class Gallery:
     template: str
     made_by: dict = field(default_factory=dict)
     threshold: dict | None = None
+    quality: Tensor | None = None
 
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
         """(T, D) rows of norm 1 to match against, and (T,) their labels; see metrics.templates."""
@@ -67,9 +69,11 @@ def embed(
     batch_size: int = 64,
     num_workers: int = 0,
     description: str = "embedding",
-) -> Tensor:
+    rated: bool = False,
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """Embeddings (N, D) float32, rows of norm 1, on the CPU, of the photos at `paths`; `model` in eval mode meanwhile.
 
+    rated: the photos' quality (N,) too, see models.FaceNet, or None where the model does not tell it.
     Under torchrun each process embeds its share of the photos, and all of them get all embeddings.
     Raises OSError for an unreadable photo, ValueError with the path if an embedding is not finite.
     """
@@ -80,30 +84,37 @@ def embed(
     memory_format = getattr(model, "memory_format", torch.channels_last)  # fast.OnnxFaceNet has another
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()
-    batches = []
+    rates = rated and getattr(model, "rates", False)
+    batches, qualities = [], []
     try:
         quiet = rank > 0 or len(loader) < 3
         for images in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
             images = images.to(device, non_blocking=True, memory_format=memory_format)
-            batches.append(F.normalize(model(images).float()).cpu())
+            found, quality = model(images, "rated") if rates else (model(images), None)
+            batches.append(F.normalize(found.float()).cpu())
+            if rates:
+                qualities.append(quality.float().cpu())
     finally:
         for module, training in modes:
             module.training = training
     embeddings = torch.cat(batches) if batches else torch.empty(0, 0)
+    quality = torch.cat(qualities) if qualities else torch.empty(0)
     if world > 1:
         parts: list = [None] * world
-        dist.all_gather_object(parts, embeddings)
-        embeddings = torch.empty(len(paths), max(part.shape[1] for part in parts))
-        for other, part in enumerate(parts):
+        dist.all_gather_object(parts, (embeddings, quality))
+        embeddings = torch.empty(len(paths), max(part.shape[1] for part, _ in parts))
+        quality = torch.empty(len(paths) if rates else 0)
+        for other, (part, of_part) in enumerate(parts):
             if len(part):
                 embeddings[other::world] = part
+                quality[other::world] = of_part
     broken = ~((embeddings.norm(dim=1) - 1).abs() < 1e-3)  # NaN, infinity or all zero
     if broken.any():
         first = paths[int(broken.int().argmax())]
         raise ValueError(
             f"{first}: its embedding is not finite or zero; the model's weights diverged, go back to an earlier one"
         )
-    return embeddings
+    return (embeddings, quality if rates else None) if rated else embeddings
 
 
 def build_gallery(
@@ -134,11 +145,10 @@ def build_gallery(
         )
     paths = [path for person in enrolled for path in person.clean]
     labels = [label for label, person in enumerate(enrolled) for _ in person.clean]
-    embeddings = embed(
-        model, paths, transform, device, batch_size=batch_size, num_workers=num_workers, description="gallery"
-    )
+    options = {"batch_size": batch_size, "num_workers": num_workers, "description": "gallery"}
+    embeddings, quality = embed(model, paths, transform, device, rated=True, **options)
     names = [person.name for person in enrolled]
-    return Gallery(embeddings, torch.tensor(labels), names, paths, template, made_by or {})
+    return Gallery(embeddings, torch.tensor(labels), names, paths, template, made_by or {}, quality=quality)
 
 
 def person_means(
@@ -178,6 +188,7 @@ class Queries:
     embeddings: (Q, D) float32, rows of norm 1; truth: (Q,) int64, index into the gallery's persons, -1 for a person
     outside it; sources: (Q,) int64, gallery row of the photo that must not be compared with, -1 for none.
     persons: Q names, as the folders say; kinds: Q kinds of distortion, "clean" for a photo of the gallery.
+    quality: (Q,) float32, as the model rates them; None where it does not.
     """
 
     embeddings: Tensor
@@ -186,11 +197,13 @@ class Queries:
     paths: list[Path]
     persons: list[str]
     kinds: list[str]
+    quality: Tensor | None = None
 
     def subset(self, chosen: Tensor) -> "Queries":
         """Those at the indices `chosen` (N,) int64."""
         lists = ([of[i] for i in chosen.tolist()] for of in (self.paths, self.persons, self.kinds))
-        return Queries(self.embeddings[chosen], self.truth[chosen], self.sources[chosen], *lists)
+        quality = None if self.quality is None else self.quality[chosen]
+        return Queries(self.embeddings[chosen], self.truth[chosen], self.sources[chosen], *lists, quality)
 
     def groups(self) -> dict[str, Tensor]:
         """Name -> indices: each kind, "without sunny" where there is a sunny among others, and "all"."""
@@ -228,9 +241,8 @@ def embed_queries(
     names = [person.name for person in scanned for _ in person.distorted]
     if not paths:
         raise ValueError(f"{root}: no distorted photo to ask the gallery; expected {root}/<person>/distortion/*.jpg")
-    embeddings = embed(
-        model, paths, transform, device, batch_size=batch_size, num_workers=num_workers, description="queries"
-    )
+    options = {"batch_size": batch_size, "num_workers": num_workers, "description": "queries"}
+    embeddings, quality = embed(model, paths, transform, device, rated=True, **options)
     label_of = {name: label for label, name in enumerate(gallery.persons)}
     truth = torch.tensor([label_of.get(name, -1) for name in names])
     if not_enrolled := int((truth == -1).sum()):
@@ -245,7 +257,7 @@ def embed_queries(
         of_person = photos.get(label, {})
         sources.append(of_person.get(source_photo(path, list(of_person)), -1))
     kinds = [distortion_kind(path) for path in paths]
-    return Queries(embeddings, truth, torch.tensor(sources), paths, names, kinds)
+    return Queries(embeddings, truth, torch.tensor(sources), paths, names, kinds, quality)
 
 
 def by_protocol(gallery: Gallery, queries: Queries | None, protocol: str) -> Queries:
@@ -262,7 +274,9 @@ def by_protocol(gallery: Gallery, queries: Queries | None, protocol: str) -> Que
         rows = several[gallery.labels].nonzero()[:, 0]
         names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
         paths = [gallery.paths[row] for row in rows.tolist()]
-        found = Queries(gallery.embeddings[rows], gallery.labels[rows], rows, paths, names, ["clean"] * len(rows))
+        quality = None if gallery.quality is None else gallery.quality[rows]
+        embeddings, labels = gallery.embeddings[rows], gallery.labels[rows]
+        found = Queries(embeddings, labels, rows, paths, names, ["clean"] * len(rows), quality)
     elif protocol == "cross":
         asks = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
         found = queries.subset(asks.nonzero()[:, 0])
@@ -291,14 +305,16 @@ def ask(gallery: Gallery, queries: Queries) -> dict:
         silent                               persons of the gallery who ask nothing: there to be mistaken for
         per_kind {kind: {queries, top1}}     by the suffix of the file's name
         per_person {name: {queries, top1}}
-        per_query [{path, kind, person, mean: {predicted, score, rank}, best: {...}}]   score: cosine
+        per_query [{path, kind, person, quality, mean: {predicted, score, rank}, best: {...}}]   score: cosine; quality:
+                                             see models.FaceNet, None where the model does not tell it
         embeddings                           (Q, D) Tensor in the order of per_query
 
     A tie goes to the person that sorts first, be it the right one or not.
     """
+    quality = [None] * len(queries.paths) if queries.quality is None else queries.quality.tolist()
     per_query = [
-        {"path": str(path), "kind": kind, "person": name}
-        for path, kind, name in zip(queries.paths, queries.kinds, queries.persons, strict=True)
+        {"path": str(path), "kind": kind, "person": name, "quality": rating}
+        for path, kind, name, rating in zip(queries.paths, queries.kinds, queries.persons, quality, strict=True)
     ]
     right = {}
     for template in TEMPLATES:
@@ -346,6 +362,18 @@ def measure(gallery: Gallery, queries: Queries, seed: int) -> dict[str, dict[str
             inputs = (queries.embeddings[rows], queries.truth[rows], queries.sources[rows])
             measured[template][name] = metrics.measure(*inputs, *enrolled, persons[rows], seed, opened=opened.of(rows))
     return measured
+
+
+def discarded(queries: Queries, measured: dict[str, metrics.Measured]) -> dict[str, Tensor]:
+    """Group -> metrics.wrong_left of its queries, those of lowest quality refused first; {} where none is rated.
+
+    measured: of one template, of `measure`."""
+    if queries.quality is None:
+        return {}
+    return {
+        group: metrics.wrong_left(queries.quality[rows], measured[group].values["rank-1"] == 0)
+        for group, rows in queries.groups().items()
+    }
 
 
 def evaluate(
@@ -516,17 +544,25 @@ def made_by(model: nn.Module, image_size: int, face_crop: float) -> dict:
 
 
 def enroll(
-    gallery: Gallery | None, embeddings: Tensor, persons: Sequence[str], paths: Sequence[Path], **new
+    gallery: Gallery | None,
+    embeddings: Tensor,
+    persons: Sequence[str],
+    paths: Sequence[Path],
+    quality: Tensor | None = None,
+    **new,
 ) -> Gallery:
     """`gallery` with photos added, of persons in it or new ones; what is there is not embedded again.
 
-    embeddings: (N, D) float32, rows of norm 1; persons, paths: of each. A photo that is there already, by its path or
-    its embedding, is not added twice (told); one that is there under another name is added, and told.
+    embeddings: (N, D) float32, rows of norm 1; persons, paths and, of a model that rates, quality (N,): of each. A
+    photo that is there already, by its path or its embedding, is not added twice (told); one that is there under
+    another name is added, and told.
     gallery None: a new one, `new` its template and made_by.
     Raises ValueError for an empty name or embeddings of another length than the gallery's.
     """
     if gallery is None:
-        gallery = Gallery(torch.empty(0, embeddings.shape[1]), torch.empty(0, dtype=torch.int64), [], [], **new)
+        rated = None if quality is None else torch.empty(0)
+        nobody = (torch.empty(0, embeddings.shape[1]), torch.empty(0, dtype=torch.int64), [], [])
+        gallery = Gallery(*nobody, **new, quality=rated)
     if embeddings.shape[1] != gallery.embeddings.shape[1]:
         raise ValueError(
             f"embeddings of {embeddings.shape[1]} numbers cannot join a gallery of {gallery.embeddings.shape[1]}"
@@ -537,6 +573,9 @@ def enroll(
         )
     if not all(persons):
         raise ValueError("a person needs a name to be enrolled")
+    if (gallery.quality is None) != (quality is None):
+        raise ValueError("of a gallery either all photos are rated or none; enroll them anew")
+    ratings = None if quality is None else torch.cat([gallery.quality, quality])
     rows = torch.cat([gallery.embeddings, embeddings])
     names = [gallery.persons[label] for label in gallery.labels.tolist()]
     all_names = [*names, *persons]
@@ -558,7 +597,8 @@ def enroll(
             continue
         there.append(row)
         kept.append(row)
-    return _from_rows(gallery, rows[kept], [all_names[row] for row in kept], [all_paths[row] for row in kept])
+    names, paths = [all_names[row] for row in kept], [all_paths[row] for row in kept]
+    return _from_rows(gallery, rows[kept], names, paths, None if ratings is None else ratings[kept])
 
 
 def remove(gallery: Gallery, person: str) -> Gallery:
@@ -570,40 +610,54 @@ def remove(gallery: Gallery, person: str) -> Gallery:
         raise ValueError(f"{person!r} is the last person of the gallery; delete its file instead")
     rows = (gallery.labels != gallery.persons.index(person)).nonzero()[:, 0]
     names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
-    return _from_rows(gallery, gallery.embeddings[rows], names, [gallery.paths[row] for row in rows.tolist()])
+    quality = None if gallery.quality is None else gallery.quality[rows]
+    return _from_rows(gallery, gallery.embeddings[rows], names, [gallery.paths[row] for row in rows.tolist()], quality)
 
 
-def _from_rows(gallery: Gallery, embeddings: Tensor, names: list[str], paths: list[Path]) -> Gallery:
+def _from_rows(
+    gallery: Gallery, embeddings: Tensor, names: list[str], paths: list[Path], quality: Tensor | None
+) -> Gallery:
     """`gallery` holding these photos: persons sorted, the photos of each side by side in the order given."""
     order = sorted(range(len(names)), key=lambda row: names[row])  # stable
     persons = sorted(set(names))
     index = {name: label for label, name in enumerate(persons)}
     labels = torch.tensor([index[names[row]] for row in order])
-    return replace(
-        gallery, embeddings=embeddings[order], labels=labels, persons=persons, paths=[paths[row] for row in order]
-    )
+    quality = None if quality is None else quality[order]
+    paths = [paths[row] for row in order]
+    return replace(gallery, embeddings=embeddings[order], labels=labels, persons=persons, paths=paths, quality=quality)
 
 
-def calibrate(gallery: Gallery, queries: Queries, far: float, source: str) -> dict:
+def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refuse: float | None = None) -> dict:
     """The threshold under which an answer is 'unknown': of the queries, asked while their own person is left out of the
     gallery, at most a share `far` is then given a name.
 
-    source: where the queries come from, for people. The rate is of this gallery's size: in one of twice as many persons
-    a stranger finds a look-alike about twice as often.
-    Returns {cosine, far, template, strangers, persons, source}, plain types. Raises ValueError if `far` is no share,
-    the gallery holds one person, or fewer strangers ask than let one expect metrics.MIN_ERRORS false accepts.
+    refuse: share of the gallery's photos, those of lowest quality, that may be called not usable; what the least of the
+    others has is the least `quality` of a usable photo, and queries below it do not ask. None, or a model that does not
+    rate: all ask. source: where the queries come from, for people. The rate is of this gallery's size: in one of twice
+    as many persons a stranger finds a look-alike about twice as often.
+    Returns {cosine, far, template, strangers, persons, source, quality, refuse, unusable}, plain types; unusable: how
+    many queries did not ask. Raises ValueError if `far` or `refuse` is no share, the gallery holds one person, or fewer
+    strangers ask than let one expect metrics.MIN_ERRORS false accepts.
     """
     if not 0 < far < 1:
         raise ValueError(f"FALSE_ACCEPT = {far!r}: expected a share of strangers, above 0 and below 1, such as 0.01")
     if len(gallery.persons) < 2:
         raise ValueError(f"{source}: one person is too few for a threshold, nobody else is there to be mistaken for")
+    if refuse is not None and not 0 <= refuse < 1:
+        raise ValueError(f"REFUSE = {refuse!r}: expected a share of clean photos, 0 or more and below 1, such as 0.01")
+    everybody, least = len(queries.paths), None
+    if refuse is not None and gallery.quality is not None and queries.quality is not None:
+        least = gallery.quality.sort().values[int(refuse * len(gallery.quality) + 1e-9)].item()
+        queries = queries.subset((queries.quality >= least).nonzero()[:, 0])
+        if not queries.paths:
+            raise ValueError(f"{source}: none of its {everybody} distorted photos is usable (REFUSE = {refuse:g})")
     found = metrics.ranking(
         queries.embeddings, queries.truth, queries.sources, gallery.embeddings, gallery.labels, gallery.template
     )
     asked = len(found.rival)
     if asked * far < metrics.MIN_ERRORS:
         raise ValueError(
-            f"FALSE_ACCEPT = {far:g}: {source} has {asked} queries, to know so low a rate takes "
+            f"FALSE_ACCEPT = {far:g}: {source} has {asked} usable queries, to know so low a rate takes "
             f"{math.ceil(metrics.MIN_ERRORS / far)}; at least {metrics.MIN_ERRORS / asked:.2g} is possible here"
         )
     return {
@@ -614,6 +668,9 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str) -> di
         "strangers": asked,
         "persons": len(gallery.persons) - 1,
         "source": source,
+        "quality": least,
+        "refuse": refuse,
+        "unusable": everybody - asked,
     }
 
 
@@ -660,17 +717,20 @@ def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
     return gallery
 
 
-FORMAT = 1  # of the gallery files
-FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold")
+FORMAT = 2  # of the gallery files
+FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold", "quality")
 STATED = {"cosine": float, "far": float, "template": str, "strangers": int, "persons": int, "source": str}  # threshold
+STATED |= {"quality": (float, type(None)), "refuse": (float, int, type(None)), "unusable": int}
 
 
 def _fault(saved: object) -> str | None:
     """What keeps the content of a file from being a gallery."""
-    if not isinstance(saved, dict) or not {"format", *FIELDS} <= saved.keys():
+    if not isinstance(saved, dict) or not {"format", "embeddings", "persons"} <= saved.keys():
         return "not a gallery of these scripts"
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
         return f"gallery format {saved['format']!r}, these scripts read {FORMAT}"
+    if not set(FIELDS) <= saved.keys():
+        return "not a gallery of these scripts"
     embeddings, labels, persons, paths = (saved[name] for name in FIELDS[:4])
     if not (isinstance(embeddings, Tensor) and embeddings.dtype == torch.float32 and embeddings.dim() == 2):
         return "its embeddings are no float32 matrix"
@@ -684,14 +744,19 @@ def _fault(saved: object) -> str | None:
         return "its names do not fit its embeddings"
     if labels.unique().tolist() != list(range(len(persons))):
         return "its labels do not fit its persons"
-    template, made_by, threshold = (saved[name] for name in FIELDS[4:])
+    template, made_by, threshold, quality = (saved[name] for name in FIELDS[4:])
+    if quality is not None and not (
+        isinstance(quality, Tensor) and quality.dtype == torch.float32 and quality.shape == (len(embeddings),)
+    ):
+        return "its quality is no number for each embedding"
     plain = (str, int, float, type(None))
     known = isinstance(made_by, dict) and all(isinstance(value, plain) for value in made_by.values())
     if not isinstance(template, str) or template not in TEMPLATES or not known:
         return "its template or model is unknown"
     if threshold is None:
         return None
-    known = isinstance(threshold, dict) and all(isinstance(threshold.get(name), kind) for name, kind in STATED.items())
+    known = isinstance(threshold, dict) and STATED.keys() <= threshold.keys()
+    known = known and all(isinstance(threshold[name], kind) for name, kind in STATED.items())
     if not known or not math.isfinite(threshold["cosine"]):
         return "its threshold is no number"
     return None

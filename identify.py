@@ -1,13 +1,15 @@
-"""Who is on these photos? A name and a cosine for each, or 'unknown', from a gallery that is kept between runs.
+"""Who is on these photos? A name and a cosine, 'unknown', or 'not usable', from a gallery that is kept between runs.
 
     python identify.py
 
-Enrolls the photos of ENROLL that GALLERY does not hold yet, chooses the cosine below which an answer is 'unknown' on
-CALIBRATE_ON, keeps both in GALLERY, and prints a table; JSON_LINES and ANNOTATED write the answers down.
+Chooses on CALIBRATE_ON the quality below which a photo is 'not usable' and the cosine below which an answer is
+'unknown', enrolls the photos of ENROLL that GALLERY does not hold yet, keeps all in GALLERY, and prints a table;
+JSON_LINES and ANNOTATED write the answers down.
 """
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
 import unicodedata
@@ -60,11 +62,15 @@ GALLERY = Path("gallery.pt")  # read if it is there, written if it changes: embe
 ENROLL = None  # Path of a folder of persons, train/ or val/ for one: clean photos that are not in GALLERY are added
 REMOVE = ()  # names of persons to take out of GALLERY and not to enroll
 TEMPLATE = "mean"  # of a person's embeddings, or "best" match among them
+ENROLL_UNUSABLE = False  # True: yes, enroll photos that are not usable too, though they look like everybody's bad ones
 
 # --- when is an answer 'unknown'? ---
 FALSE_ACCEPT = 0.01  # share of strangers' photos that may be given a name, above 0 and below 1
 CALIBRATE_ON = Path("Task_B/val")  # a split with >= 10 / FALSE_ACCEPT distorted photos, framed like PHOTOS, once for
-# all; None: the threshold that GALLERY holds, and where it holds none every face is given a name
+# all; None: the thresholds that GALLERY holds, and where it holds none every face is given a name
+REFUSE = (
+    0.01  # share of CALIBRATE_ON's clean photos, the worst, that sets the quality of a usable one, 0..0.2; None: any
+)
 
 # --- the network ---
 CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None: the PRETRAINED network as it is
@@ -89,6 +95,7 @@ BATCH_SIZE = 64  # faces embedded at a time, >= 1
 NUM_WORKERS = 2  # processes that load images, 0..CPU cores
 
 NAMED, UNKNOWN, NO_FACE, UNREADABLE = "named", "unknown", "no face", "unreadable"
+UNUSABLE = "not usable"
 
 
 def main() -> list[dict]:
@@ -98,7 +105,7 @@ def main() -> list[dict]:
     eyes = Eyes(training.pick_device())
     before = load_gallery(GALLERY, eyes.made_by) if GALLERY.is_file() else None
     threshold = find_threshold(before, eyes)  # first: it does not depend on who is enrolled, and may fail
-    gallery = without(REMOVE, with_enrolled(before, eyes))
+    gallery = without(REMOVE, with_enrolled(before, eyes, least_quality(threshold)))
     gallery = replace(gallery, template=TEMPLATE, threshold=threshold)
     changed = before is None or content(gallery) != content(before)
     if changed and training.is_main():  # of several processes one writes
@@ -129,6 +136,8 @@ def check_constants() -> None:
     for name, (value, kind, low, high) in ranges.items():
         if not training.in_range(value, kind, low, high):
             raise ValueError(f"{name} = {value!r}: expected a {'whole ' * (kind is int)}number in {low}..{high}")
+    if REFUSE is not None and not training.in_range(REFUSE, float, 0, 0.2):
+        raise ValueError(f"REFUSE = {REFUSE!r}: expected a share of clean photos, 0..0.2, such as 0.01, or None")
     if not isinstance(FALSE_ACCEPT, float) or not 0 < FALSE_ACCEPT < 1:
         raise ValueError(
             f"FALSE_ACCEPT = {FALSE_ACCEPT!r}: expected a share of strangers, above 0 and below 1, such as 0.01"
@@ -234,22 +243,33 @@ class Eyes:
                     looks.append(Look(photo, NO_FACE))
         return looks
 
-    def embed(self, photos: Sequence[Path], description: str, most: int | None = None) -> tuple[list[Look], Tensor]:
-        """What `look` sees of the photos, and the embeddings (N, D) of those N that have a `file`, in their order."""
+    def embed(
+        self, photos: Sequence[Path], description: str, most: int | None = None
+    ) -> tuple[list[Look], Tensor, Tensor | None]:
+        """What `look` sees of the photos, and of those N that have a `file`, in their order, the embeddings (N, D) and
+        the quality (N,), see models.FaceNet; None of a model that does not rate."""
         with tempfile.TemporaryDirectory() as folder:
             looks = self.look(photos, Path(folder), most)
             files = [look.file for look in looks if look.file]
             options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS if len(files) > BATCH_SIZE else 0}
-            return looks, embed(self.model, files, self.transform, self.device, description=description, **options)
+            options |= {"description": description, "rated": True}
+            return looks, *embed(self.model, files, self.transform, self.device, **options)
 
 
 # --- the gallery ------------------------------------------------------------------------------------------------------
 
 
-def with_enrolled(gallery: Gallery | None, eyes: Eyes) -> Gallery:
-    """`gallery` (None: a new one) with the clean photos of ENROLL that it does not hold, those of REMOVE left out.
+def least_quality(threshold: dict | None) -> float:
+    """Of a usable photo, by the `threshold` of gallery.calibrate; without one every photo is."""
+    least = threshold and threshold["quality"]
+    return -math.inf if least is None else least
 
-    Of several faces in a photo the largest counts; photos without one and unreadable ones are told.
+
+def with_enrolled(gallery: Gallery | None, eyes: Eyes, least: float) -> Gallery:
+    """`gallery` (None: a new one) with the clean photos of ENROLL that it does not hold, those of REMOVE left out, and
+    without ENROLL_UNUSABLE those of a quality under `least`.
+
+    Of several faces in a photo the largest counts; photos without one, unreadable and unusable ones are told.
     Raises what scan_persons raises; ValueError if there is neither a gallery nor a photo to make one of, or for a name
     in REMOVE that is in neither place.
     """
@@ -275,18 +295,26 @@ def with_enrolled(gallery: Gallery | None, eyes: Eyes) -> Gallery:
         raise ValueError(f"ENROLL = {ENROLL}: no clean photo to enroll; expected {ENROLL}/<person>/*.jpg")
     if not new:
         return gallery
-    looks, embeddings = eyes.embed(list(new), "enrolling", most=1)
+    looks, embeddings, quality = eyes.embed(list(new), "enrolling", most=1)
     for look in looks:
         if look.file is None:
             reason = f" ({look.reason})" if look.reason else ""
             print(printable(f"{look.photo}: {look.status}{reason}, not enrolled"))
     photos = [look.photo for look in looks if look.file]
+    if quality is not None and not ENROLL_UNUSABLE:
+        usable = quality >= least
+        for photo, rating, kept in zip(photos, quality.tolist(), usable.tolist(), strict=True):
+            if not kept:
+                told = f"{UNUSABLE} (quality {rating:.2f} of {least:.2f}), not enrolled; ENROLL_UNUSABLE = True does"
+                print(printable(f"{photo}: {told}"))
+        photos = [photo for photo, kept in zip(photos, usable.tolist(), strict=True) if kept]
+        embeddings, quality = embeddings[usable], quality[usable]
     if not photos and gallery is None:
-        raise ValueError(f"ENROLL = {ENROLL}: none of its {len(new)} clean photos shows a readable face; add others")
+        raise ValueError(f"ENROLL = {ENROLL}: none of its {len(new)} clean photos shows a usable face; add others")
     if not photos:
         return gallery
     facts = {"template": TEMPLATE, "made_by": eyes.made_by}
-    enrolled = enroll(gallery, embeddings, [new[photo] for photo in photos], photos, **facts)
+    enrolled = enroll(gallery, embeddings, [new[photo] for photo in photos], photos, quality, **facts)
     before = len(gallery.paths) if gallery is not None else 0
     print(f"{ENROLL}: {len(enrolled.paths) - before} photos enrolled")
     return enrolled
@@ -323,14 +351,15 @@ def find_threshold(gallery: Gallery | None, eyes: Eyes) -> dict | None:
     distorted photo, or if it is None and the gallery was calibrated for something else.
     """
     held = gallery.threshold if gallery is not None else None
-    fits = held is not None and (held["far"], held["template"]) == (FALSE_ACCEPT, TEMPLATE)
+    fits = held is not None and (held["far"], held["template"], held["refuse"]) == (FALSE_ACCEPT, TEMPLATE, REFUSE)
     if fits and (CALIBRATE_ON is None or held["source"] == str(CALIBRATE_ON)):
         return held
     if CALIBRATE_ON is None:
         if held is not None:
             raise ValueError(
-                f"{GALLERY}: was calibrated for FALSE_ACCEPT = {held['far']}, TEMPLATE = {held['template']!r}, here "
-                f"{FALSE_ACCEPT} and {TEMPLATE!r}; set them back, or set CALIBRATE_ON"
+                f"{GALLERY}: was calibrated for FALSE_ACCEPT = {held['far']}, TEMPLATE = {held['template']!r}, "
+                f"REFUSE = {held['refuse']}, here {FALSE_ACCEPT}, {TEMPLATE!r} and {REFUSE}; set them back, or set "
+                "CALIBRATE_ON"
             )
         return None
     if not CALIBRATE_ON.is_dir():
@@ -349,7 +378,7 @@ def find_threshold(gallery: Gallery | None, eyes: Eyes) -> dict | None:
         others = build_gallery(eyes.model, root, eyes.transform, eyes.device, template=TEMPLATE, **options)
         queries = embed_queries(eyes.model, others, root, eyes.transform, eyes.device, **options)
     with naming("CALIBRATE_ON: "):
-        return calibrate(others, queries, FALSE_ACCEPT, str(CALIBRATE_ON))
+        return calibrate(others, queries, FALSE_ACCEPT, str(CALIBRATE_ON), REFUSE)
 
 
 def cut_faces(persons: Sequence[Person], root: Path, eyes: Eyes) -> Path:
@@ -382,6 +411,12 @@ def describe(gallery: Gallery, changed: bool) -> str:
         f"named from cosine {threshold['cosine']:.3f} on: at most {100 * threshold['far']:g} % of the "
         f"{threshold['strangers']} strangers' photos in {threshold['source']} are, among {threshold['persons']} persons"
     )
+    if threshold["quality"] is not None:
+        share, asked = 100 * threshold["refuse"], threshold["unusable"] + threshold["strangers"]
+        lines.append(
+            f"usable from quality {threshold['quality']:.2f} on, as all but {share:g} % of the clean photos there are, "
+            f"and {threshold['strangers']} of the {asked} distorted ones"
+        )
     times = len(gallery.persons) / threshold["persons"]
     if times >= 2:
         lines.append(
@@ -398,9 +433,11 @@ def answers(gallery: Gallery, photos: Sequence[Path], eyes: Eyes) -> list[dict]:
     """A row for each face, in the order of the photos, the largest face first; one for a photo that shows none:
 
         photo                   as given or found
-        status                  "named", "unknown", "no face" or "unreadable"
+        status                  "named", "unknown", "not usable", "no face" or "unreadable"
         person                  name, None unless named
         score, threshold        cosine with `resembles`, and what it has to reach; None: every face is named
+        quality                 of the photo, None of a model that does not rate; too low and it is not usable: whom it
+                                resembles says nothing then, and is left out
         resembles               the most similar person, named or not
         others                  [{person, score}], the TOP - 1 next ones
         box                     [left, top, right, bottom] in pixels of the upright photo; None without FIND_FACES
@@ -408,16 +445,23 @@ def answers(gallery: Gallery, photos: Sequence[Path], eyes: Eyes) -> list[dict]:
 
     Where a value does not apply it is None.
     """
-    looks, embeddings = eyes.embed(photos, "photos")
+    looks, embeddings, quality = eyes.embed(photos, "photos")
     threshold = gallery.threshold["cosine"] if gallery.threshold else None
+    least, ratings = least_quality(gallery.threshold), iter([] if quality is None else quality.tolist())
     next_best = ranked(gallery, embeddings) if TOP > 1 else [[]] * len(embeddings)
     found = zip(identify(gallery, embeddings), next_best, strict=True)
     rows = []
     for look in looks:
         row = {"photo": str(look.photo), "status": look.status, "person": None, "score": None, "threshold": threshold}
         row |= {"resembles": None, "others": [], "box": look.box and list(look.box), "reason": look.reason}
+        row |= {"quality": None}
         if look.file is not None:
             (person, score, resembles), persons = next(found)
+            row["quality"] = next(ratings, None)
+            if row["quality"] is not None and row["quality"] < least:
+                row |= {"status": UNUSABLE, "reason": f"quality {row['quality']:.2f} of {least:.2f}"}
+                rows.append(row)
+                continue
             row |= {"status": UNKNOWN if person is None else NAMED, "person": person, "score": score}
             others = [{"person": name, "score": cosine} for name, cosine in persons if name != resembles]
             row |= {"resembles": resembles, "others": others[: TOP - 1]}
@@ -454,7 +498,8 @@ def table(rows: Sequence[dict]) -> str:
         for line in lines
     ]
     counts = Counter(row["status"] for row in rows)
-    told = [f"{counts[UNKNOWN]} unknown", f"{counts[NO_FACE]} without a face", f"{counts[UNREADABLE]} unreadable"]
+    told = [f"{counts[UNKNOWN]} unknown", f"{counts[UNUSABLE]} not usable"]
+    told += [f"{counts[NO_FACE]} without a face", f"{counts[UNREADABLE]} unreadable"]
     told = [f"{counts[NAMED]} named", told[0], *(text for text in told[1:] if text[0] != "0")]
     asked = len({row["photo"] for row in rows})
     return "\n".join([*text, f"{asked} photos: {', '.join(told)}"])
@@ -482,7 +527,7 @@ def write_json_lines(path: Path, rows: Sequence[dict]) -> None:
 
 # --- annotated pictures -----------------------------------------------------------------------------------------------
 
-COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", NO_FACE: "#555555"}
+COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", UNUSABLE: "#555555", NO_FACE: "#555555"}
 
 
 def annotate(folder: Path, rows: Sequence[dict], eyes: Eyes) -> None:
@@ -515,8 +560,8 @@ def draw(photo: Image.Image, faces: Sequence[dict], eyes: Eyes) -> Image.Image:
         name, colour = face["person"] or face["status"], COLOURS[face["status"]]
         text = name.replace("\n", " ").encode("utf-8", "replace").decode()
         left, top, bottom = 0.0, 0.0, 0.0
-        if face["score"] is not None:
-            text += f" {face['score']:.2f}"
+        text += "" if face["score"] is None else f" {face['score']:.2f}"
+        if face["status"] != NO_FACE:
             left, top, right, bottom = (value * scale for value in face["box"] or middle)
             pen.rectangle((left, top, right, bottom), outline=colour, width=max(2, ANNOTATED_SIDE // 300))
         size = max(10, ANNOTATED_SIDE // 36)

@@ -1,4 +1,4 @@
-"""Figures of a retrieval: rank-k, CMC, mAP, macro F1, ROC, EER, open-set rates, and their intervals. Tensors only.
+"""Figures of a retrieval: rank-k, CMC, mAP, macro F1, ROC, EER, open set, discard, and their intervals. Tensors only.
 
 A query scores against each person of the gallery: the cosine with the person's mean embedding (template "mean") or
 with its most similar photo ("best"). All scores of a query are looked at, a block of queries at a time. Embeddings of
@@ -464,6 +464,29 @@ def thresholds_without(strangers: Tensor, persons: Tensor, rate: float) -> Tenso
             place = lower
         found[order[places]] = torch.nextafter(values[place], torch.tensor(torch.inf))
     return found
+
+
+# --- which photos to refuse? ------------------------------------------------------------------------------------------
+
+
+def wrong_left(quality: Tensor, wrong: Tensor) -> Tensor:
+    """(Q + 1,) float64: how many wrong answers are left once 0, 1, ..., Q queries of the lowest quality are refused:
+    the error-versus-discard characteristic of ISO/IEC 29794-1, here in counts.
+
+    quality (Q,): the higher, the better; wrong (Q,) bool. Among equal qualities it is left to chance whom it hits: the
+    expected number, so that a quality that is the same for all gives a straight line, not the order of the files.
+    """
+    _, group = quality.unique(return_inverse=True)  # sorted: the lowest first
+    sizes = torch.bincount(group)
+    share = torch.bincount(group, wrong.double()) / sizes  # of wrong ones in each group of equals
+    refused = share.repeat_interleave(sizes).cumsum(0)
+    return wrong.sum() - torch.cat([refused.new_zeros(1), refused])
+
+
+def share_left(left: Tensor, refused: float) -> float | None:
+    """Of `wrong_left`, the share (0..1) of the wrong answers that is left once a share `refused` of the queries,
+    rounded down, is refused; None if there is no wrong answer."""
+    return (left[int(refused * (len(left) - 1) + 1e-9)] / left[0]).item() if left[0] else None
 
 
 # --- how sure? --------------------------------------------------------------------------------------------------------

@@ -77,6 +77,8 @@ class FaceNet(nn.Module):
     Raises what `load_pretrained` raises.
     """
 
+    rates = True  # forward() knows "rated"
+
     def __init__(
         self,
         pretrained: str | Path | None,
@@ -92,6 +94,7 @@ class FaceNet(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"DROPOUT = {dropout}: expected a probability in [0, 1)")
         self.backbone = InceptionResnetV1(pretrained=None, dropout_prob=dropout)
+        self.backbone.classify, self.backbone.logits = True, nn.Identity()  # its features, before it normalizes them
         if pretrained is not None:
             self.backbone.load_state_dict(load_pretrained(pretrained))
         self.crops, self.wide = None, None
@@ -111,24 +114,31 @@ class FaceNet(nn.Module):
             block.eval()
         return self
 
-    def forward(self, images: Tensor, part: str = "both") -> Tensor:
-        """The embedding; with crops, "face" and "wide" ask for one part of it alone, (B, 512) of norm 1."""
-        if self.crops is None:  # then the face is all there is
-            return self._embed(self.backbone, images)
-        if part == "wide":
-            return self._embed(self.wide, self.whole(images))
-        face = self._embed(self.backbone, self.face(images))
-        if part == "face":
-            return face
-        wide = self._embed(self.wide, self.whole(images))
-        return F.normalize(torch.cat([self.gate(images)[:, None] * face, self.crops.wide_weight * wide], 1))
+    def forward(self, images: Tensor, part: str = "both") -> Tensor | tuple[Tensor, Tensor]:
+        """The embedding; with crops, "face" and "wide" ask for one part of it alone, (B, 512) of norm 1.
 
-    def _embed(self, network: nn.Module, images: Tensor) -> Tensor:
-        # The backbone normalizes too, but under autocast in half precision, which is 1 only to three digits.
-        embedding = F.normalize(network(images).float())
+        "rated" asks for the embedding and a quality (B,), the norm of the face's features before they are normalized
+        (as in MagFace, Meng et al. 2021, arXiv:2103.06627): small where no face shows that the network could know.
+        """
+        if part == "wide" and self.crops is not None:  # without crops the face is all there is
+            return self._embed(self.wide, self.whole(images))[0]
+        embedding, quality = self._embed(self.backbone, self.face(images))
+        if part != "face" and self.crops is not None:
+            wide = self._embed(self.wide, self.whole(images))[0]
+            embedding = F.normalize(
+                torch.cat([self.gate(images)[:, None] * embedding, self.crops.wide_weight * wide], 1)
+            )
+        return (embedding, quality) if part == "rated" else embedding
+
+    def _embed(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 512) of norm 1, and the norm that it had, (B,)."""
+        features = network(images).float()  # under autocast in half precision, where a norm of 1 is so to three digits
+        embedding, norm = F.normalize(features), features.norm(dim=1)
         if self.mirror and not self.training:
-            embedding = F.normalize(embedding + F.normalize(network(images.flip(3)).float()))
-        return embedding
+            mirrored = network(images.flip(3)).float()
+            embedding = F.normalize(embedding + F.normalize(mirrored))
+            norm = (norm + mirrored.norm(dim=1)) / 2
+        return embedding, norm
 
     def face(self, frames: Tensor) -> Tensor:
         """The face crop: the centre of whole frames, pixel for pixel; without crops, the images as they are."""

@@ -127,6 +127,39 @@ def score_histogram(
     return figure
 
 
+def discard(left: dict[str, Sequence[float]]) -> Figure:
+    """Error versus discard (ISO/IEC 29794-1): the share of the wrong answers that is left, over the share of the
+    queries refused, those of lowest quality first; beside all queries together the kinds, each within itself.
+
+    left: title -> counts of metrics.wrong_left, all queries together first. Who has no wrong answer is not drawn.
+    Grey: the ideal, which refuses wrong answers only, and chance. The legend tells what is left after a fifth.
+    Raises ValueError if there is nothing to draw.
+    """
+    left = {title: np.asarray(counts, float) for title, counts in left.items() if counts[0] > 0}
+    if not left:
+        raise ValueError("discard: no wrong answer to draw")
+    together, *kinds = left
+    figure = Figure(figsize=(11, 4.6 + 0.22 * len(left)), layout="constrained", dpi=DPI)
+    for axes, titles in zip(figure.subplots(1, 2), ([together], kinds or [together]), strict=True):
+        for look, title in zip(_looks(), titles, strict=False):
+            refused = np.linspace(0, 100, len(left[title]))
+            share = 100 * left[title] / left[title][0]
+            look |= {"marker": None, "linewidth": 2.2 if title == together else 1.4}
+            label = f"{_plain(title)} ({np.interp(20, refused, share):.0f} % left at 20 %)"
+            axes.plot(refused, share, label=label, **look)
+        if titles == [together]:
+            ideal = 100 * left[together][0] / (len(left[together]) - 1)  # so many are wrong, %
+            style = {"color": "#707070", "linewidth": 1.2}
+            axes.plot([0, ideal, 100], [100, 0, 0], linestyle="--", label="ideal: wrong ones first", **style)
+            axes.plot([0, 100], [100, 0], linestyle=":", label="by chance", **style)
+        axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="queries refused, lowest quality first, %")
+        axes.grid(alpha=0.35)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 + (len(titles) > 1), frameon=False)
+    figure.axes[0].set(title="Wrong answers left", ylabel="of the wrong answers, %")
+    figure.axes[1].set(title="The same within each kind")
+    return figure
+
+
 def bars(
     kinds: Sequence[str], evaluations: dict[str, Sequence[tuple[float | None, float | None, float | None]]]
 ) -> Figure:

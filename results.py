@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from torch import Tensor
 
 import metrics
 import report
@@ -27,6 +28,8 @@ PICTURE_CAPTIONS = {
     "roc": "Accepting a pair at a cosine: true accepts against false ones, over all pairs.",
     "scores": "Cosines of genuine and impostor pairs. Where they overlap, no threshold tells them apart.",
     "kinds": "Rank-1 by kind of distortion, with 95 % intervals.",
+    "discard": "What is left of the wrong answers when the queries of lowest quality are refused: the nearer to the "
+    "ideal, the better the model knows which photos it cannot know.",
     "tsne": "Embeddings in the plane: crosses (distorted) should lie on the dots (clean) of their colour.",
     "similarity": "Queries against persons, look-alikes side by side: a bright staircase on a dark ground is good, a "
     "bright column attracts strangers.",
@@ -46,6 +49,7 @@ class Evaluated:
     queries: dict[str, Queries]
     details: dict[str, dict]  # of gallery.ask
     measured: dict[str, dict]  # of gallery.measure: template -> group -> Measured
+    discarded: dict[str, dict]  # of gallery.discarded, of the template that counts: group -> wrong answers left
 
 
 def told(details: dict) -> str:
@@ -75,6 +79,25 @@ def too_few(after: Evaluated) -> list[str]:
     return lines
 
 
+REFUSED = 0.2  # of the queries, in the figures that tell what is left of the wrong answers
+
+
+def left_of(left: dict[str, Tensor]) -> dict[str, float | None]:
+    """Group -> the share (0..1) of its wrong answers left once REFUSED of its queries are; None where none is wrong."""
+    return {group: metrics.share_left(counts, REFUSED) for group, counts in left.items()}
+
+
+def told_refused(left: dict[str, Tensor]) -> str:
+    """What `gallery.discarded` says, in a line."""
+    shares = left_of(left)
+    wrong, queries = round(left["all"][0].item()), len(left["all"]) - 1
+    ideal = max(0.0, 1 - int(REFUSED * queries) / wrong) if wrong else 0.0
+    kinds = ", ".join(f"{group} {100 * share:.0f}" for group, share in shares.items() if share is not None)
+    best = f" (ideal for all {wrong}: {100 * ideal:.0f})" if wrong else ""
+    refused = f"once the {100 * REFUSED:.0f} % of lowest quality are refused"
+    return f"wrong answers left, %, {refused}: {kinds or 'none is wrong'}{best}"
+
+
 def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comparison: dict) -> None:
     """figures.json, figures.csv (a row per protocol, template and group), comparison.csv, queries.csv, persons.csv."""
     rows, per_query, per_person, protocols = [], [], [], {}
@@ -87,6 +110,7 @@ def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comp
             },
             "thresholds": {t: groups["all"].thresholds for t, groups in after.measured[protocol].items()},
             "cmc": {t: groups["all"].cmc.tolist() for t, groups in after.measured[protocol].items()},
+            "wrong_left": left_of(after.discarded[protocol]),
         }
         for template, groups in after.measured[protocol].items():
             for group, of_group in groups.items():
@@ -96,7 +120,7 @@ def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comp
                     row |= {name: figure["value"], f"{name} low": figure["low"], f"{name} high": figure["high"]}
                 rows.append(row)
         for query in details["per_query"]:
-            row = {"protocol": protocol} | {name: query[name] for name in ("path", "kind", "person")}
+            row = {"protocol": protocol} | {name: query[name] for name in ("path", "kind", "person", "quality")}
             for template in TEMPLATES:
                 row |= {f"{name}_{template}": value for name, value in query[template].items()}
             per_query.append(row)
@@ -152,7 +176,7 @@ def write_report(
                     comparison[protocol], f"{after.gallery.template} template: difference to {before.title}"
                 )
             )
-        kinds = ("kinds", "cmc", "roc", "scores")
+        kinds = ("kinds", "cmc", "roc", "scores", "discard")
         text = f"{ABOUT[protocol]} Here: {told(details)}."
         sections.append(report.Section(protocol, text, tables, shown([f"{kind}_{protocol}" for kind in kinds])))
     notes = too_few(after)

@@ -1,6 +1,7 @@
 """Faster networks give the embeddings of the one they are made from; ONNX files are whole, told apart and checked."""
 
 import copy
+import os
 import sys
 
 import pytest
@@ -102,17 +103,22 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(facenet):
         fast.accelerated(facenet, "tensorrt", SIZE, "cpu")
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("backend", fast.PACKAGES)
 def test_a_runtime_of_the_cpu_is_refused_on_a_gpu(facenet, backend):
     with pytest.raises(ValueError, match=rf"{backend}.*on the CPU only, not on cuda:1; set BACKEND = 'fused'"):
         fast.accelerated(facenet, backend, SIZE, "cuda:1")
 
 
 @pytest.mark.parametrize(
-    "package, backend", [("onnx", "onnxruntime"), ("onnxruntime", "onnxruntime"), ("openvino", "openvino")]
+    "package, backend",
+    [
+        *(("onnx", "onnxruntime"), ("onnxruntime", "onnxruntime"), ("openvino", "openvino")),
+        *(("openvino", "openvino-int8"), ("nncf", "openvino-int8")),
+    ],
 )
 def test_a_missing_package_is_named_with_the_way_out(monkeypatch, facenet, package, backend):
-    monkeypatch.setitem(sys.modules, backend, sys)  # none has to be installed
+    for needed in fast.PACKAGES[backend]:
+        monkeypatch.setitem(sys.modules, needed, sys)  # none has to be installed
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=rf"package {package} is not installed .*pip install onnx .*BACKEND = 'fused'"):
         fast.accelerated(facenet, backend, SIZE, "cpu")
@@ -239,6 +245,46 @@ def test_a_missing_onnx_file_is_named(tmp_path, exported):
         exported(tmp_path / "none.onnx", SIZE)
 
 
+# --- 8 bits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def int8():
+    for package in fast.PACKAGES["openvino-int8"]:
+        pytest.importorskip(package)
+
+
+def test_eight_bits_give_nearly_the_embeddings_and_only_nearly(int8, facenet, images, expected):
+    network = fast.accelerated(facenet, "openvino-int8", SIZE, "cpu", list(images))
+    precisions = {node.get_rt_info()["runtimePrecision"].value for node in network.network.get_runtime_model().get_ops()
+                  if node.get_rt_info()["layerType"].value == "Convolution"}  # fmt: skip
+    assert precisions <= {"i8", "u8"}, precisions
+    found = network(images)
+    assert found.shape == expected.shape and found.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+    cosine = F.cosine_similarity(found, expected)
+    assert cosine.min() > 0.9 and cosine.max() < 1 - 1e-5
+    assert (found @ expected.T).argmax(1).tolist() == list(range(5))  # each is nearest to its own
+
+
+def test_eight_bits_leave_the_gate_and_the_last_steps_exact(int8, two_crops, frames, of_frames):
+    found = fast.accelerated(two_crops, "openvino-int8", FRAME, "cpu", list(frames))(frames)
+    assert (found[:, :512].norm(dim=1) == 0).tolist() == (of_frames[:, :512].norm(dim=1) == 0).tolist()
+    assert found.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
+    assert found[:, :512].norm(dim=1).tolist() == pytest.approx(of_frames[:, :512].norm(dim=1).tolist(), abs=1e-5)
+
+
+def test_eight_bits_without_photos_are_refused(int8):
+    for none in (None, []):
+        with pytest.raises(ValueError, match=r"BACKEND = 'openvino-int8': needs photos to fit its ranges to"):
+            fast.accelerated(TinyNet().eval(), "openvino-int8", SIZE, "cpu", none)
+
+
+def test_the_quantizer_reports_to_nobody(int8, monkeypatch):
+    monkeypatch.delenv("NNCF_CI", raising=False)
+    fast._package("nncf")
+    assert os.environ["NNCF_CI"]
+
+
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +404,24 @@ def test_an_exported_file_of_two_crops_gives_the_same_1024_numbers_gate_included
     check_same(network(frames[: BURNT_ONE + 1]), of_frames[: BURNT_ONE + 1])  # at another batch size
     alone = network(frames[[BURNT_ONE]])
     assert (alone[0, :512] == 0).all() and (alone[0] - of_frames[BURNT_ONE]).abs().max() < 1e-4
+
+
+def test_the_quality_is_the_same_fused_and_exported(two_crops, frames, wide_content, exported):
+    with torch.inference_mode():
+        _, expected = two_crops(frames, "rated")
+    for network in (fast.fused(two_crops), exported(wide_content, FRAME)):
+        embedding, quality = network(frames, "rated")
+        assert network.rates and embedding.shape == (5, 1024)
+        torch.testing.assert_close(quality, expected, rtol=1e-4, atol=0)
+    embedding, quality = exported(wide_content, FRAME)(frames[:0], "rated")
+    assert embedding.shape == (0, 1024) and quality.shape == (0,)
+
+
+def test_a_file_without_the_quality_is_run_all_the_same(images, exported):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 512))
+    found = exported(fast.to_onnx(network, SIZE, {}), SIZE)
+    assert not found.rates
+    torch.testing.assert_close(found(images), network(images), rtol=0, atol=1e-5)
 
 
 def test_the_gate_of_an_exported_file_is_drawn_where_torchs_is(two_crops, wide_content, exported):

@@ -96,6 +96,35 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+class RatingNet(ColourNet):
+    """A ColourNet that rates: the norm of the mean colour, small where a photo is grey."""
+
+    rates = True
+
+    def forward(self, images, part="both"):
+        colour = images.mean((2, 3))
+        ColourNet.embedded += len(images)
+        embedding = nn.functional.normalize(colour)
+        return (embedding, colour.norm(dim=1)) if part == "rated" else embedding
+
+
+def quality(colour) -> float:
+    """RatingNet's, of a photo of one colour."""
+    return math.hypot(*((value - 127.5) / 128 for value in colour))
+
+
+GREY, DULL = (130, 128, 127), (180, 100, 100)  # nothing to see; just enough
+
+
+@pytest.fixture
+def rated(here, monkeypatch) -> Path:
+    """`here` with a network that rates, and a grey photo that asks."""
+    monkeypatch.setattr(training, "FaceNet", RatingNet)
+    write(Path("photos/grey.png"), GREY)
+    write(Path("val/v4/2.png"), DULL)
+    return here
+
+
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +144,7 @@ def test_the_threshold_is_that_of_calibrate_on_the_split_and_lies_in_the_gallery
     rows = identify.main()
     eyes = identify.Eyes(torch.device("cpu"))
     others = build_gallery(eyes.model, "val", eyes.transform, "cpu", template="mean")
-    expected = calibrate(others, embed_queries(eyes.model, others, "val", eyes.transform, "cpu"), 0.5, "val")
+    expected = calibrate(others, embed_queries(eyes.model, others, "val", eyes.transform, "cpu"), 0.5, "val", 0.01)
     assert load_gallery(Path("gallery.pt")).threshold == expected
     assert {row["threshold"] for row in rows} == {expected["cosine"]}
     assert (expected["strangers"], expected["persons"], expected["source"]) == (24, 3, "val")
@@ -335,7 +364,8 @@ def test_a_threshold_for_another_rate_is_not_passed_over_in_silence(here):
     with pytest.raises(ValueError) as e:
         identify.main()
     assert str(e.value).startswith(
-        "gallery.pt: was calibrated for FALSE_ACCEPT = 0.5, TEMPLATE = 'mean', here 0.1 and 'mean'; set them back"
+        "gallery.pt: was calibrated for FALSE_ACCEPT = 0.5, TEMPLATE = 'mean', REFUSE = 0.01, here 0.1, 'mean' and "
+        "0.01; set them back"
     )
 
 
@@ -385,6 +415,85 @@ def test_image_size_and_crop_come_from_the_checkpoint(here, monkeypatch):
     assert (rows["a.png"]["person"], rows["b.png"]["person"]) == ("ann", "bob")
 
 
+# --- photos that are not usable ---------------------------------------------------------------------------------------
+
+
+def test_a_photo_of_too_low_a_quality_is_not_usable_and_named_nobody(rated, capsys):
+    rows = by_name(identify.main())
+    least = load_gallery(Path("gallery.pt")).threshold["quality"]
+    assert least == pytest.approx(quality(DULL), abs=1e-5)  # the worst of val's clean photos
+    grey = rows["grey.png"]
+    assert (grey["status"], grey["person"], grey["score"], grey["resembles"]) == ("not usable", None, None, None)
+    assert grey["quality"] == pytest.approx(quality(GREY), abs=1e-5) and grey["quality"] < least
+    assert grey["reason"] == f"quality {quality(GREY):.2f} of {least:.2f}"
+    a = rows["a.png"]
+    assert a["status"] == "named" and a["quality"] == pytest.approx(quality(shade(ANN, 3)), abs=1e-5)
+    out = capsys.readouterr().out
+    assert "(not usable)" in out and "1 not usable" in out.splitlines()[-1]
+    assert f"usable from quality {least:.2f} on, as all but 1 % of the clean photos there are" in out
+
+
+def test_without_a_bound_every_photo_is_usable(rated):
+    set_constants(REFUSE=None)
+    grey = by_name(identify.main())["grey.png"]
+    assert grey["status"] in ("named", "unknown") and grey["quality"] is not None
+
+
+def test_strangers_whose_photos_are_not_usable_do_not_move_the_threshold(rated):
+    identify.main()
+    before = load_gallery(Path("gallery.pt")).threshold
+    for number in range(30):
+        write(Path(f"val/v1/distortion/1_grey{number}.png"), GREY)
+    Path("gallery.pt").unlink()
+    identify.main()
+    after = load_gallery(Path("gallery.pt")).threshold
+    assert after["unusable"] == before["unusable"] + 30
+    assert after | {"unusable": 0} == before | {"unusable": 0}
+
+
+def test_enrolling_a_photo_that_is_not_usable_needs_an_explicit_yes(rated, capsys):
+    write(Path("people/ann/clean/ann_3.png"), GREY)
+    identify.main()
+    assert "people/ann/clean/ann_3.png: not usable (quality 0.0" in capsys.readouterr().out
+    kept = load_gallery(Path("gallery.pt"))
+    assert [path.name for path in kept.paths] == ["ann_1.png", "ann_2.png", "bob_1.png", "cy_1.png"]
+    assert kept.quality.tolist() == pytest.approx([quality(c) for c in (ANN, shade(ANN, 9), BOB, CY)], abs=1e-5)
+    set_constants(ENROLL_UNUSABLE=True)
+    identify.main()
+    assert "people: 1 photos enrolled" in capsys.readouterr().out
+    assert load_gallery(Path("gallery.pt")).quality[2].item() == pytest.approx(quality(GREY), abs=1e-5)
+
+
+def test_a_gallery_of_no_usable_photo_is_not_made(rated):
+    for photo in Path("people").rglob("*.png"):
+        write(photo, GREY)
+    with pytest.raises(ValueError, match="ENROLL = people: none of its 4 clean photos shows a usable face"):
+        identify.main()
+    assert not Path("gallery.pt").exists()
+
+
+def test_the_quality_that_a_gallery_asks_for_lies_in_it(rated):
+    identify.main()
+    set_constants(CALIBRATE_ON=None, ENROLL=None)
+    assert by_name(identify.main())["grey.png"]["status"] == "not usable"
+    set_constants(REFUSE=0.1)
+    with pytest.raises(ValueError, match=r"REFUSE = 0\.01, here 0\.5, 'mean' and 0\.1; set them back"):
+        identify.main()
+
+
+@pytest.mark.parametrize("value", [-0.1, 0.3, "0.01", True])
+def test_a_share_of_clean_photos_to_refuse_is_checked(rated, value):
+    set_constants(REFUSE=value)
+    with pytest.raises(ValueError, match=r"REFUSE = .*: expected a share of clean photos, 0\.\.0\.2"):
+        identify.main()
+
+
+def test_an_unusable_photo_is_annotated_as_such(rated):
+    set_constants(ANNOTATED=Path("annotated"))
+    identify.main()
+    assert len(list(Path("annotated").glob("*_grey.jpg"))) == 1
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -403,11 +512,15 @@ def test_image_size_and_crop_come_from_the_checkpoint(here, monkeypatch):
         ({"ENROLL": Path("nowhere")}, FileNotFoundError, "ENROLL = nowhere: no such folder; correct it"),
         ({"ENROLL": Path("empty")}, ValueError, "empty: no person with a photo; expected empty/<person>/clean"),
         ({"ENROLL": Path("hazy")}, ValueError, "ENROLL = hazy: no clean photo to enroll; expected hazy/<person>"),
-        ({"ENROLL": Path("torn")}, ValueError, "ENROLL = torn: none of its 1 clean photos shows a readable face"),
+        ({"ENROLL": Path("torn")}, ValueError, "ENROLL = torn: none of its 1 clean photos shows a usable face"),
         ({"REMOVE": ["bobb"]}, ValueError, "REMOVE: 'bobb' is not in people, and there is no gallery yet"),
         ({"CALIBRATE_ON": Path("nowhere")}, FileNotFoundError, "CALIBRATE_ON = nowhere: no such folder; correct it"),
         ({"CALIBRATE_ON": Path("clean")}, ValueError, "CALIBRATE_ON = clean: no distorted photo that could ask"),
-        ({"FALSE_ACCEPT": 0.1}, ValueError, "CALIBRATE_ON: FALSE_ACCEPT = 0.1: val has 24 queries, .* takes 100"),
+        (
+            {"FALSE_ACCEPT": 0.1},
+            ValueError,
+            "CALIBRATE_ON: FALSE_ACCEPT = 0.1: val has 24 usable queries, .* takes 100",
+        ),
         ({"FALSE_ACCEPT": 0}, ValueError, "FALSE_ACCEPT = 0: expected a share of strangers, above 0 and below 1"),
         ({"FALSE_ACCEPT": 1.0}, ValueError, "FALSE_ACCEPT = 1.0: expected a share"),
         ({"FALSE_ACCEPT": "1%"}, ValueError, "FALSE_ACCEPT = '1%': expected a share"),
@@ -455,7 +568,18 @@ def test_json_lines_are_the_rows_whatever_the_names(here):
     content = Path("out/answers.jsonl").read_bytes().decode("utf-8")
     assert [json.loads(line) for line in content.splitlines()] == rows
     assert "Zoë 李" in content and raw in [row["photo"] for row in rows]
-    assert list(rows[0]) == ["photo", "status", "person", "score", "threshold", "resembles", "others", "box", "reason"]
+    assert list(rows[0]) == [
+        "photo",
+        "status",
+        "person",
+        "score",
+        "threshold",
+        "resembles",
+        "others",
+        "box",
+        "reason",
+        "quality",
+    ]
     assert {row["status"] for row in rows} == {"named", "unknown", "unreadable"}
 
 
@@ -600,7 +724,7 @@ def test_a_clean_photo_without_a_face_is_not_enrolled_and_told(loose, capsys):
 def test_where_no_clean_photo_shows_a_face_there_is_no_gallery(loose):
     write_squares(Path("faceless/di/di_1.png"))
     set_constants(ENROLL=Path("faceless"))
-    with pytest.raises(ValueError, match="ENROLL = faceless: none of its 1 clean photos shows a readable face"):
+    with pytest.raises(ValueError, match="ENROLL = faceless: none of its 1 clean photos shows a usable face"):
         identify.main()
 
 

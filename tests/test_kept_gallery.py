@@ -85,6 +85,7 @@ def strangers(embeddings: Tensor) -> Queries:
 
 MODEL = {"fingerprint": "0123456789abcdef", "image_size": 160, "face_crop": 0.52}
 THRESHOLD = {"cosine": 0.43, "far": 0.01, "template": "mean", "strangers": 1000, "persons": 9, "source": "val"}
+THRESHOLD |= {"quality": 9.5, "refuse": 0.01, "unusable": 7}
 
 
 # --- enroll -----------------------------------------------------------------------------------------------------------
@@ -321,7 +322,9 @@ def test_the_threshold_is_the_lowest_that_keeps_the_promise(template, far):
 def test_the_threshold_says_what_it_stands_for():
     threshold = calibrate(crowd("mean"), strangers(unit_rows(250, 16, seed=1)), 0.04, "Task_B/val")
     assert isinstance(threshold.pop("cosine"), float)
-    assert threshold == {"far": 0.04, "template": "mean", "strangers": 250, "persons": 7, "source": "Task_B/val"}
+    of_quality = {"quality": None, "refuse": None, "unusable": 0}  # nobody rates here
+    of_strangers = {"strangers": 250, "persons": 7, "source": "Task_B/val"}
+    assert threshold == {"far": 0.04, "template": "mean"} | of_strangers | of_quality
 
 
 @pytest.mark.parametrize("template", ["mean", "best"])
@@ -348,7 +351,7 @@ def test_too_few_strangers_for_the_rate_are_an_error_with_what_would_do(asked, f
     with pytest.raises(ValueError) as e:
         calibrate(crowd("mean"), strangers(unit_rows(asked, 16, seed=2)), far, "Task_B/val")
     assert str(e.value) == (
-        f"FALSE_ACCEPT = {far}: Task_B/val has {asked} queries, to know so low a rate takes {needed}; "
+        f"FALSE_ACCEPT = {far}: Task_B/val has {asked} usable queries, to know so low a rate takes {needed}; "
         f"at least {possible} is possible here"
     )
 
@@ -383,6 +386,48 @@ def test_calibrating_on_a_split_embeds_its_distorted_photos(tree):
     assert sum(score >= threshold["cosine"] for score in scores) <= 12
 
 
+@pytest.mark.parametrize("refuse, worst", [(0.0, 0), (0.04, 0), (0.05, 1), (0.125, 3)])  # of 24 photos
+def test_queries_worse_than_all_but_a_share_of_the_clean_photos_do_not_ask(refuse, worst):
+    rated = replace(crowd("mean"), quality=torch.arange(24).float() / 24)
+    embeddings = unit_rows(300, 16, seed=9)
+    of_query = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    queries = replace(strangers(embeddings), quality=of_query)
+    threshold = calibrate(rated, queries, 0.1, "here", refuse)
+    assert threshold["quality"] == pytest.approx(worst / 24)
+    usable = of_query >= worst / 24
+    assert (threshold["strangers"], threshold["unusable"]) == (int(usable.sum()), int((~usable).sum()))
+    alone = calibrate(crowd("mean"), strangers(embeddings[usable]), 0.1, "here")
+    assert threshold["cosine"] == alone["cosine"]
+
+
+def test_strangers_none_of_whose_photos_is_usable_are_told():
+    rated = replace(crowd("mean"), quality=torch.ones(24))
+    queries = replace(strangers(unit_rows(300, 16, seed=9)), quality=torch.zeros(300))
+    with pytest.raises(ValueError, match=r"here: none of its 300 distorted photos is usable \(REFUSE = 0.01\)"):
+        calibrate(rated, queries, 0.1, "here", 0.01)
+
+
+@pytest.mark.parametrize("refuse", [-0.1, 1, math.nan])
+def test_a_refused_share_that_is_none_is_an_error(refuse):
+    with pytest.raises(ValueError, match=r"REFUSE = .*: expected a share of clean photos"):
+        calibrate(crowd("mean"), strangers(unit_rows(100, 16, seed=2)), 0.1, "here", refuse)
+
+
+def test_quality_stays_with_its_photo_through_enrolling_and_removing():
+    def rated(names: str, *degrees: float) -> dict:
+        paths = [Path(f"{degree}.png") for degree in degrees]
+        return {"persons": names.split(), "paths": paths, "quality": torch.tensor(degrees) / 10}
+
+    kept = enroll(None, rows_at(90, 0), **rated("bob ann", 90, 0), template="mean", made_by={})
+    kept = enroll(kept, rows_at(45, 10, 10), **rated("cy ann ann", 45, 10, 10))  # the last one twice
+    assert [(path.name, value) for path, value in zip(kept.paths, kept.quality.tolist(), strict=True)] == [
+        ("0.png", 0), ("10.png", 1), ("90.png", 9), ("45.png", 4.5)
+    ]  # fmt: skip
+    assert remove(kept, "ann").quality.tolist() == [9, 4.5]
+    with pytest.raises(ValueError, match="either all photos are rated or none"):
+        enroll(kept, rows_at(20), ["di"], [Path("20.png")])
+
+
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -400,9 +445,11 @@ def test_what_is_saved_comes_back_exactly(tmp_path, threshold, template):
     names = ["Zoë Ångström", "李小龍", "a\nb", "\udcff"]  # the last one: a file name that is no UTF-8
     paths = [Path(f"photos/{name}/1 ü.jpg") for name in names]
     new = {"template": template, "made_by": MODEL, "threshold": threshold}
-    before = enroll(None, unit_rows(4, 512, seed=3), names, paths, **new)
+    rated = None if threshold is None else torch.rand(4)
+    before = enroll(None, unit_rows(4, 512, seed=3), names, paths, rated, **new)
     save_gallery(tmp_path / "new" / "gallery.pt", before)
     after = load_gallery(tmp_path / "new" / "gallery.pt")
+    assert after.quality is None if threshold is None else torch.equal(after.quality, before.quality)
     assert torch.equal(after.embeddings, before.embeddings) and torch.equal(after.labels, before.labels)
     assert after.embeddings.dtype == torch.float32 and after.labels.dtype == torch.int64
     for name in ("persons", "paths", "template", "made_by", "threshold"):
@@ -486,13 +533,14 @@ def test_a_file_with_code_in_it_is_refused_and_the_code_does_not_run(saved, tmp_
 NOT_NORM_1, NO_NAMES = "it holds no embedding, or one that is not of norm 1", "its persons or photos are no names"
 NO_MATRIX, NO_FIT = "its embeddings are no float32 matrix", "its names do not fit its embeddings"
 NO_LABELS, WRONG_LABELS = "its labels are no whole number for each embedding", "its labels do not fit its persons"
+NO_QUALITY = "its quality is no number for each embedding"
 NO_TEMPLATE, NO_THRESHOLD = "its template or model is unknown", "its threshold is no number"
 
 
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"format": 2}, "gallery format 2, these scripts read 1"),
+        ({"format": 1}, "gallery format 1, these scripts read 2"),
         ({"format": torch.ones(2)}, "gallery format"),
         ({"embeddings": rows_at(0, 10, 90).tolist()}, NO_MATRIX),
         ({"embeddings": rows_at(0, 10, 90).double()}, NO_MATRIX),
@@ -525,6 +573,11 @@ NO_TEMPLATE, NO_THRESHOLD = "its template or model is unknown", "its threshold i
         ({"threshold": THRESHOLD | {"cosine": "0.43"}}, NO_THRESHOLD),
         ({"threshold": THRESHOLD | {"cosine": math.nan}}, NO_THRESHOLD),
         ({"threshold": {name: THRESHOLD[name] for name in ("cosine", "far")}}, NO_THRESHOLD),
+        ({"threshold": {name: THRESHOLD[name] for name in THRESHOLD if name != "quality"}}, NO_THRESHOLD),
+        ({"threshold": THRESHOLD | {"quality": "9"}}, NO_THRESHOLD),
+        ({"quality": [1.0, 1.0, 1.0]}, NO_QUALITY),
+        ({"quality": torch.ones(2)}, NO_QUALITY),
+        ({"quality": torch.ones(3).double()}, NO_QUALITY),
     ],
 )
 def test_a_content_that_is_no_gallery_is_refused_with_the_fault(saved, change, told):
@@ -595,7 +648,7 @@ def test_a_damaged_file_is_a_gallery_still_or_refused_with_its_path(saved):
         readable += 1
         assert gallery._fault({name: getattr(kept, name) for name in gallery.FIELDS} | as_saved(kept)) is None
         assert len(identify(kept, kept.embeddings)) == 3, seed
-    assert refused > 50 and readable > 10  # some bytes are padding, or of a name
+    assert refused > 50 and readable > 5  # some bytes are padding, or of a name
 
 
 def as_saved(kept: Gallery) -> dict:

@@ -1216,3 +1216,36 @@ def test_a_frame_that_is_found_again_outvotes_a_mean_of_frames():
     kept = metrics.ranking(query, labels, nobody, gallery, labels, "mean").predicted
     averaged = (query @ metrics.mean_templates(gallery, labels).T).argmax(1)
     assert (kept == labels).all() and (averaged == labels).float().mean() < 0.9
+
+
+# --- which photos to refuse? ------------------------------------------------------------------------------------------
+
+
+def test_wrong_answers_left_are_counted_by_hand():
+    quality, wrong = torch.tensor([0.9, 0.1, 0.5, 0.3]), torch.tensor([False, True, False, True])
+    left = metrics.wrong_left(quality, wrong)
+    assert left.tolist() == [2, 1, 0, 0, 0] and left.dtype == torch.float64
+    assert [metrics.share_left(left, share) for share in (0, 0.2, 0.25, 0.49, 0.5, 1)] == [1, 1, 0.5, 0.5, 0, 0]
+    assert metrics.share_left(torch.zeros(5), 0.2) is None
+    assert metrics.wrong_left(-quality, wrong).tolist() == [2, 2, 2, 1, 0]  # the best way and the worst
+    assert metrics.wrong_left(quality, torch.zeros(4, dtype=torch.bool)).tolist() == [0] * 5
+
+
+def test_equal_qualities_are_refused_by_chance_whatever_the_order():
+    wrong = torch.tensor([True, False, False, True])
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [1, 2, 0, 3]):
+        assert metrics.wrong_left(torch.ones(4), wrong[order]).tolist() == pytest.approx([2, 1.5, 1, 0.5, 0])
+    quality = torch.tensor([0.2, 0.2, 0.2, 0.7])  # three equals with one wrong, then a wrong one
+    assert metrics.wrong_left(quality, wrong).tolist() == pytest.approx([2, 5 / 3, 4 / 3, 1, 0])
+
+
+def test_wrong_answers_left_are_the_mean_over_all_orders_of_equals():
+    generator = torch.Generator().manual_seed(0)
+    quality = torch.randint(3, (7,), generator=generator).float()
+    wrong = torch.rand(7, generator=generator) < 0.5
+    counts = []
+    for noise in torch.rand(4000, 7, generator=generator):
+        order = (quality + 0.5 * noise).argsort()
+        counts.append([int(wrong.sum() - wrong[order[:n]].sum()) for n in range(8)])
+    mean = torch.tensor(counts, dtype=torch.double).mean(0)
+    torch.testing.assert_close(metrics.wrong_left(quality, wrong), mean, rtol=0, atol=0.05)

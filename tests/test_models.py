@@ -832,6 +832,23 @@ def test_without_crops_images_are_faces_and_every_part_is_all_there_is(model, im
     assert model(white).norm().item() == pytest.approx(1, abs=1e-6)  # no gate here
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+@torch.inference_mode()
+def test_the_quality_is_the_norm_of_the_faces_features_before_they_are_normalized(two_crops, frames, mirror):
+    asked = copy.deepcopy(two_crops).eval()
+    asked.mirror = mirror
+    norms = []
+    asked.backbone.last_bn.register_forward_hook(lambda module, inputs, output: norms.append(output.norm(dim=1)))
+    embedding, quality = asked(frames, "rated")
+    torch.testing.assert_close(embedding, asked(frames), rtol=0, atol=1e-6)
+    of_face = torch.stack(norms[: 1 + mirror]).mean(0)  # of the image, and of its mirror image
+    torch.testing.assert_close(quality, of_face, rtol=1e-5, atol=0)
+    assert quality.shape == (3,) and quality.dtype == torch.float32 and quality.unique().numel() == 3
+    assert asked(frames.repeat(2, 1, 1, 1)[:4], "rated")[1].tolist() == pytest.approx(
+        [*quality.tolist(), quality[0].item()], rel=1e-4
+    )
+
+
 @pytest.mark.parametrize("with_crops", [False, True])
 @torch.inference_mode()
 def test_a_mirrored_embedding_is_the_mean_of_an_image_and_its_mirror_image_and_knows_no_side(

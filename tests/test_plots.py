@@ -202,6 +202,27 @@ def test_histogram_refuses_bins_that_do_not_fit_the_edges():
         plots.score_histogram([0, 0.5, 1], [1, 2, 3], [1, 2, 3], None, None)
 
 
+# --- discard ---
+
+
+def test_discard_draws_what_is_left_of_the_wrong_answers_the_ideal_and_the_kinds_beside():
+    figure = drawn(plots.discard({"all": [4, 3, 2, 2, 1, 0], "fog": [1, 0, 0], "rain": [3, 3, 2, 1], "_sun": [0, 0]}))
+    together, kinds = figure.axes
+    everything, ideal, chance = together.lines
+    assert everything.get_ydata().tolist() == [100, 75, 50, 50, 25, 0]
+    assert everything.get_xdata().tolist() == pytest.approx([0, 20, 40, 60, 80, 100])
+    assert everything.get_label() == "all (75 % left at 20 %)"
+    assert ideal.get_xydata().tolist() == [[0, 100], [80, 0], [100, 0]]  # 4 of 5 are wrong
+    assert chance.get_xydata().tolist() == [[0, 100], [100, 0]]
+    assert [line.get_label() for line in kinds.lines] == ["fog (60 % left at 20 %)", "rain (100 % left at 20 %)"]
+
+
+def test_discard_of_one_group_shows_it_in_both_and_of_no_mistake_draws_nothing():
+    assert [len(axes.lines) for axes in plots.discard({"all": [2, 1, 0]}).axes] == [3, 3]
+    with pytest.raises(ValueError, match="no wrong answer to draw"):
+        plots.discard({"all": [0, 0]})
+
+
 # --- bars ---
 
 BEFORE = [(0.5, 0.4, 0.6), (0.2, None, None)]
