@@ -90,6 +90,7 @@ def test_the_table_gives_medians_the_ratios_to_the_row_it_names_and_the_share_of
         **{"plain training loop": 1.0, "stage 1": 1.5, "stage 1, frozen up to mixed_6a": 4.0},
         **{"plain embedding": 1.0, "embedding, fused": 1.5, "embedding, compiled": 1.5},
         **{"onnxruntime's own session": 2.5, "embedding, onnxruntime": 1.5, "embedding, openvino": 1.5},
+        "embedding, openvino-int8": 1.5,
         **{"gallery.embed, torch, 0 workers": 1.25, "gallery.embed, torch, 2 workers": 1.25},
         **{"gallery.embed, onnxruntime, 0 workers": 1.25, "gallery.embed, onnxruntime, 2 workers": 1.25},
         **{"plain search, image by image": 1.0, "our search, onnxruntime": 20.0},
@@ -110,6 +111,13 @@ def test_without_onnxruntime_its_rows_say_so_and_the_others_are_measured(pretend
     assert len(lines) == 5 and all("onnxruntime" in line[:40] for line in lines)
 
 
+def test_without_the_quantizer_its_row_alone_says_so(pretended, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None if name == "nncf" else object())
+    results = benchmark.main()
+    assert "embedding, openvino" in results and "embedding, openvino-int8" not in results
+    assert "left out, not installed: nncf; pip install nncf" in capsys.readouterr().out
+
+
 def test_compiling_can_be_left_out(monkeypatch):
     monkeypatch.setattr(benchmark, "COMPILED", False)
     assert "embedding, compiled" not in benchmark.cases() and "embedding, fused" in benchmark.cases()
@@ -120,6 +128,11 @@ def test_the_embedding_cases_give_a_speed_from_memory_from_files_and_of_the_sear
     if backend != "fused":
         pytest.importorskip("onnx")
         pytest.importorskip(backend)
+    if backend == "openvino":  # the quantized one is measured from memory
+        pytest.importorskip("nncf")
+        monkeypatch.setattr(benchmark, "FaceNet", TinyNet)
+        monkeypatch.setattr(benchmark, "flops", lambda *args, **options: 1e9)
+        assert len(benchmark.our_embedding(small, SETTINGS, "openvino-int8")["images_per_second"]) == 3
     if backend == "onnxruntime":
         assert len(benchmark.session_embedding(small, SETTINGS)["images_per_second"]) == 3
     monkeypatch.setattr(benchmark, "FaceNet", TinyNet)

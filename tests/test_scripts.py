@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import write_person
+from conftest import write_person, write_photo
 from PIL import Image
 
 import demo
 import evaluate
+import fast
 import gallery
 import metrics
 import train_stage1
@@ -200,6 +201,36 @@ def test_evaluate_embeds_alike_by_a_faster_backend(trained, monkeypatch):
     embeddings = evaluate.main()["embeddings"]
     monkeypatch.setattr(evaluate, "BACKEND", "fused")
     torch.testing.assert_close(evaluate.main()["embeddings"], embeddings, rtol=0, atol=1e-5)
+
+
+def test_evaluate_in_eight_bits_is_fitted_to_train_photos_and_nearly_the_same(trained, monkeypatch, task_b):
+    for package in fast.PACKAGES["openvino-int8"]:
+        pytest.importorskip(package)
+    embeddings = evaluate.main()["embeddings"]
+    monkeypatch.setattr(evaluate, "BACKEND", "openvino-int8")
+    found = evaluate.main()["embeddings"]
+    cosine = torch.nn.functional.cosine_similarity(found, embeddings)
+    assert cosine.min() > 0.8 and not torch.allclose(found, embeddings, atol=1e-5)
+    photos = evaluate.int8_photos(str)
+    assert len(photos) == 21 and all("train" in path.parts for path in photos.paths)  # 7 clean, 14 distorted
+    monkeypatch.setattr(evaluate, "INT8_PHOTOS", 5)
+    assert evaluate.int8_photos(str).paths == photos.paths[:5]
+
+
+def test_evaluate_tells_what_is_left_of_the_wrong_answers_when_bad_photos_are_refused(trained, task_b, capsys):
+    write_photo(task_b / "val" / "eve" / "distortion" / "eve_0001_swapped.png", (40, 200, 200), seed=1)
+    details = evaluate.main()
+    [wrong] = [query for query in details["per_query"] if query["mean"]["predicted"] != query["person"]]
+    assert wrong["kind"] == "swapped"
+    qualities = [query["quality"] for query in details["per_query"]]
+    expected = 0 if wrong["quality"] == min(qualities) else 1  # one of 7 is refused
+    told = f"once the 20 % of lowest quality are refused: swapped 100, all {100 * expected} (ideal for all 1: 0)"
+    assert told in capsys.readouterr().out
+    same = strict_json(trained / "figures.json")["protocols"]["same"]
+    assert same["wrong_left"] == {"blurred": None, "lowlight": None, "swapped": 1.0, "all": expected}
+    assert (trained / "discard_same.png").is_file() and not (trained / "discard_clean.png").exists()
+    rows = [row for row in read_csv(trained / "queries.csv") if row["protocol"] == "same"]
+    assert [float(row["quality"]) for row in rows] == pytest.approx(qualities)
 
 
 def test_evaluate_takes_image_size_and_crop_from_the_checkpoint(trained, monkeypatch):
