@@ -265,7 +265,7 @@ def embedding_pictures(gallery: Gallery, queries: Queries) -> dict[str, Figure]:
         embeddings = torch.cat([gallery.embeddings[of_gallery], asking])
         pictures["tsne"] = plots.tsne(embeddings, gallery.labels[of_gallery].tolist() + labels, is_query, persons, SEED)
     if labels:
-        templates = metrics.mean_templates(gallery.embeddings, gallery.labels)[:shown]
+        templates = metrics.mean_templates(gallery.weighted, gallery.labels)[:shown]
         pictures["similarity"] = plots.similarity_matrix(asking @ templates.T, labels, persons, templates)
     return pictures
 

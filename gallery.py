@@ -54,9 +54,15 @@ class Gallery:
     threshold: dict | None = None
     quality: Tensor | None = None
 
+    @property
+    def weighted(self) -> Tensor:
+        """(G, D): the embeddings times their quality, if they are rated, as `metrics` takes them: in the mean of a
+        person's photos a bad one counts for less."""
+        return self.embeddings if self.quality is None else self.embeddings * self.quality.clamp(min=1e-6)[:, None]
+
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
         """(T, D) rows of norm 1 to match against, and (T,) their labels; see metrics.templates."""
-        return metrics.templates(self.embeddings, self.labels, template)
+        return metrics.templates(self.weighted, self.labels, template)
 
 
 @torch.inference_mode()
@@ -319,7 +325,7 @@ def ask(gallery: Gallery, queries: Queries) -> dict:
     right = {}
     for template in TEMPLATES:
         found = metrics.ranking(
-            queries.embeddings, queries.truth, queries.sources, gallery.embeddings, gallery.labels, template
+            queries.embeddings, queries.truth, queries.sources, gallery.weighted, gallery.labels, template
         )
         right[template] = found.rank == 1
         answers = zip(found.predicted.tolist(), found.score.tolist(), found.rank.tolist(), strict=True)
@@ -356,7 +362,7 @@ def measure(gallery: Gallery, queries: Queries, seed: int) -> dict[str, dict[str
     measured: dict[str, dict[str, metrics.Measured]] = {}
     for template in TEMPLATES:
         measured[template] = {}
-        enrolled = (gallery.embeddings, gallery.labels, template)
+        enrolled = (gallery.weighted, gallery.labels, template)
         opened = metrics.open_rates(queries.embeddings, queries.truth, queries.sources, *enrolled, seed)
         for name, rows in groups.items():
             inputs = (queries.embeddings[rows], queries.truth[rows], queries.sources[rows])
@@ -652,7 +658,7 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
         if not queries.paths:
             raise ValueError(f"{source}: none of its {everybody} distorted photos is usable (REFUSE = {refuse:g})")
     found = metrics.ranking(
-        queries.embeddings, queries.truth, queries.sources, gallery.embeddings, gallery.labels, gallery.template
+        queries.embeddings, queries.truth, queries.sources, gallery.weighted, gallery.labels, gallery.template
     )
     asked = len(found.rival)
     if asked * far < metrics.MIN_ERRORS:

@@ -472,7 +472,7 @@ def answers(gallery: Gallery, photos: Sequence[Path], eyes: Eyes) -> list[dict]:
 def ranked(gallery: Gallery, embeddings: Tensor) -> list[list[tuple[str, float]]]:
     """For each embedding the TOP most similar persons with their cosines; equals in the order of their names."""
     nobody = torch.full((len(embeddings),), -1)
-    inputs = (embeddings, nobody, nobody, gallery.embeddings, gallery.labels, gallery.template)
+    inputs = (embeddings, nobody, nobody, gallery.weighted, gallery.labels, gallery.template)
     found = []
     for _, scores in metrics.person_scores(*inputs):
         values, labels = scores.sort(dim=1, descending=True, stable=True)

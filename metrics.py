@@ -4,9 +4,10 @@ A query scores against each person of the gallery: the cosine with the person's 
 with its most similar photo ("best"). All scores of a query are looked at, a block of queries at a time. Embeddings of
 a face and a whole frame (models.Crops, D > 512) are averaged in the face alone, see `templates`.
 
-Shapes used throughout: queries (Q, D) and gallery (G, D), rows of norm 1; labels (G,) int64 in 0..P-1, the person of
-each gallery row, every person with at least one; truth (Q,) int64, the query's person, -1 if not enrolled; sources
-(Q,) int64, the gallery row that the query must not be compared with (its own source photo), -1 for none.
+Shapes used throughout: queries (Q, D), rows of norm 1, and gallery (G, D), likewise, or each row of a norm that is the
+weight of this photo in its person's mean; labels (G,) int64 in 0..P-1, the person of each gallery row, every person
+with at least one; truth (Q,) int64, the query's person, -1 if not enrolled; sources (Q,) int64, the gallery row that
+the query must not be compared with (its own source photo), -1 for none.
 """
 
 import math
@@ -36,6 +37,12 @@ def mean_templates(gallery: Tensor, labels: Tensor) -> Tensor:
     return F.normalize(_sums(gallery, labels))
 
 
+def _unit(gallery: Tensor) -> Tensor:
+    """Rows of norm 1; the gallery itself, not a copy, where they are."""
+    norms = gallery.norm(dim=1, keepdim=True)
+    return gallery if ((norms - 1).abs() < 1e-4).all() else gallery / norms
+
+
 def _sums(gallery: Tensor, labels: Tensor) -> Tensor:
     return torch.zeros(int(labels.max()) + 1, gallery.shape[1]).index_add_(0, labels, gallery)
 
@@ -51,7 +58,7 @@ def templates(gallery: Tensor, labels: Tensor, template: str) -> tuple[Tensor, T
     """
     check_template(template)
     if template == "best":
-        return gallery, labels
+        return _unit(gallery), labels
     if gallery.shape[1] <= EMBEDDING_DIM:
         return mean_templates(gallery, labels), torch.arange(int(labels.max()) + 1)
     faces, frames, share = _parts(gallery)
@@ -61,9 +68,10 @@ def templates(gallery: Tensor, labels: Tensor, template: str) -> tuple[Tensor, T
 
 
 def _parts(gallery: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Faces (G, 512), of norm `share` or, burnt out, 0; frames, of norm 1; share: the norm of a face beside a frame."""
+    """Faces (G, 512), of norm `share` times their weight or, burnt out, 0; frames, of norm 1; share: the norm of a face
+    beside a frame."""
     faces, frames = gallery[:, :EMBEDDING_DIM], F.normalize(gallery[:, EMBEDDING_DIM:])
-    return faces, frames, min(1.0, faces.norm(dim=1).max().item())
+    return faces, frames, min(1.0, (faces.norm(dim=1) / gallery.norm(dim=1)).max().item())
 
 
 def _beside(means: Tensor, share: float) -> Tensor:
@@ -81,7 +89,7 @@ def person_scores(
     check_template(template)
     sources = torch.where(truth >= 0, sources, -1)
     if template == "best":
-        score, columns = _BestMatch(gallery, labels), len(gallery)
+        score, columns = _BestMatch(_unit(gallery), labels), len(gallery)
     elif gallery.shape[1] <= EMBEDDING_DIM:
         score, columns = _MeanMatch(gallery, labels), int(labels.max()) + 1
     else:
@@ -216,7 +224,7 @@ def average_precision(queries: Tensor, truth: Tensor, sources: Tensor, gallery: 
     Their mean over queries is the mAP. The source is no part of the list. Cosines within TIE of the next in line are
     equal and keep the gallery's order.
     """
-    found = []
+    found, gallery = [], _unit(gallery)
     rows = max(1, BLOCK_SCORES // (8 * len(gallery)))  # the sorting holds several times as much
     for start in range(0, len(queries), rows):
         block = slice(start, start + rows)

@@ -396,7 +396,7 @@ def test_queries_worse_than_all_but_a_share_of_the_clean_photos_do_not_ask(refus
     assert threshold["quality"] == pytest.approx(worst / 24)
     usable = of_query >= worst / 24
     assert (threshold["strangers"], threshold["unusable"]) == (int(usable.sum()), int((~usable).sum()))
-    alone = calibrate(crowd("mean"), strangers(embeddings[usable]), 0.1, "here")
+    alone = calibrate(rated, strangers(embeddings[usable]), 0.1, "here")
     assert threshold["cosine"] == alone["cosine"]
 
 
@@ -426,6 +426,19 @@ def test_quality_stays_with_its_photo_through_enrolling_and_removing():
     assert remove(kept, "ann").quality.tolist() == [9, 4.5]
     with pytest.raises(ValueError, match="either all photos are rated or none"):
         enroll(kept, rows_at(20), ["di"], [Path("20.png")])
+
+
+def test_a_bad_photo_counts_for_less_in_its_persons_mean():
+    kept = of("ann ann bob", 0, 60, 180, template="mean")
+    assert identify(kept, rows_at(30))[0][1] == pytest.approx(1, abs=1e-6)
+    rated = replace(kept, quality=torch.tensor([12.0, 4.0, 12.0]))
+    expected = F.normalize(3 * rows_at(0) + rows_at(60))
+    row = rated.templates("mean")[0][0]
+    torch.testing.assert_close(row, expected[0], rtol=0, atol=1e-6)
+    assert identify(rated, rows_at(30))[0][1] == pytest.approx((rows_at(30) @ expected.T).item(), abs=1e-6)
+    assert identify(replace(rated, template="best"), rows_at(60))[0][1] == pytest.approx(1, abs=1e-6)
+    same = identify(replace(rated, quality=torch.zeros(3)), rows_at(30))  # nothing is known of any
+    assert same[0][1] == pytest.approx(1, abs=1e-6)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -1218,6 +1218,46 @@ def test_a_frame_that_is_found_again_outvotes_a_mean_of_frames():
     assert (kept == labels).all() and (averaged == labels).float().mean() < 0.9
 
 
+@pytest.mark.parametrize("dims", [16, 1024])
+def test_the_norm_of_a_row_is_its_weight_in_the_mean_and_nothing_else(dims):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(5).repeat_interleave(3)
+    rows = F.normalize(torch.randn(15, dims, generator=generator))
+    if dims > 512:  # a face of one norm beside a frame, one of them burnt out
+        parts = [F.normalize(part) for part in rows.split(512, dim=1)]
+        parts[0][4] = 0
+        rows = F.normalize(torch.cat([parts[0], 0.3 * parts[1]], 1))
+    weights = torch.tensor([1, 2, 4]).repeat(5)
+    queries = F.normalize(rows + 0.2 * torch.randn(15, dims, generator=generator) / dims**0.5)
+    weighted = rows * weights[:, None]
+    for sources in (torch.full((15,), -1), torch.arange(15)):
+        for template in ("best", "mean"):
+            asked = (queries, labels, sources)
+            found = torch.cat([s for _, s in metrics.person_scores(*asked, weighted, labels, template)])
+            if template == "best":
+                expected = [s for _, s in metrics.person_scores(*asked, rows, labels, template)]
+                torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-6)
+                continue
+            # A photo of weight 2 counts like two photos, in the faces that are averaged.
+            times = weights.repeat_interleave(1)
+            many, of_many = rows.repeat_interleave(times, 0), labels.repeat_interleave(times)
+            if sources[0] < 0:
+                expected = torch.cat([s for _, s in metrics.person_scores(*asked, many, of_many, template)])
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+                continue
+            for query in range(15):  # its source left out, however often it is there
+                others = (torch.arange(15) != query).repeat_interleave(times)
+                one = (queries[[query]], labels[[query]], torch.tensor([-1]))
+                [(_, expected)] = metrics.person_scores(*one, many[others], of_many[others], template)
+                torch.testing.assert_close(found[[query]], expected, rtol=0, atol=1e-5)
+    precision = metrics.average_precision(queries, labels, torch.arange(15), weighted, labels)
+    assert torch.equal(precision, metrics.average_precision(queries, labels, torch.arange(15), rows, labels))
+    for template in ("best", "mean"):
+        assert metrics.templates(weighted, labels, template)[0].norm(dim=1).tolist() == pytest.approx(
+            [1.0] * (5 if (template, dims) == ("mean", 16) else 15), abs=1e-5
+        )
+
+
 # --- which photos to refuse? ------------------------------------------------------------------------------------------
 
 
