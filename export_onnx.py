@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import training
-from fast import INPUT, OUTPUT, OnnxFaceNet, to_onnx
+from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
 from models import fingerprint
 
 # --- what to export ---
@@ -33,7 +33,8 @@ def main() -> tuple[float, float]:
     told = {name: facts[name] for name in ("stage", "epoch", "pretrained", "image_size", "face_crop") if name in facts}
     size = facts["image_size"]
     content = to_onnx(model, size, told | {"fingerprint": fingerprint(model), "standardization": "(x - 127.5) / 128"})
-    cosine, absolute = differences(model, OnnxFaceNet(content, size), size)
+    exported = OnnxFaceNet(content, size)
+    cosine, absolute = differences(model, exported, size)
     if not cosine <= TOLERANCE:  # NaN too
         raise ValueError(
             f"{OUT}: not written, its embeddings differ from torch's by {cosine:.1e} (1 - cosine), TOLERANCE = "
@@ -46,7 +47,8 @@ def main() -> tuple[float, float]:
     print(f"""
 crop     the centre square of {facts["face_crop"]:g} of the photo's shorter side, resized to {size} x {size}, bilinear
 input    "{INPUT}": float32 (batch, 3, {size}, {size}), channels R, G, B, each value (x - 127.5) / 128 of x in 0..255
-output   "{OUTPUT}": float32 (batch, 512) of norm 1; the similarity of two faces is the sum of their products""")
+output   "{OUTPUT}": float32 (batch, {exported.dims}) of norm 1; the similarity of two is the sum of their products
+output   "{QUALITY}": float32 (batch,), small where the face shows little that the network knows""")
     return cosine, absolute
 
 

@@ -179,6 +179,40 @@ class DivergesOnWhite(MeanColour):
         return torch.where(colours.sum(1, keepdim=True) > 764, math.nan, colours)
 
 
+class Rating(MeanColour):
+    """Rates a photo by its brightness."""
+
+    rates = True
+
+    def forward(self, images, part="both"):
+        colour = super().forward(images)
+        return (colour, colour.sum(1)) if part == "rated" else colour
+
+
+def test_photos_are_rated_where_the_model_does_it_through_gallery_queries_and_answers(four_queries):
+    built = build_gallery(Rating(), four_queries, as_float, "cpu")
+    assert built.quality.tolist() == [200, 200, 300]
+    assert torch.equal(built.weighted, built.embeddings * torch.tensor([[200.0], [200.0], [300.0]]))
+    queries = embed_queries(Rating(), built, four_queries, as_float, "cpu", batch_size=3)
+    assert queries.quality.tolist() == [275, 210, 150, 110]
+    assert by_protocol(built, queries, "cross").quality.tolist() == [275, 210]  # bob has one photo
+    assert by_protocol(built, None, "clean").quality.tolist() == [200, 200]
+    details = ask(built, queries)
+    assert [query["quality"] for query in details["per_query"]] == [275, 210, 150, 110]
+    same = by_protocol(built, queries, "same")
+    left = gallery.discarded(same, gallery.measure(built, same, 0)["best"])
+    assert {group: counts.tolist() for group, counts in left.items()} == {
+        **{"foggy": [0, 0, 0], "rainy": [1, 0], "sunny": [0, 0]},  # the darkest is the one that is wrong
+        **{"without sunny": [1, 0, 0, 0], "all": [1, 0, 0, 0, 0]},
+    }
+    unrated = build_gallery(MeanColour(), four_queries, as_float, "cpu")
+    asking = embed_queries(MeanColour(), unrated, four_queries, as_float, "cpu")
+    assert unrated.quality is None and asking.quality is None and torch.equal(unrated.weighted, unrated.embeddings)
+    assert gallery.discarded(asking, gallery.measure(unrated, asking, 0)["best"]) == {}
+    assert by_protocol(unrated, None, "clean").quality is None and by_protocol(unrated, asking, "cross").quality is None
+    assert [query["quality"] for query in ask(unrated, asking)["per_query"]] == [None] * 4
+
+
 def test_an_embedding_that_is_not_finite_is_an_error_naming_its_photo(tmp_path):
     paths = [write(tmp_path / f"{number}.png", (9 * number, 9, 9)) for number in range(5)]
     write(paths[2], (255, 255, 255))

@@ -117,10 +117,11 @@ def main():
             torch.manual_seed(0)
             transform = datasets.eval_transform(76, 0.8)
             model = TinyNet()
-            results["embed"] = gallery.embed(model, [Path(p) for p in job["photos"]], transform, device, batch_size=2)
+            photos = [Path(p) for p in job["photos"]]
+            results["embed"] = gallery.embed(model, photos, transform, device, batch_size=2, rated=True)
             alone = [transform(datasets.load_image(Path(p))) for p in job["photos"]]
             with torch.no_grad():
-                results["embed alone"] = model.eval()(torch.stack(alone))
+                results["embed alone"] = model.eval()(torch.stack(alone), "rated")
         else:
             script = (train_stage1, train_stage2)[job["stage"] - 1]
             vars(script).update(defaults[script])
@@ -444,7 +445,7 @@ def test_two_processes_print_what_one_does_once(root, one, two, name):
 
 def test_embeddings_by_two_processes_are_in_the_order_of_the_photos(one, two):
     alone = one.result()["results"]["embed alone"]
-    assert len(alone.unique(dim=0)) == 5
+    assert [len(part.unique(dim=0)) for part in alone] == [5, 5]  # embeddings and qualities
     for result in (one.result(), two.result(0), two.result(1)):
         torch.testing.assert_close(result["results"]["embed"], alone, rtol=0, atol=1e-6)
 
