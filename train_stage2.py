@@ -64,9 +64,8 @@ MIRROR = True  # embed each photo as the mean of it and its mirror image, the te
 # --- losses ---
 CONTRASTIVE_WEIGHT = 2.0  # pull to the anchor, push from the nearest other person, 0..10
 CONTRASTIVE_MARGIN = 1.0  # distance of unit embeddings, 0..2: negatives farther away give no gradient
-BANK_WEIGHT = 1.0  # a distorted face finds its photo among all clean ones of the bank, 0..10
 INSTANCE_WEIGHT = 1.0  # a distorted frame finds its photo among the clean ones of the batch, 0..10
-TEMPERATURE = 0.07  # of both searches, no unit, 0.02..0.2: the lower, the more the nearest rivals count
+TEMPERATURE = 0.07  # of that search, no unit, 0.02..0.2: the lower, the more the nearest rivals count
 
 # --- pairs ---
 PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs together, >= 2
@@ -209,7 +208,6 @@ class Losses:
         anchor = self.bank[source]
         negative = self.bank[hardest_negatives(face, self.labels[source], self.bank, self.labels)]
         contrastive = self.contrastive(face, anchor, negative, gate)
-        search = self.source(face, self.bank, source, self.labels, gate)
         with torch.no_grad():
             to_anchor, to_negative = euclidean(face, anchor), euclidean(face, negative)
             told = {
@@ -218,9 +216,8 @@ class Losses:
                 "positive_distance": weighted_mean(to_anchor, gate),
                 "negative_distance": weighted_mean(to_negative, gate),
                 "contrastive_loss": contrastive.detach(),
-                "bank_loss": search.detach(),
             }
-        return CONTRASTIVE_WEIGHT * contrastive + BANK_WEIGHT * search, told
+        return CONTRASTIVE_WEIGHT * contrastive, told
 
     def of_frames(self, clean: Tensor, distorted: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """clean, distorted: (B, 512) of whole frames, which find each other within the batch."""

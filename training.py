@@ -64,7 +64,6 @@ RANGES = {
     "BALANCE": (float, 0, 1),
     "WIDE_WEIGHT": (float, 0, math.inf),
     "CONTRASTIVE_WEIGHT": (float, 0, math.inf),
-    "BANK_WEIGHT": (float, 0, math.inf),
     "INSTANCE_WEIGHT": (float, 0, math.inf),
 }
 

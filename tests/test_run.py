@@ -1101,7 +1101,7 @@ def test_a_weight_of_0_leaves_the_whole_frame_out_of_stage_2(tiny_runs, trained,
     last = trained(stage2, "stage2", EPOCHS=1, WIDE_WEIGHT=0.0)
     assert {(seen.part, *seen.images.shape[1:]) for seen in forwards} == {("face", 3, 76, 76)}
     assert runs[-1].networks["model"].wide is None and not any("wide" in name for name in last["model"])
-    assert "instance_loss" not in last["history"][1] and "bank_loss" in last["history"][1]
+    assert "instance_loss" not in last["history"][1] and "contrastive_loss" in last["history"][1]
 
 
 @pytest.fixture
@@ -1182,11 +1182,10 @@ def test_stage_2_pulls_to_the_photos_row_of_the_bank_and_pushes_the_nearest_row_
         assert float(row["positive_distance"]) == pytest.approx(to_anchor.mean().item(), abs=1e-4)
         assert float(row["negative_distance"]) == pytest.approx(to_negative.mean().item(), abs=1e-4)
         assert float(row["accuracy"]) == pytest.approx((to_anchor < to_negative).float().mean().item())
-    assert {"active_negatives", "contrastive_loss", "bank_loss", "instance_loss", "backbone_lr"} <= steps[0].keys()
+    assert {"active_negatives", "contrastive_loss", "instance_loss", "backbone_lr"} <= steps[0].keys()
     row = last["history"][1]
     terms = (
         ("CONTRASTIVE_WEIGHT", "contrastive_loss"),
-        ("BANK_WEIGHT", "bank_loss"),
         ("INSTANCE_WEIGHT", "instance_loss"),
     )
     assert row["loss"] == pytest.approx(sum(getattr(stage2, weight) * row[name] for weight, name in terms), rel=1e-4)
@@ -1200,7 +1199,7 @@ def test_faces_that_do_not_show_are_out_of_the_loss_on_faces_and_stay_in_that_on
     last = trained(stage2, "stage2", EPOCHS=1, CLEAN=0.0, DISTORT=0.0)
     assert [gate.tolist() for *_, gate in banks[0].calls] == [[0.0] * 3] * 2
     row = last["history"][1]
-    assert (row["contrastive_loss"], row["bank_loss"], row["positive_distance"]) == (0, 0, 0)
+    assert (row["contrastive_loss"], row["positive_distance"]) == (0, 0)
     assert row["instance_loss"] > 0 and row["skipped"] == 0
     assert row["loss"] == pytest.approx(stage2.INSTANCE_WEIGHT * row["instance_loss"])
 
