@@ -71,7 +71,7 @@ TEMPERATURE = 0.07  # of that search, no unit, 0.02..0.2: the lower, the more th
 PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs together, >= 2
 PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
 SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
-OFTEN = ()  # kinds that are drawn twice as often as others, such as ("sunny", "rainy"): the hard ones
+OFTEN = ("sunny", "rainy")  # kinds that are drawn twice as often as others: the hard ones; (): none
 CLEAN = 0.1  # share of the positives that are the clean photo itself, 0..0.5
 DISTORT = 0.0  # share of the positives that are the clean photo distorted anew, at random, not a file on disk, 0..1
 DISTORT_MOST = 2  # kinds on one such photo, 1..7

@@ -87,6 +87,7 @@ def tiny_runs(monkeypatch, task_b, tmp_path):
     for constant, value in {"SKIP_KINDS": (), "FREEZE_BATCHNORM": False, "HEAD_LR": 1e-2}.items():
         monkeypatch.setattr(train_stage1, constant, value)
     monkeypatch.setattr(train_stage2, "PERSONS_PER_BATCH", 3)
+    monkeypatch.setattr(train_stage2, "OFTEN", ())  # of kinds that task_b does not have
     for script, name in ((train_stage1, "stage1"), (train_stage2, "stage2")):
         for constant, value in (both | {"RUN_DIR": tmp_path / "runs" / name}).items():
             monkeypatch.setattr(script, constant, value)
