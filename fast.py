@@ -268,7 +268,7 @@ class Int8FaceNet(OpenVinoFaceNet):
 
     def _prepared(self, network: object) -> object:
         nncf = _package("nncf")
-        nncf.set_log_level(logging.ERROR)
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level() silences everybody
         images = nncf.Dataset(self._photos, lambda image: {INPUT: image[None].numpy()})
         # The convolutions are the work. What makes an embedding of their results, the gate included, keeps its digits.
         exact = nncf.IgnoredScope(types=EXACT, patterns=["^(/network)?/Mul.*"], validate=False)

@@ -1,6 +1,5 @@
 """A small Task_B tree and a small network, so that whole runs fit into seconds."""
 
-import logging
 import os
 from pathlib import Path
 
@@ -23,12 +22,8 @@ KINDS = ("blurred", "lowlight")
 
 @pytest.fixture(autouse=True)
 def told_afresh():
-    """Each test hears its warnings, also those that an earlier test has heard, and whatever a package has silenced."""
+    """Each test hears its warnings, also those that an earlier test has heard."""
     datasets.warn_once.cache_clear()
-    logging.disable(logging.NOTSET)
-    for logger in logging.root.manager.loggerDict.values():
-        if isinstance(logger, logging.Logger):
-            logger.disabled = False
 
 
 def write_photo(path: Path, colour, seed: int, side: int = 40) -> None:
