@@ -234,10 +234,9 @@ def draw_pictures(after: Evaluated, before: Evaluated | None) -> dict[str, Figur
             for title, of in rank1.items()
         }
         pictures[f"kinds_{protocol}"] = plots.bars(groups, bars)
-        left = {group: counts.tolist() for group, counts in after.discarded[protocol].items() if counts[0]}
-        if left:
-            together = {"all": left.pop("all")}  # first
-            pictures[f"discard_{protocol}"] = plots.discard(together | left)
+        left = after.discarded[protocol]
+        if left and left["all"][0]:
+            pictures[f"discard_{protocol}"] = plots.discard({"all": left["all"]} | left)  # "all" first
     pictures |= embedding_pictures(after.gallery, next(iter(after.queries.values())))
     details = next(iter(after.details.values()))
     crop = FaceCrop(after.facts["image_size"], after.facts["face_crop"])

@@ -65,6 +65,11 @@ class Gallery:
         return metrics.templates(self.weighted, self.labels, template)
 
 
+def _rated(quality: Tensor | None, rows: Tensor | list[int]) -> Tensor | None:
+    """The ratings of some photos; None where none is rated."""
+    return None if quality is None else quality[rows]
+
+
 @torch.inference_mode()
 def embed(
     model: nn.Module,
@@ -208,8 +213,8 @@ class Queries:
     def subset(self, chosen: Tensor) -> "Queries":
         """Those at the indices `chosen` (N,) int64."""
         lists = ([of[i] for i in chosen.tolist()] for of in (self.paths, self.persons, self.kinds))
-        quality = None if self.quality is None else self.quality[chosen]
-        return Queries(self.embeddings[chosen], self.truth[chosen], self.sources[chosen], *lists, quality)
+        tensors = (self.embeddings[chosen], self.truth[chosen], self.sources[chosen])
+        return Queries(*tensors, *lists, _rated(self.quality, chosen))
 
     def groups(self) -> dict[str, Tensor]:
         """Name -> indices: each kind, "without sunny" where there is a sunny among others, and "all"."""
@@ -280,9 +285,8 @@ def by_protocol(gallery: Gallery, queries: Queries | None, protocol: str) -> Que
         rows = several[gallery.labels].nonzero()[:, 0]
         names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
         paths = [gallery.paths[row] for row in rows.tolist()]
-        quality = None if gallery.quality is None else gallery.quality[rows]
-        embeddings, labels = gallery.embeddings[rows], gallery.labels[rows]
-        found = Queries(embeddings, labels, rows, paths, names, ["clean"] * len(rows), quality)
+        tensors = (gallery.embeddings[rows], gallery.labels[rows], rows)
+        found = Queries(*tensors, paths, names, ["clean"] * len(rows), _rated(gallery.quality, rows))
     elif protocol == "cross":
         asks = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
         found = queries.subset(asks.nonzero()[:, 0])
@@ -604,7 +608,7 @@ def enroll(
         there.append(row)
         kept.append(row)
     names, paths = [all_names[row] for row in kept], [all_paths[row] for row in kept]
-    return _from_rows(gallery, rows[kept], names, paths, None if ratings is None else ratings[kept])
+    return _from_rows(gallery, rows[kept], names, paths, _rated(ratings, kept))
 
 
 def remove(gallery: Gallery, person: str) -> Gallery:
@@ -616,8 +620,8 @@ def remove(gallery: Gallery, person: str) -> Gallery:
         raise ValueError(f"{person!r} is the last person of the gallery; delete its file instead")
     rows = (gallery.labels != gallery.persons.index(person)).nonzero()[:, 0]
     names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
-    quality = None if gallery.quality is None else gallery.quality[rows]
-    return _from_rows(gallery, gallery.embeddings[rows], names, [gallery.paths[row] for row in rows.tolist()], quality)
+    paths = [gallery.paths[row] for row in rows.tolist()]
+    return _from_rows(gallery, gallery.embeddings[rows], names, paths, _rated(gallery.quality, rows))
 
 
 def _from_rows(
@@ -653,7 +657,7 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
         raise ValueError(f"REFUSE = {refuse!r}: expected a share of clean photos, 0 or more and below 1, such as 0.01")
     everybody, least = len(queries.paths), None
     if refuse is not None and gallery.quality is not None and queries.quality is not None:
-        least = gallery.quality.sort().values[int(refuse * len(gallery.quality) + 1e-9)].item()
+        least = gallery.quality.sort().values[metrics.rounded_down(refuse, len(gallery.quality))].item()
         queries = queries.subset((queries.quality >= least).nonzero()[:, 0])
         if not queries.paths:
             raise ValueError(f"{source}: none of its {everybody} distorted photos is usable (REFUSE = {refuse:g})")

@@ -442,16 +442,16 @@ def open_set(
 
 def threshold_for(strangers: Tensor, rate: float) -> float:
     """The lowest float32 threshold that at most a share `rate` of the `strangers`' scores (N,) reach."""
-    allowed = _allowed(rate, len(strangers))
+    allowed = rounded_down(rate, len(strangers))
     if allowed >= len(strangers):
         return -torch.inf
     highest_refused = strangers.float().sort(descending=True).values[allowed]
     return torch.nextafter(highest_refused, torch.tensor(torch.inf)).item()
 
 
-def _allowed(rate: float, strangers: int) -> int:
-    """How many of so many strangers a share `rate` is, rounded down."""
-    return int(rate * strangers + 1e-9)  # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
+def rounded_down(share: float, count: int) -> int:
+    """How many of `count` a share of them is, rounded down."""
+    return int(share * count + 1e-9)  # 0.07 * 100 is 7.000000000000001, 0.29 * 100 is 28.999999999999996
 
 
 def thresholds_without(strangers: Tensor, persons: Tensor, rate: float) -> Tensor:
@@ -462,7 +462,7 @@ def thresholds_without(strangers: Tensor, persons: Tensor, rate: float) -> Tenso
     _, sizes = persons.unique(return_counts=True)
     for places in by_person.split(sizes.tolist()):
         others = len(strangers) - len(places)
-        allowed = _allowed(rate, others)
+        allowed = rounded_down(rate, others)
         if allowed >= others:
             found[order[places]] = -torch.inf
             continue
@@ -494,7 +494,7 @@ def wrong_left(quality: Tensor, wrong: Tensor) -> Tensor:
 def share_left(left: Tensor, refused: float) -> float | None:
     """Of `wrong_left`, the share (0..1) of the wrong answers that is left once a share `refused` of the queries,
     rounded down, is refused; None if there is no wrong answer."""
-    return (left[int(refused * (len(left) - 1) + 1e-9)] / left[0]).item() if left[0] else None
+    return (left[rounded_down(refused, len(left) - 1)] / left[0]).item() if left[0] else None
 
 
 # --- how sure? --------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def score_histogram(
     return figure
 
 
-def discard(left: dict[str, Sequence[float]]) -> Figure:
+def discard(left: dict[str, Sequence[float] | Tensor]) -> Figure:
     """Error versus discard (ISO/IEC 29794-1): the share of the wrong answers that is left, over the share of the
     queries refused, those of lowest quality first; beside all queries together the kinds, each within itself.
 

@@ -91,7 +91,7 @@ def told_refused(left: dict[str, Tensor]) -> str:
     """What `gallery.discarded` says, in a line."""
     shares = left_of(left)
     wrong, queries = round(left["all"][0].item()), len(left["all"]) - 1
-    ideal = max(0.0, 1 - int(REFUSED * queries) / wrong) if wrong else 0.0
+    ideal = max(0.0, 1 - metrics.rounded_down(REFUSED, queries) / wrong) if wrong else 0.0
     kinds = ", ".join(f"{group} {100 * share:.0f}" for group, share in shares.items() if share is not None)
     best = f" (ideal for all {wrong}: {100 * ideal:.0f})" if wrong else ""
     refused = f"once the {100 * REFUSED:.0f} % of lowest quality are refused"

@@ -1239,14 +1239,13 @@ def test_the_norm_of_a_row_is_its_weight_in_the_mean_and_nothing_else(dims):
                 torch.testing.assert_close(found, torch.cat(expected), rtol=0, atol=1e-6)
                 continue
             # A photo of weight 2 counts like two photos, in the faces that are averaged.
-            times = weights.repeat_interleave(1)
-            many, of_many = rows.repeat_interleave(times, 0), labels.repeat_interleave(times)
+            many, of_many = rows.repeat_interleave(weights, 0), labels.repeat_interleave(weights)
             if sources[0] < 0:
                 expected = torch.cat([s for _, s in metrics.person_scores(*asked, many, of_many, template)])
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
                 continue
             for query in range(15):  # its source left out, however often it is there
-                others = (torch.arange(15) != query).repeat_interleave(times)
+                others = (torch.arange(15) != query).repeat_interleave(weights)
                 one = (queries[[query]], labels[[query]], torch.tensor([-1]))
                 [(_, expected)] = metrics.person_scores(*one, many[others], of_many[others], template)
                 torch.testing.assert_close(found[[query]], expected, rtol=0, atol=1e-5)

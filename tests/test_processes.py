@@ -309,13 +309,17 @@ def numbers(row: dict) -> dict:
 
 def assert_close_run(run_dir: Path, whole: Path) -> None:
     """That two runs are the same within rounding: every step, every epoch, and the networks at their end."""
-    close = {"rtol": 5e-5, "atol": 1e-5}
+    close = {"rtol": 1e-5, "atol": 1e-5}
     ours, theirs = checkpoint(run_dir), checkpoint(whole)
     for part in {"model", "head"} & theirs.keys():
         torch.testing.assert_close(ours[part], theirs[part], **close)
     torch.testing.assert_close(ours["history"], theirs["history"], **close)
     assert len(ours["history"]) == 3
-    torch.testing.assert_close(list(map(numbers, steps(run_dir))), list(map(numbers, steps(whole))), **close)
+    ours, theirs = ([numbers(row) for row in steps(folder)] for folder in (run_dir, whole))
+    # Of a large gradient of a random network the norm alone rounds by more on some CPUs.
+    norms = ([row.pop("gradient_norm") for row in rows] for rows in (ours, theirs))
+    torch.testing.assert_close(*norms, rtol=5e-5, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, **close)
 
 
 # --- killed and stopped -----------------------------------------------------------------------------------------------
