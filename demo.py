@@ -65,7 +65,7 @@ def main() -> None:
         # Random weights have a longer way to go.
         set_constants(train_stage1, BACKBONE_LR=1e-3, HEAD_LR=1e-2, DROPOUT=0.0)
         set_constants(train_stage1, CENTRES_FROM_MEANS=False, FREEZE_BATCHNORM=False)
-        set_constants(train_stage2, LEARNING_RATE=1e-4)
+        set_constants(train_stage2, WIDE_LR=1e-4)
     train_stage1.main()
     set_constants(evaluate, CHECKPOINT=stage1 / "best.pt", PICTURES=True)
     evaluations["stage 1"] = evaluate.main()

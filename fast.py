@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from models import EMBEDDING_DIM
-from training import atomic_file
 
 # Backends other than torch, on the CPU, and the optional packages that they need.
 PACKAGES = {
@@ -90,13 +89,6 @@ def fused(model: nn.Module) -> nn.Module:
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
-
-
-def export(model: nn.Module, path: Path | str, image_size: int, metadata: Mapping[str, object]) -> None:
-    """Write `to_onnx` of `model` to `path`, whole or not at all. Raises what it raises."""
-    content = to_onnx(model, image_size, metadata)
-    with atomic_file(Path(path)) as file:
-        file.write(content)
 
 
 def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -> bytes:

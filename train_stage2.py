@@ -82,7 +82,8 @@ CROP_SHIFT = 0.03  # the crop's centre moves by +- this share of the shorter sid
 SEED = 0  # 0, 1, 2, ...
 EPOCHS = 14  # passes over the clean train photos, 1..999
 ACCUMULATE = 1  # steps per update of the weights, >= 1
-LEARNING_RATE = 3e-4  # AdamW, per update, 1e-5..1e-3
+BACKBONE_LR = 1e-4  # AdamW, per update, 1e-5..1e-3, of the face's network: it knows much, and moves little
+WIDE_LR = 3e-4  # of the whole frame's network, 1e-5..1e-3: to find photos is new to it
 WEIGHT_DECAY = 5e-4  # AdamW, 0..0.1
 WARMUP_STEPS = 20  # updates with rising learning rate
 GRAD_CLIP = 5.0  # largest norm of the gradient, > 0
@@ -155,8 +156,10 @@ def main() -> None:
 
     # Losses and optimizer.
     losses = Losses(bank, bank_labels)
-    group = {"name": "backbone", "params": training.trainable(model), "lr": LEARNING_RATE}
-    optimizer = AdamW([group], weight_decay=WEIGHT_DECAY, fused=True)
+    groups = [{"name": "backbone", "params": training.trainable(model.backbone), "lr": BACKBONE_LR}]
+    if WIDE_WEIGHT:
+        groups.append({"name": "wide", "params": training.trainable(model.wide), "lr": WIDE_LR})
+    optimizer = AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler = training.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
     if COMPILE:
         model.compile()

@@ -55,7 +55,7 @@ RANGES = {
     "PATIENCE": (int, 0, math.inf),
     "BACKBONE_LR": (float, 0, math.inf),
     "HEAD_LR": (float, 0, math.inf),
-    "LEARNING_RATE": (float, 0, math.inf),
+    "WIDE_LR": (float, 0, math.inf),
     "WEIGHT_DECAY": (float, 0, math.inf),
     "WARMUP_STEPS": (int, 0, math.inf),
     "GRAD_CLIP": (float, 1e-12, math.inf),

@@ -156,22 +156,6 @@ def test_an_exported_file_knows_whose_it_is_and_what_it_takes(content, facenet):
     assert network.image_size == SIZE
 
 
-def test_export_writes_the_whole_file_and_a_failed_one_leaves_the_old(monkeypatch, tmp_path):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    from google.protobuf.message import DecodeError
-
-    model, path = TinyNet().eval(), tmp_path / "new" / "tiny.onnx"
-    fast.export(model, path, SIZE, {"note": "first"})
-    first = path.read_bytes()
-    assert fast.OnnxFaceNet(path, SIZE).metadata["note"] == "first"
-    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: args[2].write(b"half a fi"))
-    with pytest.raises(DecodeError):
-        fast.export(model, path, SIZE, {"note": "second"})
-    assert path.read_bytes() == first
-    assert [file.name for file in path.parent.iterdir()] == ["tiny.onnx"]
-
-
 def test_embed_takes_an_onnx_network_like_any_other(tmp_path, facenet, exported):
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for number, path in enumerate(paths):
@@ -331,6 +315,18 @@ def test_the_script_writes_nothing_when_the_embeddings_differ(script, monkeypatc
     with pytest.raises(ValueError, match=r"tiny\.onnx: not written, its embeddings differ from torch's by .*TOLERANCE"):
         script.main()
     assert not script.OUT.exists()
+
+
+def test_a_failed_export_leaves_the_earlier_file(script, monkeypatch):
+    from google.protobuf.message import DecodeError
+
+    script.main()
+    first = script.OUT.read_bytes()
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: args[2].write(b"half a fi"))
+    with pytest.raises(DecodeError):
+        script.main()
+    assert script.OUT.read_bytes() == first
+    assert [file.name for file in script.OUT.parent.iterdir()] == ["tiny.onnx"]
 
 
 def test_the_script_writes_nothing_when_an_embedding_is_not_a_number(script, monkeypatch):

@@ -549,7 +549,9 @@ def test_the_best_average_is_a_checkpoint_of_its_own(tiny_runs, trained, runs, m
     assert all(0 <= float(row["ema_top1_mean"]) <= 1 for row in rows) and "ema_top1_blurred" in rows[0]
     assert f"on val: {stage1.RUN_DIR / 'best_ema.pt'}" in capsys.readouterr().out
     # Stage 2 can start from it.
-    last = trained(stage2, "stage2", STAGE1_CHECKPOINT=stage1.RUN_DIR / "best_ema.pt", EPOCHS=1, LEARNING_RATE=0.0)
+    last = trained(
+        stage2, "stage2", STAGE1_CHECKPOINT=stage1.RUN_DIR / "best_ema.pt", EPOCHS=1, BACKBONE_LR=0.0, WIDE_LR=0.0
+    )
     assert torch.equal(last["model"]["backbone.6.weight"], model.backbone[6].weight)
 
 
@@ -1149,7 +1151,7 @@ def test_the_bank_is_every_clean_face_as_the_teacher_sees_it(
 
         monkeypatch.setattr(stage2, "FaceNet", loaded)
     constants = {"TEACHER": teacher, "WIDE_WEIGHT": wide_weight, "MIRROR": mirror}
-    last = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=1e-2, **constants)
+    last = trained(stage2, "stage2", EPOCHS=1, BACKBONE_LR=1e-2, WIDE_LR=1e-2, **constants)
     expected.mirror = mirror
     paths = sorted((stage2.DATA_DIR / "train").glob("*/clean/*.png"))
     assert len(paths) == 7 and last["persons"] == ["ann", "bob", "cy", "di"]
@@ -1166,7 +1168,7 @@ def test_stage_2_pulls_to_the_photos_row_of_the_bank_and_pushes_the_nearest_row_
 ):
     stage1, stage2 = tiny_runs
     trained(stage1, "stage1", EPOCHS=1)
-    last = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=1e-2)
+    last = trained(stage2, "stage2", EPOCHS=1, BACKBONE_LR=1e-2, WIDE_LR=1e-2)
     (made,), steps = banks, read_csv(stage2.RUN_DIR / "steps.csv")
     assert len(steps) == len(made.calls) == 2
     for (face, anchor, negative, gate), row in zip(made.calls, steps, strict=True):

@@ -385,7 +385,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, name):
         ("BACKBONE_LR", -1e-9),
         ("BACKBONE_LR", math.nan),
         ("HEAD_LR", -1.0),
-        ("LEARNING_RATE", -1.0),
+        ("WIDE_LR", -1.0),
         ("WEIGHT_DECAY", -0.1),
         ("WARMUP_STEPS", -1),
         ("GRAD_CLIP", 0.0),
@@ -412,7 +412,7 @@ def test_a_constant_out_of_range_is_named_before_anything_is_written(tmp_path, n
         ("EPOCHS", None, "a whole number, 1..999"),
         ("BATCH_SIZE", "32", "a whole number, 2..inf"),
         ("NUM_WORKERS", 0.5, "a whole number, 0..inf"),
-        ("LEARNING_RATE", "3e-5", "a number, 0..inf"),
+        ("WIDE_LR", "3e-5", "a number, 0..inf"),
         ("GRAD_CLIP", None, "a number, 1e-12..inf"),
         ("BALANCE", False, "a number, 0..1"),
     ],
@@ -746,9 +746,9 @@ def test_stage_1_stopped_and_resumed_equals_stage_1_in_one_go(tiny_runs, trained
 def test_stage_2_stopped_and_resumed_equals_stage_2_in_one_go(tiny_runs, trained, stopped_after_epoch_1):
     stage1, stage2 = tiny_runs
     trained(stage1, "stage1", EPOCHS=1)
-    _, last = trained(stage2, "whole", LEARNING_RATE=1e-2)
-    stopped_after_epoch_1(stage2, "stopped", LEARNING_RATE=1e-2)
-    _, resumed = trained(stage2, "stopped", LEARNING_RATE=1e-2, RESUME=True)
+    _, last = trained(stage2, "whole", BACKBONE_LR=1e-2, WIDE_LR=1e-2)
+    stopped_after_epoch_1(stage2, "stopped", BACKBONE_LR=1e-2, WIDE_LR=1e-2)
+    _, resumed = trained(stage2, "stopped", BACKBONE_LR=1e-2, WIDE_LR=1e-2, RESUME=True)
     assert last["epoch"] == 2 and last["history"][2]["loss"] != last["history"][1]["loss"]
     assert_same_run(resumed, last, ("model",))
 
@@ -908,7 +908,7 @@ def test_stage_2_starts_from_stage_1_and_takes_over_its_crop_or_the_frame_around
 ):
     stage1, stage2 = tiny_runs
     best1, _ = trained(stage1, "stage1", EPOCHS=1)
-    best2, last2 = trained(stage2, "stage2", EPOCHS=1, LEARNING_RATE=0.0, WIDE_WEIGHT=wide_weight)
+    best2, last2 = trained(stage2, "stage2", EPOCHS=1, BACKBONE_LR=0.0, WIDE_LR=0.0, WIDE_WEIGHT=wide_weight)
     start = widened(best1["model"]) if wide_weight else best1["model"]
     assert last2["model"].keys() == start.keys()
     assert all(torch.equal(last2["model"][name], start[name]) for name in start if not name.endswith("tracked"))
@@ -923,6 +923,17 @@ def test_stage_2_starts_from_stage_1_and_takes_over_its_crop_or_the_frame_around
     assert model.mirror and not training.load_facenet(stage1.RUN_DIR / "best.pt", CPU)[0].mirror
     assert (model.crops and vars(model.crops)) == frame[2]
     assert model.eval()(torch.zeros(2, 3, frame[0], frame[0])).shape == (2, 1024 if wide_weight else 512)
+
+
+@pytest.mark.parametrize("still, moves", [("backbone", "wide"), ("wide", "backbone")])
+def test_face_and_frame_learn_at_rates_of_their_own(tiny_runs, trained, still, moves):
+    stage1, stage2 = tiny_runs
+    best1, _ = trained(stage1, "stage1", EPOCHS=1)
+    rates = {f"{still.upper()}_LR": 0.0, f"{moves.upper()}_LR": 1e-2}
+    _, last = trained(stage2, "stage2", EPOCHS=1, WIDE_WEIGHT=0.5, **rates)
+    start = widened(best1["model"])
+    learned = {name for name in start if name.endswith("weight") and not torch.equal(last["model"][name], start[name])}
+    assert learned and {name.split(".")[0] for name in learned} == {moves}
 
 
 @pytest.mark.parametrize("wide_weight", [0.0, 0.5])
@@ -940,7 +951,7 @@ def test_stage_2_is_never_below_the_network_it_loaded_even_where_training_ruins_
             network[6].weight.data.zero_()  # every photo has the same embedding now, and eve is everybody's nearest
 
     monkeypatch.setattr(stage2, "train_one_epoch", ruinous)
-    best2, last2 = trained(stage2, "stage2", LEARNING_RATE=1e3, WIDE_WEIGHT=wide_weight)
+    best2, last2 = trained(stage2, "stage2", BACKBONE_LR=1e3, WIDE_LR=1e3, WIDE_WEIGHT=wide_weight)
     assert [row["top1_mean"] for row in last2["history"]] == pytest.approx(
         [1, 4 / 6, 4 / 6]
     )  # 4 of 6 queries are eve's
