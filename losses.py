@@ -85,7 +85,7 @@ class SourceLoss(nn.Module):
     of the same person: they are no wrong answer. t: temperature, no unit; the smaller, the more the nearest rivals
     count.
     Shapes: embeddings z (B, D) and bank b (N, D), rows of norm 1; source (B,) int64 in 0..N-1; bank_labels (N,), the
-    persons; weight (B,) in 0..1 -> scalar, the mean by weight; 0 if all weights are.
+    persons -> scalar, the mean.
     Raises ValueError if the temperature is not positive.
     """
 
@@ -95,14 +95,11 @@ class SourceLoss(nn.Module):
             raise ValueError(f"TEMPERATURE = {temperature}: expected a positive number, usually 0.02..0.2")
         self.temperature = temperature
 
-    def forward(
-        self, embeddings: Tensor, bank: Tensor, source: Tensor, bank_labels: Tensor, weight: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, embeddings: Tensor, bank: Tensor, source: Tensor, bank_labels: Tensor) -> Tensor:
         logits = embeddings @ bank.T / self.temperature  # (B, N)
         others = bank_labels[source][:, None] == bank_labels[None, :]
         others = others.scatter(1, source[:, None], False)
-        logits = logits.masked_fill(others, -torch.inf)
-        return weighted_mean(F.cross_entropy(logits, source, reduction="none"), weight)
+        return F.cross_entropy(logits.masked_fill(others, -torch.inf), source)
 
 
 def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
