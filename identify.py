@@ -68,9 +68,8 @@ ENROLL_UNUSABLE = False  # True: yes, enroll photos that are not usable too, tho
 FALSE_ACCEPT = 0.01  # share of strangers' photos that may be given a name, above 0 and below 1
 CALIBRATE_ON = Path("Task_B/val")  # a split with >= 10 / FALSE_ACCEPT distorted photos, framed like PHOTOS, once for
 # all; None: the thresholds that GALLERY holds, and where it holds none every face is given a name
-REFUSE = (
-    0.01  # share of CALIBRATE_ON's clean photos, the worst, that sets the quality of a usable one, 0..0.2; None: any
-)
+# Share of CALIBRATE_ON's clean photos, the worst, that sets the quality of a usable one, 0..0.2; None: any is usable.
+REFUSE = 0.01
 
 # --- the network ---
 CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None: the PRETRAINED network as it is
