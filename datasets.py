@@ -181,9 +181,10 @@ def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Per
 def _tell_unknown(constant: str, kinds: Collection[str], persons: Sequence[Person]) -> None:
     """A warning for each of `kinds` that no photo is of: perhaps misspelt."""
     found = {distortion_kind(path) for person in persons for path in person.distorted}
+    there = _names(sorted(found), most=10) or "no distorted ones"
     for kind in kinds:
         if kind not in found:
-            warn_once(f"{constant}: no train photo is of kind {kind!r}; there are {_names(sorted(found), most=10)}")
+            warn_once(f"{constant}: no train photo is of kind {kind!r}; there are {there}")
 
 
 def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:

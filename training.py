@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import BinaryIO
 
@@ -192,7 +193,9 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device) -> Da
         # The loader draws a base seed for its workers; from a generator of its own it leaves dropout's stream alone.
         generator=torch.Generator(),
     )
+    # Python's exit runs the first; a process that multiprocessing started, as benchmark.py does, the second only.
     atexit.register(_end_workers, weakref.ref(loader))
+    Finalize(None, _end_workers, (weakref.ref(loader),), exitpriority=0)
     return loader
 
 

@@ -765,6 +765,13 @@ def test_a_skipped_kind_that_is_not_there_is_told_with_those_that_are(task_b, ca
     assert "no train photo is of kind 'suny'; there are blurred, lowlight" in caplog.text
 
 
+def test_a_skipped_kind_among_clean_photos_alone_is_told_with_that(task_b, caplog):
+    for folder in (task_b / "train").glob("*/distortion"):
+        shutil.rmtree(folder)
+    FaceClassificationDataset(task_b / "train", eval_transform(76, 1.0), skip_kinds=("sunny",))
+    assert "no train photo is of kind 'sunny'; there are no distorted ones" in caplog.text
+
+
 def test_skipping_every_kind_leaves_no_pair(task_b):
     with pytest.raises(ValueError, match="no person has both clean and distorted"):
         FacePairDataset(task_b / "train", eval_transform(76, 1.0), skip_kinds=("blurred", "lowlight"))

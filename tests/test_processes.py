@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -380,6 +381,7 @@ def test_a_stopped_run_says_where_and_ends_as_if_it_had_never_stopped(root, one,
 
 
 EXIT = """
+import multiprocessing, sys
 import torch
 import training
 from datasets import ShuffledBatches
@@ -393,18 +395,33 @@ class Data(torch.utils.data.Dataset):
         return torch.zeros(1), 0
 
 
-if __name__ == "__main__":
+def main():
+    multiprocessing.set_start_method({start_method}, force=True)
     loader = training.train_loader(Data(), ShuffledBatches([0, 0, 1, 1], 2, 0), 1, torch.device("cpu"))
     loader.itself = loader  # a reference cycle: only Python's exit ends it
     for _ in loader:
         {in_the_loop}
     print("done", flush=True)
+
+
+if __name__ == "__main__":
+    if {in_a_child}:
+        child = multiprocessing.get_context("spawn").Process(target=main)
+        child.start()
+        child.join()
+        sys.exit(child.exitcode)
+    main()
 """
 
 
-@pytest.mark.parametrize(("in_the_loop", "status"), [("pass", 0), ("break", 0), ("raise SystemExit(3)", 3)])
-def test_a_process_ends_though_a_loader_with_workers_still_lives(tmp_path, in_the_loop, status):
-    (tmp_path / "script.py").write_text(EXIT.replace("{in_the_loop}", in_the_loop))
+CASES = [("pass", 0, False), ("break", 0, False), ("raise SystemExit(3)", 3, False), ("pass", 0, True)]
+
+
+@pytest.mark.parametrize(("in_the_loop", "status", "in_a_child"), CASES)
+def test_a_process_ends_though_a_loader_with_workers_still_lives(tmp_path, in_the_loop, status, in_a_child):
+    script = EXIT.replace("{in_the_loop}", in_the_loop).replace("{in_a_child}", str(in_a_child))
+    method = multiprocessing.get_start_method()  # a spawned process would spawn its workers
+    (tmp_path / "script.py").write_text(script.replace("{start_method}", repr(method)))
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment, start_new_session=True)
     try:
