@@ -195,7 +195,7 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device) -> Da
     )
     # Python's exit runs the first; a process that multiprocessing started, as benchmark.py does, the second only.
     atexit.register(_end_workers, weakref.ref(loader))
-    Finalize(None, _end_workers, (weakref.ref(loader),), exitpriority=0)
+    Finalize(None, _end_workers, (weakref.ref(loader),), exitpriority=100)  # before its queues close, at 10
     return loader
 
 
