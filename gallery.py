@@ -632,7 +632,7 @@ def _from_rows(
     persons = sorted(set(names))
     index = {name: label for label, name in enumerate(persons)}
     labels = torch.tensor([index[names[row]] for row in order])
-    quality = None if quality is None else quality[order]
+    quality = _rated(quality, order)
     paths = [paths[row] for row in order]
     return replace(gallery, embeddings=embeddings[order], labels=labels, persons=persons, paths=paths, quality=quality)
 

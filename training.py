@@ -193,7 +193,8 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device) -> Da
         # The loader draws a base seed for its workers; from a generator of its own it leaves dropout's stream alone.
         generator=torch.Generator(),
     )
-    # Python's exit runs the first; a process that multiprocessing started, as benchmark.py does, the second only.
+    # Python's exit needs the first: by the second torch shuts no workers down any more. A process that multiprocessing
+    # started, as benchmark.py does, runs the second alone.
     atexit.register(_end_workers, weakref.ref(loader))
     Finalize(None, _end_workers, (weakref.ref(loader),), exitpriority=100)  # before its queues close, at 10
     return loader
