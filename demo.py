@@ -10,13 +10,14 @@ import shutil
 import time
 from pathlib import Path
 
+import common
 import evaluate
-import sample_faces
 import train_stage1
 import train_stage2
-import training
+from common import UserError, set_constants
 from gallery import top1_table
 from models import load_pretrained
+from tools import sample_faces
 
 OUT_DIR = Path("demo_output")  # faces, checkpoints and pictures; an earlier demo's is replaced
 PRETRAINED = "vggface2"  # used if it can be downloaded or is in torch's cache; None: from scratch in any case
@@ -91,19 +92,12 @@ def available(pretrained: str | None) -> str | None:
         return None
     try:
         load_pretrained(pretrained)
-    except ConnectionError as error:
+    except UserError as error:
         print(f"{error}\n-> training from scratch instead: enough to see everything work, not to recognise real faces")
         return None
     print(f"starting from the {pretrained} weights")
     return pretrained
 
 
-def set_constants(script, **constants) -> None:
-    """What a user does at the top of `script`. Raises AttributeError for a constant that it does not have."""
-    for name, value in constants.items():
-        getattr(script, name)
-        setattr(script, name, value)
-
-
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

@@ -14,38 +14,31 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+import checkpoints
+import common
 import fast
 import metrics
 import plots
-import training
-from datasets import (
-    FaceCrop,
-    PhotoList,
-    Transform,
-    eval_transform,
-    load_image,
-    scan_persons,
-    warn_once,
-    warn_shared,
-    warn_twins,
-)
+from common import UserError, warn_once
+from datasets import PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
 from gallery import (
     Gallery,
-    NobodyAsks,
+    NoQueries,
     Queries,
-    ask,
     build_gallery,
-    by_protocol,
     check_protocol,
     check_template,
     comparison_table,
-    discarded,
+    discard_curves,
     embed_queries,
     figures_table,
     made_by,
     measure,
+    retrieve,
+    select_queries,
 )
-from results import Evaluated, told, told_refused, too_few, write_report, write_results
+from results import Evaluated, discard_summary, missing_figures, told, write_report, write_results
+from transforms import FaceCrop, Transform, eval_transform, load_image
 
 # --- what to evaluate ---
 DATA_DIR = Path("Task_B")  # holds one folder per split
@@ -80,15 +73,15 @@ SEED = 0  # of t-SNE, the bootstrap and the halves of the open-set test
 
 
 def main() -> dict:
-    """Evaluate, print the tables, write the files; returns gallery.ask's details of the first protocol."""
+    """Evaluate, print the tables, write the files; returns gallery.retrieve's details of the first protocol."""
     check_template(TEMPLATE)
     for protocol in PROTOCOLS:
         check_protocol(protocol)
-    device = training.pick_device()
+    device = common.pick_device()
     root = DATA_DIR / SPLIT
     persons = scan_persons(root, check_images=CHECK_IMAGES)
-    warn_shared([], persons)
-    warn_twins(persons)
+    warn_shared_persons([], persons)
+    warn_duplicate_photos(persons)
 
     after = evaluated(CHECKPOINT, device)
     before = None
@@ -104,12 +97,12 @@ def main() -> dict:
         print(figures_table(groups))
         top1 = {template: f"{100 * value:.1f}" for template, value in details["top1"].items()}
         print(f"rank-1 of all by template: mean {top1['mean']}, best {top1['best']}")
-        if after.discarded[protocol]:
-            print(told_refused(after.discarded[protocol]))
+        if after.discard_curves[protocol]:
+            print(discard_summary(after.discard_curves[protocol]))
         if protocol in comparison:
             print(f"difference to {before.title}, with 95 % interval (* clear of 0)")
             print(comparison_table(comparison[protocol]))
-    for line in too_few(after):
+    for line in missing_figures(after):
         print(line)
     print(f"\ntop-1, {TEMPLATE} template")
     for protocol, details in after.details.items():
@@ -117,7 +110,7 @@ def main() -> dict:
         print(f"{protocol:<6}{100 * details['top1'][TEMPLATE]:7.2f} %, {who}")
     details = next(iter(after.details.values()))
 
-    if not training.is_main():  # of several processes one writes
+    if not common.is_main():  # of several processes one writes
         return details
     results = RESULTS_DIR / f"{SPLIT}_{after.title}"
     write_results(results, after, before, comparison)
@@ -132,7 +125,7 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
 
     Raises ValueError if none has.
     """
-    model, facts = training.load_model(checkpoint, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
+    model, facts = checkpoints.load_model(checkpoint, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
     title = f"stage{facts['stage']}" if facts["stage"] else "pretrained" if PRETRAINED else "random"
     root = DATA_DIR / SPLIT
     if checkpoint is not None:
@@ -159,8 +152,8 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
     queries = {}
     for protocol in PROTOCOLS:
         try:
-            queries[protocol] = by_protocol(gallery, distorted, protocol)
-        except NobodyAsks as error:  # nobody has a second photo: said, the other protocols still tell something
+            queries[protocol] = select_queries(gallery, distorted, protocol)
+        except NoQueries as error:  # nobody has a second photo: said, the other protocols still tell something
             if len(PROTOCOLS) == 1:
                 raise
             warn_once(str(error))
@@ -177,9 +170,9 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
         facts,
         gallery,
         queries,
-        {protocol: ask(gallery, of_protocol) for protocol, of_protocol in queries.items()},
+        {protocol: retrieve(gallery, of_protocol) for protocol, of_protocol in queries.items()},
         measured,
-        {protocol: discarded(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
+        {protocol: discard_curves(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
     )
 
 
@@ -199,7 +192,7 @@ def compared(before: Evaluated, after: Evaluated) -> dict[str, dict[str, dict]]:
     found: dict[str, dict[str, dict]] = {}
     for protocol, queries in after.queries.items():
         if before.queries[protocol].paths != queries.paths:
-            raise ValueError(f"{DATA_DIR / SPLIT}: photos were added or removed meanwhile; evaluate again")
+            raise UserError(f"{DATA_DIR / SPLIT}: photos were added or removed meanwhile; evaluate again")
         persons, old, new = queries.person_index(), before.measured[protocol], after.measured[protocol]
         found[protocol] = {
             group: metrics.compare(old[TEMPLATE][group], new[TEMPLATE][group], persons[rows], SEED)
@@ -234,7 +227,7 @@ def draw_pictures(after: Evaluated, before: Evaluated | None) -> dict[str, Figur
             for title, of in rank1.items()
         }
         pictures[f"kinds_{protocol}"] = plots.bars(groups, bars)
-        left = after.discarded[protocol]
+        left = after.discard_curves[protocol]
         if left and left["all"][0]:
             pictures[f"discard_{protocol}"] = plots.discard({"all": left["all"]} | left)  # "all" first
     pictures |= embedding_pictures(after.gallery, next(iter(after.queries.values())))
@@ -294,4 +287,4 @@ def mistake_rows(
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

@@ -9,6 +9,8 @@ from facenet_pytorch import MTCNN
 from facenet_pytorch.models.utils import detect_face
 from PIL import Image
 
+from common import UserError
+
 DETECT_SIDE = 1024  # px: a photo whose longer side is longer is searched in a copy of this size, cut from the original
 WHICH = ("largest", "central")  # face of a photo that holds several
 
@@ -39,9 +41,9 @@ class FaceDetector:
 
     def __init__(self, device: torch.device | str, min_face: int = 20, min_probability: float = 0.9):
         if not min_face >= 12:
-            raise ValueError(f"MIN_FACE = {min_face}: expected 12 pixels or more; MTCNN sees nothing smaller")
+            raise UserError(f"MIN_FACE = {min_face}: expected 12 pixels or more; MTCNN sees nothing smaller")
         if not 0 <= min_probability <= 1:
-            raise ValueError(f"MIN_PROBABILITY = {min_probability}: expected a number in 0..1")
+            raise UserError(f"MIN_PROBABILITY = {min_probability}: expected a number in 0..1")
         self.min_face, self.min_probability = min_face, min_probability
         self.mtcnn = MTCNN(keep_all=True, min_face_size=min_face, device=torch.device(device)).eval()
         # A candidate wholly outside the image has no pixels to score: MTCNN then leaves it out of the scores, not out
@@ -84,7 +86,7 @@ def choose(faces: Sequence[Face], image_size: tuple[int, int], which: str) -> Fa
     A tie goes to the first. image_size: (width, height) in pixels. Raises ValueError for another `which`.
     """
     if which not in WHICH:
-        raise ValueError(f"WHICH = {which!r}: expected one of {', '.join(map(repr, WHICH))}")
+        raise UserError(f"WHICH = {which!r}: expected one of {', '.join(map(repr, WHICH))}")
     width, height = image_size
 
     def off_centre(face: Face) -> float:
@@ -106,7 +108,7 @@ def crop_face(image: Image.Image, box: Box, margin: float, size: int | None = No
     """
     left, top, right, bottom = box
     if not (right > left and bottom > top and margin > -1):
-        raise ValueError(f"box {box} with margin {margin}: nothing to cut")
+        raise UserError(f"box {box} with margin {margin}: nothing to cut")
     side = max(1, round((1 + margin) * max(right - left, bottom - top)))
     first_column, first_row = round((left + right - side) / 2), round((top + bottom - side) / 2)
     columns = np.arange(first_column, first_column + side).clip(0, image.width - 1)

@@ -17,6 +17,7 @@ from facenet_pytorch.models.inception_resnet_v1 import BasicConv2d, InceptionRes
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from common import UserError
 from models import EMBEDDING_DIM
 
 # Backends other than torch, on the CPU, and the optional packages that they need.
@@ -50,12 +51,12 @@ def accelerated(
     Raises ValueError for another backend, one of these three on a GPU, or a package that is not installed.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+        raise UserError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "torch":
         return model
     if backend in PACKAGES:
         if torch.device(device).type != "cpu":
-            raise ValueError(
+            raise UserError(
                 f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
             )
         for package in PACKAGES[backend]:
@@ -94,7 +95,7 @@ def fused(model: nn.Module) -> nn.Module:
 def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -> bytes:
     """`model`, fused, as the bytes of an ONNX file; `model` stays as it is.
 
-    Input "images": (B, 3, image_size, image_size) float32, any B >= 1, as datasets.eval_transform gives them: RGB,
+    Input "images": (B, 3, image_size, image_size) float32, any B >= 1, as transforms.eval_transform gives them: RGB,
     (x - 127.5) / 128. Outputs "embeddings": (B, D) float32, rows of norm 1, D as the model's; and of a FaceNet
     "quality": (B,) float32, see models.FaceNet.
     metadata: fingerprint, face_crop and the like, kept as strings in metadata_props; image_size is added.
@@ -147,7 +148,7 @@ class _Exported(nn.Module):
 
     Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format -> embeddings (B, D) float32 of
     norm 1, without gradients; and, asked for "rated", the quality (B,) too, if the file has it (`rates`).
-    Raises FileNotFoundError; ValueError if it is no such file, of another image size, or the runtime is not installed.
+    Raises UserError if it is no such file, of another image size, or the runtime is not installed.
     """
 
     memory_format = torch.contiguous_format  # what the runtimes take without a copy
@@ -159,22 +160,22 @@ class _Exported(nn.Module):
         name = "these bytes" if isinstance(source, bytes) else str(source)
         if not isinstance(source, bytes):
             if not Path(source).is_file():
-                raise FileNotFoundError(f"{name}: no such file; export_onnx.py writes it")
+                raise UserError(f"{name}: no such file; export_onnx.py writes it")
             source = Path(source).read_bytes()
         try:
             ends = self._load(runtime, source)
         except Exception as error:  # the runtimes' own kinds of RuntimeError and of Exception
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"{name}: not an ONNX file that {self.package} can run ({reason}); export_onnx.py writes one"
             ) from error
         widths = ([EMBEDDING_DIM], [2 * EMBEDDING_DIM])  # of the face alone, or with the whole frame (models.Crops)
         names = [name for name, _ in ends]
         self.rates = names == [INPUT, OUTPUT, QUALITY]  # files of earlier versions have no quality
         if not (self.rates or names == [INPUT, OUTPUT]) or ends[1][1] not in widths:
-            raise ValueError(f"{name}: an ONNX file, but not a FaceNet of export_onnx.py; found {ends}")
+            raise UserError(f"{name}: an ONNX file, but not a FaceNet of export_onnx.py; found {ends}")
         if ends[0][1] != [3, image_size, image_size]:
-            raise ValueError(
+            raise UserError(
                 f"{name}: takes images of {' x '.join(map(str, ends[0][1][1:]))} pixels, but the image size here is "
                 f"{image_size}; set that, or export it anew"
             )
@@ -193,7 +194,7 @@ class _Exported(nn.Module):
 
     def forward(self, images: Tensor, part: str = "both") -> Tensor | tuple[Tensor, Tensor]:
         if images.device.type != "cpu" or images.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(
+            raise UserError(
                 f"images of shape {tuple(images.shape)} on {images.device}: "
                 f"expected (B, 3, {self.image_size}, {self.image_size}) on the CPU"
             )
@@ -254,7 +255,7 @@ class Int8FaceNet(OpenVinoFaceNet):
 
     def __init__(self, source: Path | str | bytes, image_size: int, photos: Sequence[Tensor] | None):
         if not photos:
-            raise ValueError("BACKEND = 'openvino-int8': needs photos to fit its ranges to, and got none")
+            raise UserError("BACKEND = 'openvino-int8': needs photos to fit its ranges to, and got none")
         self._photos = photos
         super().__init__(source, image_size)
 
@@ -277,6 +278,6 @@ def _package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         more = {"onnx": "onnxruntime", "nncf": "openvino nncf"}.get(name, name)
-        raise ValueError(
+        raise UserError(
             f"the package {name} is not installed ({error}): pip install onnx {more}, or set BACKEND = 'fused'"
         ) from error

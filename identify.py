@@ -24,34 +24,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+import checkpoints
+import common
 import metrics
-import training
-from datasets import (
-    CLEAN,
-    DISTORTION,
-    FaceCrop,
-    Person,
-    eval_transform,
-    find_photos,
-    find_unreadable,
-    load_image,
-    scan_persons,
-)
+from common import UserError
+from datasets import CLEAN, DISTORTION, Person, find_photos, find_unreadable, scan_persons
+from enrolment import calibrate, enroll, identify, load_gallery, remove, save_gallery
 from faces import Box, FaceDetector, crop_face
-from gallery import (
-    Gallery,
-    build_gallery,
-    calibrate,
-    check_template,
-    embed,
-    embed_queries,
-    enroll,
-    identify,
-    load_gallery,
-    made_by,
-    remove,
-    save_gallery,
-)
+from gallery import Gallery, build_gallery, check_template, embed, embed_queries, made_by
+from transforms import FaceCrop, eval_transform, load_image
 
 # --- who is asked for ---
 PHOTOS = [Path("photos")]  # photos, and folders with photos at any depth; []: only the gallery is kept up
@@ -100,25 +81,25 @@ UNUSABLE = "not usable"
 def main() -> list[dict]:
     """Keep the gallery up, ask it, print the table, write the files; returns the rows of `answers`."""
     check_constants()
-    photos = find_asked(PHOTOS)
-    eyes = Eyes(training.pick_device())
-    before = load_gallery(GALLERY, eyes.made_by) if GALLERY.is_file() else None
-    threshold = find_threshold(before, eyes)  # first: it does not depend on who is enrolled, and may fail
-    gallery = without(REMOVE, with_enrolled(before, eyes, least_quality(threshold)))
+    photos = collect_photos(PHOTOS)
+    reader = FaceReader(common.pick_device())
+    before = load_gallery(GALLERY, reader.made_by) if GALLERY.is_file() else None
+    threshold = find_threshold(before, reader)  # first: it does not depend on who is enrolled, and may fail
+    gallery = remove_persons(REMOVE, enroll_new(before, reader, quality_bound(threshold)))
     gallery = replace(gallery, template=TEMPLATE, threshold=threshold)
-    changed = before is None or content(gallery) != content(before)
-    if changed and training.is_main():  # of several processes one writes
+    changed = before is None or state_of(gallery) != state_of(before)
+    if changed and common.is_main():  # of several processes one writes
         save_gallery(GALLERY, gallery)
     print(describe(gallery, changed))
 
-    rows = answers(gallery, photos, eyes)
+    rows = answers(gallery, photos, reader)
     if rows:
         print(table(rows))
-    if training.is_main():
+    if common.is_main():
         if JSON_LINES is not None:
             write_json_lines(JSON_LINES, rows)
         if ANNOTATED is not None:
-            annotate(ANNOTATED, rows, eyes)
+            annotate(ANNOTATED, rows, reader)
     return rows
 
 
@@ -133,33 +114,31 @@ def check_constants() -> None:
         "NUM_WORKERS": (NUM_WORKERS, int, 0, 1000),
     }
     for name, (value, kind, low, high) in ranges.items():
-        if not training.in_range(value, kind, low, high):
-            raise ValueError(f"{name} = {value!r}: expected a {'whole ' * (kind is int)}number in {low}..{high}")
-    if REFUSE is not None and not training.in_range(REFUSE, float, 0, 0.2):
-        raise ValueError(f"REFUSE = {REFUSE!r}: expected a share of clean photos, 0..0.2, such as 0.01, or None")
+        if not common.in_range(value, kind, low, high):
+            raise UserError(f"{name} = {value!r}: expected a {'whole ' * (kind is int)}number in {low}..{high}")
+    if REFUSE is not None and not common.in_range(REFUSE, float, 0, 0.2):
+        raise UserError(f"REFUSE = {REFUSE!r}: expected a share of clean photos, 0..0.2, such as 0.01, or None")
     if not isinstance(FALSE_ACCEPT, float) or not 0 < FALSE_ACCEPT < 1:
-        raise ValueError(
+        raise UserError(
             f"FALSE_ACCEPT = {FALSE_ACCEPT!r}: expected a share of strangers, above 0 and below 1, such as 0.01"
         )
     for name, value in (("PHOTOS", PHOTOS), ("REMOVE", REMOVE)):
         if isinstance(value, (str, Path)):
-            raise ValueError(f"{name} = {str(value)!r}: expected a list, [{str(value)!r}]")
+            raise UserError(f"{name} = {str(value)!r}: expected a list, [{str(value)!r}]")
     if ENROLL is not None and not ENROLL.is_dir():
-        raise FileNotFoundError(f"ENROLL = {ENROLL}: no such folder; correct it, or set it to None")
+        raise UserError(f"ENROLL = {ENROLL}: no such folder; correct it, or set it to None")
     if ENROLL is None and not GALLERY.is_file():
-        raise FileNotFoundError(
-            f"{GALLERY}: no gallery; set ENROLL to a folder of persons to make one, or correct GALLERY"
-        )
+        raise UserError(f"{GALLERY}: no gallery; set ENROLL to a folder of persons to make one, or correct GALLERY")
     if ANNOTATED is not None:
         for folder in PHOTOS:
             if Path(folder).is_dir() and ANNOTATED.resolve().is_relative_to(Path(folder).resolve()):
-                raise ValueError(
+                raise UserError(
                     f"ANNOTATED = {ANNOTATED}: lies in {folder}, where the next run would ask who is on its pictures; "
                     "choose a folder outside PHOTOS"
                 )
 
 
-def find_asked(places: Sequence[Path | str]) -> list[Path]:
+def collect_photos(places: Sequence[Path | str]) -> list[Path]:
     """The photos of PHOTOS in the order given, those of a folder sorted, hidden ones passed over, each once (told).
 
     A file that is named itself is asked whatever its suffix. Raises FileNotFoundError for a path that is not there,
@@ -168,7 +147,7 @@ def find_asked(places: Sequence[Path | str]) -> list[Path]:
     found: list[Path] = []
     for place in map(Path, places):
         if not place.exists():
-            raise FileNotFoundError(f"PHOTOS: {place}: no such photo or folder")
+            raise UserError(f"PHOTOS: {place}: no such photo or folder")
         if place.is_dir():
             below = sorted(path for path in place.rglob("*") if path.is_dir())
             seen = [path for path in below if not any(p.startswith(".") for p in path.relative_to(place).parts)]
@@ -176,7 +155,7 @@ def find_asked(places: Sequence[Path | str]) -> list[Path]:
         else:
             found.append(place)
     if places and not found:
-        raise ValueError(f"PHOTOS: no photo in {', '.join(map(str, places))}; name photos, or folders that hold some")
+        raise UserError(f"PHOTOS: no photo in {', '.join(map(str, places))}; name photos, or folders that hold some")
     once = {path.resolve(): path for path in reversed(found)}  # reversed: the first of equals stays
     photos = [path for path in found if once[path.resolve()] is path]
     if len(photos) < len(found):
@@ -188,7 +167,7 @@ def find_asked(places: Sequence[Path | str]) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Look:
+class Reading:
     """What is seen of a photo. file: what the network is shown, None if there is nothing, and `status` says why.
 
     box: of the face in pixels of the upright photo, where faces are looked for. reason: why it is unreadable.
@@ -201,7 +180,7 @@ class Look:
     file: Path | None = None
 
 
-class Eyes:
+class FaceReader:
     """The network on `device`, with the framing that it knows and, with FIND_FACES, the detector.
 
     made_by: what embeddings must share to be compared (gallery.made_by), the way that faces are framed included.
@@ -209,7 +188,7 @@ class Eyes:
     """
 
     def __init__(self, device: torch.device):
-        self.model, facts = training.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
+        self.model, facts = checkpoints.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
         size, fraction = facts["image_size"], facts["face_crop"]
         self.device, self.detector = device, None
         if FIND_FACES:
@@ -218,53 +197,53 @@ class Eyes:
         self.crop, self.transform = FaceCrop(size, fraction), eval_transform(size, fraction)
         self.made_by = made_by(self.model, size, fraction) | {"find_faces": MARGIN if FIND_FACES else None}
 
-    def look(self, photos: Sequence[Path], folder: Path, most: int | None) -> list[Look]:
+    def read(self, photos: Sequence[Path], folder: Path, most: int | None) -> list[Reading]:
         """A Look for each face, largest first, `most` of a photo (None: all), or one without `file` if there is none.
 
         Faces are written to `folder` as the network will see them. Without FIND_FACES each photo is one face.
         """
         unreadable = find_unreadable(photos)
-        looks = []
+        readings = []
         quiet = self.detector is None or len(photos) < 3
         for number, photo in enumerate(tqdm(photos, desc="faces", unit="photo", leave=False, disable=quiet)):
             if photo in unreadable:
-                looks.append(Look(photo, UNREADABLE, reason=unreadable[photo]))
+                readings.append(Reading(photo, UNREADABLE, reason=unreadable[photo]))
             elif self.detector is None:
-                looks.append(Look(photo, file=photo))
+                readings.append(Reading(photo, file=photo))
             else:
                 image = load_image(photo)
                 found = self.detector.find(image)[:most]
                 for index, face in enumerate(found):
                     file = folder / f"{number}_{index}.png"
                     self.crop(crop_face(image, face.box, MARGIN)).save(file)
-                    looks.append(Look(photo, box=face.box, file=file))
+                    readings.append(Reading(photo, box=face.box, file=file))
                 if not found:
-                    looks.append(Look(photo, NO_FACE))
-        return looks
+                    readings.append(Reading(photo, NO_FACE))
+        return readings
 
     def embed(
         self, photos: Sequence[Path], description: str, most: int | None = None
-    ) -> tuple[list[Look], Tensor, Tensor | None]:
+    ) -> tuple[list[Reading], Tensor, Tensor | None]:
         """What `look` sees of the photos, and of those N that have a `file`, in their order, the embeddings (N, D) and
         the quality (N,), see models.FaceNet; None of a model that does not rate."""
         with tempfile.TemporaryDirectory() as folder:
-            looks = self.look(photos, Path(folder), most)
-            files = [look.file for look in looks if look.file]
+            readings = self.read(photos, Path(folder), most)
+            files = [reading.file for reading in readings if reading.file]
             options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS if len(files) > BATCH_SIZE else 0}
             options |= {"description": description, "rated": True}
-            return looks, *embed(self.model, files, self.transform, self.device, **options)
+            return readings, *embed(self.model, files, self.transform, self.device, **options)
 
 
 # --- the gallery ------------------------------------------------------------------------------------------------------
 
 
-def least_quality(threshold: dict | None) -> float:
-    """Of a usable photo, by the `threshold` of gallery.calibrate; without one every photo is."""
+def quality_bound(threshold: dict | None) -> float:
+    """Of a usable photo, by the `threshold` of enrolment.calibrate; without one every photo is."""
     least = threshold and threshold["quality"]
     return -math.inf if least is None else least
 
 
-def with_enrolled(gallery: Gallery | None, eyes: Eyes, least: float) -> Gallery:
+def enroll_new(gallery: Gallery | None, reader: FaceReader, least: float) -> Gallery:
     """`gallery` (None: a new one) with the clean photos of ENROLL that it does not hold, those of REMOVE left out, and
     without ENROLL_UNUSABLE those of a quality under `least`.
 
@@ -276,10 +255,10 @@ def with_enrolled(gallery: Gallery | None, eyes: Eyes, least: float) -> Gallery:
     here = {person.name for person in persons}
     for name in REMOVE:
         if name not in here and gallery is not None:
-            with naming("REMOVE: "):
+            with error_prefix("REMOVE: "):
                 remove(gallery, name) if name not in gallery.persons else None
         elif name not in here:
-            raise ValueError(f"REMOVE: {name!r} is not in {ENROLL}, and there is no gallery yet")
+            raise UserError(f"REMOVE: {name!r} is not in {ENROLL}, and there is no gallery yet")
     there = set()
     if gallery is not None:
         names = (gallery.persons[label] for label in gallery.labels.tolist())
@@ -291,15 +270,15 @@ def with_enrolled(gallery: Gallery | None, eyes: Eyes, least: float) -> Gallery:
         if person.name not in REMOVE and (person.name, photo.resolve()) not in there
     }
     if not new and gallery is None:
-        raise ValueError(f"ENROLL = {ENROLL}: no clean photo to enroll; expected {ENROLL}/<person>/*.jpg")
+        raise UserError(f"ENROLL = {ENROLL}: no clean photo to enroll; expected {ENROLL}/<person>/*.jpg")
     if not new:
         return gallery
-    looks, embeddings, quality = eyes.embed(list(new), "enrolling", most=1)
-    for look in looks:
-        if look.file is None:
-            reason = f" ({look.reason})" if look.reason else ""
-            print(printable(f"{look.photo}: {look.status}{reason}, not enrolled"))
-    photos = [look.photo for look in looks if look.file]
+    readings, embeddings, quality = reader.embed(list(new), "enrolling", most=1)
+    for reading in readings:
+        if reading.file is None:
+            reason = f" ({reading.reason})" if reading.reason else ""
+            print(printable(f"{reading.photo}: {reading.status}{reason}, not enrolled"))
+    photos = [reading.photo for reading in readings if reading.file]
     if quality is not None and not ENROLL_UNUSABLE:
         usable = quality >= least
         for photo, rating, kept in zip(photos, quality.tolist(), usable.tolist(), strict=True):
@@ -309,10 +288,10 @@ def with_enrolled(gallery: Gallery | None, eyes: Eyes, least: float) -> Gallery:
         photos = [photo for photo, kept in zip(photos, usable.tolist(), strict=True) if kept]
         embeddings, quality = embeddings[usable], quality[usable]
     if not photos and gallery is None:
-        raise ValueError(f"ENROLL = {ENROLL}: none of its {len(new)} clean photos shows a usable face; add others")
+        raise UserError(f"ENROLL = {ENROLL}: none of its {len(new)} clean photos shows a usable face; add others")
     if not photos:
         return gallery
-    facts = {"template": TEMPLATE, "made_by": eyes.made_by}
+    facts = {"template": TEMPLATE, "made_by": reader.made_by}
     enrolled = enroll(gallery, embeddings, [new[photo] for photo in photos], photos, quality, **facts)
     before = len(gallery.paths) if gallery is not None else 0
     print(f"{ENROLL}: {len(enrolled.paths) - before} photos enrolled")
@@ -320,33 +299,33 @@ def with_enrolled(gallery: Gallery | None, eyes: Eyes, least: float) -> Gallery:
 
 
 @contextlib.contextmanager
-def naming(constant: str):
+def error_prefix(constant: str):
     """Put the constant in front of a ValueError's sentence."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{constant}{error}") from error
+        raise UserError(f"{constant}{error}") from error
 
 
-def without(names: Collection[str], gallery: Gallery) -> Gallery:
+def remove_persons(names: Collection[str], gallery: Gallery) -> Gallery:
     """`gallery` less the persons of these names that it holds. Raises ValueError if nobody else is left."""
     for name in names:
         if name in gallery.persons:
-            with naming("REMOVE: "):
+            with error_prefix("REMOVE: "):
                 gallery = remove(gallery, name)
     return gallery
 
 
-def content(gallery: Gallery) -> tuple:
+def state_of(gallery: Gallery) -> tuple:
     """What may differ between a gallery and the one that it came from: embeddings go with their paths and persons."""
     names = [gallery.persons[label] for label in gallery.labels.tolist()]
     return names, gallery.paths, gallery.template, gallery.threshold
 
 
-def find_threshold(gallery: Gallery | None, eyes: Eyes) -> dict | None:
+def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
     """The gallery's threshold if it stands for FALSE_ACCEPT, TEMPLATE and CALIBRATE_ON, else a new one; None for none.
 
-    Raises what gallery.calibrate raises; FileNotFoundError if there is no folder CALIBRATE_ON; ValueError if it has no
+    Raises what enrolment.calibrate raises; FileNotFoundError if there is no folder CALIBRATE_ON; ValueError if it has no
     distorted photo, or if it is None and the gallery was calibrated for something else.
     """
     held = gallery.threshold if gallery is not None else None
@@ -355,47 +334,47 @@ def find_threshold(gallery: Gallery | None, eyes: Eyes) -> dict | None:
         return held
     if CALIBRATE_ON is None:
         if held is not None:
-            raise ValueError(
+            raise UserError(
                 f"{GALLERY}: was calibrated for FALSE_ACCEPT = {held['far']}, TEMPLATE = {held['template']!r}, "
                 f"REFUSE = {held['refuse']}, here {FALSE_ACCEPT}, {TEMPLATE!r} and {REFUSE}; set them back, or set "
                 "CALIBRATE_ON"
             )
         return None
     if not CALIBRATE_ON.is_dir():
-        raise FileNotFoundError(
+        raise UserError(
             f"CALIBRATE_ON = {CALIBRATE_ON}: no such folder; correct it, or None goes by the threshold of {GALLERY}"
         )
     persons = scan_persons(CALIBRATE_ON)
     if not any(person.distorted for person in persons):
-        raise ValueError(
+        raise UserError(
             f"CALIBRATE_ON = {CALIBRATE_ON}: no distorted photo that could ask; expected "
             f"{CALIBRATE_ON}/<person>/distortion/*.jpg"
         )
     options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS}
     with tempfile.TemporaryDirectory() as folder:
-        root = cut_faces(persons, Path(folder), eyes) if FIND_FACES else CALIBRATE_ON
-        others = build_gallery(eyes.model, root, eyes.transform, eyes.device, template=TEMPLATE, **options)
-        queries = embed_queries(eyes.model, others, root, eyes.transform, eyes.device, **options)
-    with naming("CALIBRATE_ON: "):
+        root = cut_faces(persons, Path(folder), reader) if FIND_FACES else CALIBRATE_ON
+        others = build_gallery(reader.model, root, reader.transform, reader.device, template=TEMPLATE, **options)
+        queries = embed_queries(reader.model, others, root, reader.transform, reader.device, **options)
+    with error_prefix("CALIBRATE_ON: "):
         return calibrate(others, queries, FALSE_ACCEPT, str(CALIBRATE_ON), REFUSE)
 
 
-def cut_faces(persons: Sequence[Person], root: Path, eyes: Eyes) -> Path:
+def cut_faces(persons: Sequence[Person], root: Path, reader: FaceReader) -> Path:
     """Put the largest face of each photo of `persons` into a tree at `root`, and return that; photos without one, which
     cannot ask, are counted aloud. Raises ValueError if no clean photo, or no distorted one, shows a face."""
     parts = {photo: (person.name, CLEAN) for person in persons for photo in person.clean}
     parts |= {photo: (person.name, DISTORTION) for person in persons for photo in person.distorted}
     found = Counter()
-    for look in eyes.look(list(parts), root, most=1):
-        if look.file is not None:
-            name, part = parts[look.photo]
+    for reading in reader.read(list(parts), root, most=1):
+        if reading.file is not None:
+            name, part = parts[reading.photo]
             (root / name / part).mkdir(parents=True, exist_ok=True)
-            look.file.rename(root / name / part / look.file.name)
+            reading.file.rename(root / name / part / reading.file.name)
             found[part] += 1
     print(f"{CALIBRATE_ON}: a face found in {found.total()} of {len(parts)} photos, the others do not ask")
     for part, what in ((CLEAN, "clean"), (DISTORTION, "distorted")):
         if not found[part]:
-            raise ValueError(f"CALIBRATE_ON = {CALIBRATE_ON}: no face found in any of its {what} photos")
+            raise UserError(f"CALIBRATE_ON = {CALIBRATE_ON}: no face found in any of its {what} photos")
     return root
 
 
@@ -428,7 +407,7 @@ def describe(gallery: Gallery, changed: bool) -> str:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def answers(gallery: Gallery, photos: Sequence[Path], eyes: Eyes) -> list[dict]:
+def answers(gallery: Gallery, photos: Sequence[Path], reader: FaceReader) -> list[dict]:
     """A row for each face, in the order of the photos, the largest face first; one for a photo that shows none:
 
         photo                   as given or found
@@ -444,17 +423,23 @@ def answers(gallery: Gallery, photos: Sequence[Path], eyes: Eyes) -> list[dict]:
 
     Where a value does not apply it is None.
     """
-    looks, embeddings, quality = eyes.embed(photos, "photos")
+    readings, embeddings, quality = reader.embed(photos, "photos")
     threshold = gallery.threshold["cosine"] if gallery.threshold else None
-    least, ratings = least_quality(gallery.threshold), iter([] if quality is None else quality.tolist())
+    least, ratings = quality_bound(gallery.threshold), iter([] if quality is None else quality.tolist())
     next_best = ranked(gallery, embeddings) if TOP > 1 else [[]] * len(embeddings)
     found = zip(identify(gallery, embeddings), next_best, strict=True)
     rows = []
-    for look in looks:
-        row = {"photo": str(look.photo), "status": look.status, "person": None, "score": None, "threshold": threshold}
-        row |= {"resembles": None, "others": [], "box": look.box and list(look.box), "reason": look.reason}
+    for reading in readings:
+        row = {
+            "photo": str(reading.photo),
+            "status": reading.status,
+            "person": None,
+            "score": None,
+            "threshold": threshold,
+        }
+        row |= {"resembles": None, "others": [], "box": reading.box and list(reading.box), "reason": reading.reason}
         row |= {"quality": None}
-        if look.file is not None:
+        if reading.file is not None:
             (person, score, resembles), persons = next(found)
             row["quality"] = next(ratings, None)
             if row["quality"] is not None and row["quality"] < least:
@@ -518,7 +503,7 @@ def width(text: str) -> int:
 
 def write_json_lines(path: Path, rows: Sequence[dict]) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with training.atomic_file(path) as file:
+    with checkpoints.atomic_file(path) as file:
         file.write(
             lines.encode("utf-8", "backslashreplace")
         )  # bytes of a file's name that are no UTF-8: \udcff is JSON
@@ -529,7 +514,7 @@ def write_json_lines(path: Path, rows: Sequence[dict]) -> None:
 COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", UNUSABLE: "#555555", NO_FACE: "#555555"}
 
 
-def annotate(folder: Path, rows: Sequence[dict], eyes: Eyes) -> None:
+def annotate(folder: Path, rows: Sequence[dict], reader: FaceReader) -> None:
     """A picture of each readable photo, `<place among the photos>_<its name>.jpg`: no two get the same name."""
     by_photo: dict[str, list[dict]] = {}
     for row in rows:
@@ -538,19 +523,19 @@ def annotate(folder: Path, rows: Sequence[dict], eyes: Eyes) -> None:
     for number, (photo, faces) in enumerate(by_photo.items(), start=1):
         if faces[0]["status"] == UNREADABLE:
             continue
-        picture = draw(load_image(Path(photo)), faces, eyes)
-        with training.atomic_file(folder / f"{number:04d}_{Path(photo).stem[:50]}.jpg") as file:  # 255 bytes at most
+        picture = draw(load_image(Path(photo)), faces, reader)
+        with checkpoints.atomic_file(folder / f"{number:04d}_{Path(photo).stem[:50]}.jpg") as file:  # 255 bytes at most
             picture.save(file, "JPEG", quality=90, subsampling=0)  # thin lines keep their colour
         written += 1
     print(f"{written} pictures: {folder}")
 
 
-def draw(photo: Image.Image, faces: Sequence[dict], eyes: Eyes) -> Image.Image:
+def draw(photo: Image.Image, faces: Sequence[dict], reader: FaceReader) -> Image.Image:
     """`photo`, ANNOTATED_SIDE px on its longer side, each face, or what the crop keeps, in a box with the answer."""
     scale = ANNOTATED_SIDE / max(photo.size)
     picture = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
-    side = eyes.crop.fraction * min(photo.size)
+    side = reader.crop.fraction * min(photo.size)
     middle = [(length - sign * side) / 2 for sign in (1, -1) for length in photo.size]  # left, top, right, bottom
     # Pillow's own font knows Latin letters only.
     font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
@@ -580,4 +565,4 @@ def draw(photo: Image.Image, faces: Sequence[dict], eyes: Eyes) -> Image.Image:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import UserError
+
 
 class ArcMarginProduct(nn.Module):
     """Additive angular margin logits: Deng et al. 2019, arXiv:1801.07698, eq. 3; feed to cross_entropy.
@@ -21,9 +23,9 @@ class ArcMarginProduct(nn.Module):
     def __init__(self, in_features: int, out_features: int, s: float, m: float, easy_margin: bool = False):
         super().__init__()
         if not 0 < s < math.inf:
-            raise ValueError(f"SCALE = {s}: expected a positive number, usually 8..64")
+            raise UserError(f"SCALE = {s}: expected a positive number, usually 8..64")
         if not 0 <= m < math.pi / 2:
-            raise ValueError(f"MARGIN = {m}: expected radians in [0, pi/2); 0.5 is 28.6 degrees")
+            raise UserError(f"MARGIN = {m}: expected radians in [0, pi/2); 0.5 is 28.6 degrees")
         self.s, self.m, self.easy_margin = s, m, easy_margin
         self.weight = nn.Parameter(torch.empty(out_features, in_features))  # only each row's direction counts
         nn.init.xavier_uniform_(self.weight)
@@ -66,7 +68,7 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, margin: float = 1.0):
         super().__init__()
         if not 0 < margin <= 2:
-            raise ValueError(
+            raise UserError(
                 f"CONTRASTIVE_MARGIN = {margin}: expected a distance in (0, 2]; unit embeddings are 0..2 apart"
             )
         self.margin = margin
@@ -92,7 +94,7 @@ class SourceLoss(nn.Module):
     def __init__(self, temperature: float):
         super().__init__()
         if not 0 < temperature < math.inf:
-            raise ValueError(f"TEMPERATURE = {temperature}: expected a positive number, usually 0.02..0.2")
+            raise UserError(f"TEMPERATURE = {temperature}: expected a positive number, usually 0.02..0.2")
         self.temperature = temperature
 
     def forward(self, embeddings: Tensor, bank: Tensor, source: Tensor, bank_labels: Tensor) -> Tensor:
@@ -125,6 +127,6 @@ def hardest_negatives(anchors: Tensor, anchor_labels: Tensor, candidates: Tensor
     """
     same_person = anchor_labels[:, None] == candidate_labels[None, :]  # (B, N)
     if same_person.all(1).any():
-        raise ValueError("a batch holds a single person, so an anchor has no negative; raise BATCH_SIZE")
+        raise UserError("a batch holds a single person, so an anchor has no negative; raise BATCH_SIZE")
     cosine = anchors @ candidates.T  # on unit rows the nearest is the one of highest cosine
     return cosine.masked_fill(same_person, -torch.inf).argmax(1)

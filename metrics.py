@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import UserError
 from models import EMBEDDING_DIM
 
 TEMPLATES = ("mean", "best")  # a person's mean embedding, or the best match over its photos
@@ -153,7 +154,7 @@ class _MeanFaceMatch:
 
 def check_template(template: str) -> None:
     if template not in TEMPLATES:
-        raise ValueError(f"TEMPLATE = {template!r}: expected one of {', '.join(map(repr, TEMPLATES))}")
+        raise UserError(f"TEMPLATE = {template!r}: expected one of {', '.join(map(repr, TEMPLATES))}")
 
 
 # --- closed set: who is it? -------------------------------------------------------------------------------------------
@@ -411,7 +412,7 @@ def open_set(
 ) -> OpenSet:
     """Half of the persons, drawn by `seed`, are enrolled and the others are strangers; then the halves change places.
 
-    Queries of persons outside the gallery are left out. Raises ValueError with fewer than two persons.
+    Queries of persons outside the gallery are left out. Raises UserError with fewer than two persons.
     """
     asks = truth >= 0
     persons = int(labels.max()) + 1

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import http.client
 import os
-import pickle
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch.nn.functional as F
 from facenet_pytorch import InceptionResnetV1
 from facenet_pytorch.models.inception_resnet_v1 import get_torch_home
 from torch import Tensor, nn
+
+from common import UserError, first_line, read_plain
 
 EMBEDDING_DIM = 512
 
@@ -49,14 +50,14 @@ class Crops:
 
     def __post_init__(self):
         if not 0 < self.face < 1:
-            raise ValueError(f"FACE_CROP = {self.face}: a wide crop needs photos with more than the face in them, < 1")
+            raise UserError(f"FACE_CROP = {self.face}: a wide crop needs photos with more than the face in them, < 1")
         if not (isinstance(self.wide_size, int) and self.wide_size >= 76):
-            raise ValueError(
+            raise UserError(
                 f"WIDE_SIZE = {self.wide_size}: expected a whole number of pixels, 76 or more; below, nothing is left "
                 "to see"
             )
         if not 0 < self.wide_weight < float("inf"):
-            raise ValueError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.1..1")
+            raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.1..1")
 
 
 class FaceNet(nn.Module):
@@ -90,9 +91,9 @@ class FaceNet(nn.Module):
         super().__init__()
         self.mirror = mirror
         if freeze_until is not None and freeze_until not in BLOCKS:
-            raise ValueError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, BLOCKS))}")
+            raise UserError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, BLOCKS))}")
         if not 0 <= dropout < 1:
-            raise ValueError(f"DROPOUT = {dropout}: expected a probability in [0, 1)")
+            raise UserError(f"DROPOUT = {dropout}: expected a probability in [0, 1)")
         self.backbone = InceptionResnetV1(pretrained=None, dropout_prob=dropout)
         self.backbone.classify, self.backbone.logits = True, nn.Identity()  # its features, before it normalizes them
         if pretrained is not None:
@@ -179,7 +180,7 @@ def load_pretrained(source: str | Path) -> dict[str, Tensor]:
     """
     path = _downloaded(str(source)) if str(source) in PRETRAINED_URLS else Path(source)
     if not path.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"PRETRAINED = {str(source)!r}: no such file; give the path of a state dict, "
             f"{' or '.join(map(repr, PRETRAINED_URLS))}, or None for random weights"
         )
@@ -187,7 +188,7 @@ def load_pretrained(source: str | Path) -> dict[str, Tensor]:
     is_dict = isinstance(state, dict)
     if not is_dict or not all(isinstance(n, str) and isinstance(value, Tensor) for n, value in state.items()):
         hint = "; this is a checkpoint: name it where the script asks for one" if is_dict and "model" in state else ""
-        raise ValueError(f"{path}: expected a state dict of InceptionResnetV1 (parameter name -> tensor){hint}")
+        raise UserError(f"{path}: expected a state dict of InceptionResnetV1 (parameter name -> tensor){hint}")
     state = {name: value for name, value in state.items() if not name.startswith("logits.")}
     _check_state(path, state)
     return state
@@ -214,7 +215,7 @@ def _check_state(path: Path, state: dict[str, Tensor]) -> None:
         if names
     ]
     if told:
-        raise ValueError(f"{path}: not a state dict of InceptionResnetV1: {'; '.join(told)}")
+        raise UserError(f"{path}: not a state dict of InceptionResnetV1: {'; '.join(told)}")
 
 
 def _downloaded(name: str) -> Path:
@@ -230,33 +231,10 @@ def _downloaded(name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path))
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise ConnectionError(
-            f"PRETRAINED = {name!r}: the weights could not be downloaded ({_first_line(error)}); fetch {url} "
+        raise UserError(
+            f"PRETRAINED = {name!r}: the weights could not be downloaded ({first_line(error)}); fetch {url} "
             f"where there is internet and put the file into {folder}, or set PRETRAINED to its path"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
     return path
-
-
-def read_plain(path: Path, fault: str, way_out: str) -> object:
-    """Content of a torch file, tensors on the CPU. `weights_only`: a file from elsewhere can run no code.
-
-    Raises ValueError "<path>: <fault> (<reason>); <way_out>" for what cannot be read, or is more than tensors and plain
-    types.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, OSError, ...
-        raise ValueError(f"{path}: {fault} ({_why_unreadable(error)}); {way_out}") from error
-
-
-def _why_unreadable(error: Exception) -> str:
-    """A short reason. torch's own text on an UnpicklingError advises weights_only=False: to run a stranger's code."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "no torch file, or one with more than tensors and plain types in it"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

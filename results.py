@@ -7,9 +7,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from torch import Tensor
 
+import checkpoints
 import metrics
 import report
-import training
 from gallery import TEMPLATES, Gallery, Queries
 
 # What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
@@ -47,9 +47,11 @@ class Evaluated:
     facts: dict
     gallery: Gallery
     queries: dict[str, Queries]
-    details: dict[str, dict]  # of gallery.ask
+    details: dict[str, dict]  # of gallery.retrieve
     measured: dict[str, dict]  # of gallery.measure: template -> group -> Measured
-    discarded: dict[str, dict]  # of gallery.discarded, of the template that counts: group -> wrong answers left
+    discard_curves: dict[
+        str, dict
+    ]  # of gallery.discard_curves, of the template that counts: group -> wrong answers left
 
 
 def told(details: dict) -> str:
@@ -62,7 +64,7 @@ def told(details: dict) -> str:
     return sizes
 
 
-def too_few(after: Evaluated) -> list[str]:
+def missing_figures(after: Evaluated) -> list[str]:
     """A line per figure that too few samples forbid, with what it would take."""
     lines = []
     for protocol, measured in after.measured.items():
@@ -82,14 +84,14 @@ def too_few(after: Evaluated) -> list[str]:
 REFUSED = 0.2  # of the queries, in the figures that tell what is left of the wrong answers
 
 
-def left_of(left: dict[str, Tensor]) -> dict[str, float | None]:
+def errors_left(left: dict[str, Tensor]) -> dict[str, float | None]:
     """Group -> the share (0..1) of its wrong answers left once REFUSED of its queries are; None where none is wrong."""
     return {group: metrics.share_left(counts, REFUSED) for group, counts in left.items()}
 
 
-def told_refused(left: dict[str, Tensor]) -> str:
-    """What `gallery.discarded` says, in a line."""
-    shares = left_of(left)
+def discard_summary(left: dict[str, Tensor]) -> str:
+    """What `gallery.discard_curves` says, in a line."""
+    shares = errors_left(left)
     wrong, queries = round(left["all"][0].item()), len(left["all"]) - 1
     ideal = max(0.0, 1 - metrics.rounded_down(REFUSED, queries) / wrong) if wrong else 0.0
     kinds = ", ".join(f"{group} {100 * share:.0f}" for group, share in shares.items() if share is not None)
@@ -110,7 +112,7 @@ def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comp
             },
             "thresholds": {t: groups["all"].thresholds for t, groups in after.measured[protocol].items()},
             "cmc": {t: groups["all"].cmc.tolist() for t, groups in after.measured[protocol].items()},
-            "wrong_left": left_of(after.discarded[protocol]),
+            "wrong_left": errors_left(after.discard_curves[protocol]),
         }
         for template, groups in after.measured[protocol].items():
             for group, of_group in groups.items():
@@ -143,11 +145,11 @@ def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comp
             for group, of_group in groups.items()
             for name, figure in of_group.items()
         ]
-        training.write_csv(folder / "comparison.csv", differences)
-    training.write_json(folder / "figures.json", content)
-    training.write_csv(folder / "figures.csv", rows)
-    training.write_csv(folder / "queries.csv", per_query)
-    training.write_csv(folder / "persons.csv", per_person)
+        checkpoints.write_csv(folder / "comparison.csv", differences)
+    checkpoints.write_json(folder / "figures.json", content)
+    checkpoints.write_csv(folder / "figures.csv", rows)
+    checkpoints.write_csv(folder / "queries.csv", per_query)
+    checkpoints.write_csv(folder / "persons.csv", per_person)
 
 
 def write_report(
@@ -156,7 +158,7 @@ def write_report(
     """Each picture as <name>.png or, of photos, .jpg; and report.html, which holds them all."""
     files = {name: report.encoded(figure) for name, figure in pictures.items()}
     for name, (suffix, content) in files.items():
-        with training.atomic_file(folder / f"{name}{suffix}") as file:
+        with checkpoints.atomic_file(folder / f"{name}{suffix}") as file:
             file.write(content)
         # An earlier run's: a sheet of mistakes has photos, one without any has none.
         (folder / f"{name}{'.jpg' if suffix == '.png' else '.png'}").unlink(missing_ok=True)
@@ -179,7 +181,7 @@ def write_report(
         kinds = ("kinds", "cmc", "roc", "scores", "discard")
         text = f"{ABOUT[protocol]} Here: {told(details)}."
         sections.append(report.Section(protocol, text, tables, shown([f"{kind}_{protocol}" for kind in kinds])))
-    notes = too_few(after)
+    notes = missing_figures(after)
     text = (
         "A figure's brackets hold its 95 % interval, by resampling persons; where the rate comes with a threshold, the "
         "threshold is held. A dash: too few samples to say. " + " ".join(f"{line}." for line in notes)
@@ -189,7 +191,7 @@ def write_report(
     facts = after.facts
     size = f"{facts['image_size']} pixels, crop {facts['face_crop']}, model {facts['made_by']['fingerprint']}"
     page = report.page(f"{after.title} on {after.split}", f"{after.source}: {size}", sections)
-    with training.atomic_file(folder / "report.html") as file:
+    with checkpoints.atomic_file(folder / "report.html") as file:
         file.write(page.encode())
 
 

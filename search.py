@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from datasets import warn_once
+from common import UserError, warn_once
 from metrics import TIE
 
 # FAISS is imported by `_faiss`, so after torch: on Linux it then shares torch's OpenMP threads, else it brings its own.
@@ -104,7 +104,7 @@ def _cosines(queries: Tensor, rows: Tensor, index: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Without TF32 and bfloat16, which `training.pick_device` allows: their error is a thousand times TIE."""
+    """Without TF32 and bfloat16, which `common.pick_device` allows: their error is a thousand times TIE."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -184,13 +184,13 @@ def build_index(rows: Tensor, kind: str) -> "Index":
     and faiss-ivf of fewer than 16 rows.
     """
     if kind not in KINDS:
-        raise ValueError(f"kind {kind!r}: expected one of {', '.join(map(repr, KINDS))}")
+        raise UserError(f"kind {kind!r}: expected one of {', '.join(map(repr, KINDS))}")
     _check(rows[:1], rows, 1)
     _check_unit(rows, "row")
     if kind == "auto":
         kind = _choose(rows)
     if kind != "exact" and rows.device.type != "cpu":
-        raise ValueError(f"kind {kind!r}: expected rows on the CPU, got {rows.device}; take kind 'exact' there")
+        raise UserError(f"kind {kind!r}: expected rows on the CPU, got {rows.device}; take kind 'exact' there")
     return Index(rows, kind)
 
 
@@ -262,7 +262,7 @@ def _faiss(kind: str):
     try:
         import faiss
     except ImportError:
-        raise ValueError(f"kind {kind!r} needs FAISS: pip install faiss-cpu, or take kind 'exact'") from None
+        raise UserError(f"kind {kind!r} needs FAISS: pip install faiss-cpu, or take kind 'exact'") from None
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
 

@@ -14,25 +14,24 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
+import common
 import gallery
 import training
 from datasets import (
     FaceClassificationDataset,
     FaceCleanValDataset,
     Person,
-    RandomDistortion,
-    ShuffledBatches,
-    eval_transform,
-    listing,
+    files_digest,
     scan_persons,
     split_holdout,
-    train_transform,
-    warn_shared,
+    warn_shared_persons,
 )
 from distortions import DISTORTIONS
 from gallery import check_template
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
+from samplers import ShuffledBatches
+from transforms import RandomDistortion, eval_transform, train_transform
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -96,7 +95,7 @@ COMPILE = False  # True: torch.compile the network; the first steps then take mi
 
 
 def main() -> None:
-    device = training.pick_device()
+    device = common.pick_device()
     training.start_run(RUN_DIR, RESUME, globals())
     check_template(TEMPLATE)
 
@@ -105,7 +104,7 @@ def main() -> None:
     train_persons = scan_persons(train_dir, check_images=CHECK_IMAGES)
     holdout = split_holdout([person.name for person in train_persons], HOLDOUT_PERSONS, SEED)
     val_persons = [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES)
-    warn_shared(train_persons, val_persons)
+    warn_shared_persons(train_persons, val_persons)
     distort = RandomDistortion(
         {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
         *(DISTORT, DISTORT_MOST),
@@ -165,7 +164,7 @@ def main() -> None:
         "holdout": holdout,
         "template": TEMPLATE,
         "chosen_by": gallery.CHOICE,
-        "data": listing(train_persons),
+        "data": files_digest(train_persons),
     }
     run = training.Run(
         *(RUN_DIR, facts, {"model": model, "head": head}, optimizer, scheduler, loader),
@@ -181,7 +180,7 @@ def main() -> None:
     for _ in run.epochs():
         train_one_epoch(run, ddp_model, ddp_head, head, device)
         run.finish_epoch(validate)
-    run.tell_end()
+    run.report_best()
 
 
 def train_one_epoch(run: training.Run, model, ddp_head, head: ArcMarginProduct, device: torch.device) -> None:
@@ -224,4 +223,4 @@ def accuracy(model, head, loader: DataLoader, device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

@@ -17,22 +17,18 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+import checkpoints
+import common
 import gallery
 import training
-from datasets import (
-    FacePairDataset,
-    PersonBatches,
-    RandomDistortion,
-    eval_transform,
-    listing,
-    scan_persons,
-    train_transform,
-    warn_shared,
-)
+from common import UserError
+from datasets import FacePairDataset, files_digest, scan_persons, warn_shared_persons
 from distortions import DISTORTIONS
 from gallery import check_template, embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet
+from samplers import PersonBatches
+from transforms import RandomDistortion, eval_transform, train_transform
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -97,17 +93,15 @@ COMPILE = False  # True: torch.compile the network; the first steps then take mi
 
 
 def main() -> None:
-    device = training.pick_device()
+    device = common.pick_device()
     training.start_run(RUN_DIR, RESUME, globals())
     check_template(TEMPLATE)
 
     # Model: what stage 1 left, and what its checkpoint knows.
     both = {"dropout": DROPOUT, "mirror": MIRROR}  # of the network and its teacher
-    model, stage1 = training.load_facenet(STAGE1_CHECKPOINT, device, FREEZE_UNTIL, **both)
+    model, stage1 = checkpoints.load_facenet(STAGE1_CHECKPOINT, device, FREEZE_UNTIL, **both)
     if stage1["stage"] != 1:
-        raise ValueError(
-            f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1"
-        )
+        raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
     face_size, face_crop, holdout = stage1["image_size"], stage1["face_crop"], stage1["holdout"]
     teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, **both).to(device)
     teacher = teacher.to(memory_format=torch.channels_last)
@@ -119,14 +113,12 @@ def main() -> None:
     # Data: pairs of a clean photo and its distorted copy, of the persons that stage 1 trained on.
     train_dir, val_dir = DATA_DIR / "train", DATA_DIR / "val"
     train_persons = scan_persons(train_dir, check_images=CHECK_IMAGES)
-    warn_shared(
+    warn_shared_persons(
         train_persons,
         [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES),
     )
     if PHOTOS_PER_PERSON % 2:
-        raise ValueError(
-            f"PHOTOS_PER_PERSON = {PHOTOS_PER_PERSON}: expected an even number, half clean, half distorted"
-        )
+        raise UserError(f"PHOTOS_PER_PERSON = {PHOTOS_PER_PERSON}: expected an even number, half clean, half distorted")
     kinds = {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS}
     train_set = FacePairDataset(
         train_dir,
@@ -175,7 +167,7 @@ def main() -> None:
     facts = both | {key: stage1[key] for key in ("pretrained", "holdout")}
     facts |= {"stage": 2, "image_size": image_size, "face_crop": share, "crops": model.crops and asdict(model.crops)}
     facts |= {"persons": train_set.persons, "template": TEMPLATE, "seed": SEED, "freeze_until": FREEZE_UNTIL}
-    facts |= {"chosen_by": gallery.CHOICE, "data": listing(train_persons), "photos": len(train_set)}
+    facts |= {"chosen_by": gallery.CHOICE, "data": files_digest(train_persons), "photos": len(train_set)}
     facts |= {"teacher": str(TEACHER), "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
     facts |= {"distort": [CLEAN, DISTORT, DISTORT_MOST], "skip_kinds": list(SKIP_KINDS), "often": list(OFTEN)}
     run = training.Run(
@@ -192,7 +184,7 @@ def main() -> None:
     for _ in run.epochs():
         train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
-    run.tell_end()
+    run.report_best()
 
 
 class Losses:
@@ -247,4 +239,4 @@ def train_one_epoch(run: training.Run, model: FaceNet, ddp_model, losses: Losses
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

@@ -2,22 +2,16 @@
 
 import atexit
 import contextlib
-import csv
-import io
-import json
 import logging
 import math
-import os
 import shutil
 import signal
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -30,94 +24,17 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import plots
-from datasets import derived_seed, rank_and_world, warn_once
-from models import Crops, FaceNet, read_plain
+from checkpoints import read_checkpoint, restore, save_checkpoint, write_json
+from common import RANGES, UserError, derived_seed, in_range, is_main, rank_and_world, warn_once
+from journal import Journal, Meter
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
 PREFETCH = 4  # batches that each worker prepares ahead
-# What every checkpoint states, besides its weights.
-STATED = {"stage": int, "model": dict, "image_size": int, "face_crop": (int, float), "dropout": (int, float)}
-STATED |= {"epoch": int, "selected_on": str, "persons": list}
 BAD_IN_A_ROW = 3  # steps without a finite loss after which a run stops
-
-# What a run's constants may be; those that a module takes, it checks itself.
-RANGES = {
-    "SEED": (int, 0, 2**32),
-    "EPOCHS": (int, 1, 999),
-    "BATCH_SIZE": (int, 2, math.inf),  # BatchNorm cannot work with one image
-    "PERSONS_PER_BATCH": (int, 2, math.inf),  # a negative is another person
-    "PHOTOS_PER_PERSON": (int, 2, math.inf),
-    "ACCUMULATE": (int, 1, math.inf),
-    "NUM_WORKERS": (int, 0, math.inf),
-    "SAVE_EVERY": (int, 0, math.inf),
-    "PATIENCE": (int, 0, math.inf),
-    "BACKBONE_LR": (float, 0, math.inf),
-    "HEAD_LR": (float, 0, math.inf),
-    "WIDE_LR": (float, 0, math.inf),
-    "WEIGHT_DECAY": (float, 0, math.inf),
-    "WARMUP_STEPS": (int, 0, math.inf),
-    "GRAD_CLIP": (float, 1e-12, math.inf),
-    "EMA_DECAY": (float, 0, 0.999999),
-    "MAX_CLEAN_DROP": (float, 0, 100),
-    "BALANCE": (float, 0, 1),
-    "WIDE_WEIGHT": (float, 0, math.inf),
-    "CONTRASTIVE_WEIGHT": (float, 0, math.inf),
-    "INSTANCE_WEIGHT": (float, 0, math.inf),
-}
-
-
-def in_range(value: object, kind: type, low: float, high: float) -> bool:
-    """Whether a constant is a number of `kind`, int (whole) or float (either), in low..high."""
-    number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # True is an int to Python
-    return number and low <= value <= high
-
-
-def run(main: Callable[[], object]) -> None:
-    """Call `main()`; a user's mistake ends the script with its sentence alone, anything else with a traceback."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
-    except KeyboardInterrupt as interrupt:
-        way_on = "; RESUME = True goes on from the last checkpoint, if there is one"
-        resumes = "RESUME" in getattr(main, "__globals__", {})
-        sys.exit(f"\n{str(interrupt) or 'interrupted' + (way_on if resumes else '')}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # --- device and processes ---------------------------------------------------------------------------------------------
-
-
-def pick_device() -> torch.device:
-    """A CUDA GPU if there is one, else the CPU; under torchrun this process's own, and the processes are joined.
-
-    TF32 is allowed: 10 bits of mantissa in the products, as trained nets tolerate, for several times the speed.
-    """
-    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
-        if not is_main():  # one process speaks for all; its siblings only tell why they fail
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-            logging.disable(logging.WARNING)
-    return device
-
-
-def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return rank_and_world()[0] == 0
 
 
 def parallel(network: nn.Module) -> nn.Module:
@@ -168,9 +85,9 @@ def precision(device: torch.device, amp: str | None) -> torch.dtype | None:
     if amp == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if amp not in ("bf16", "fp16"):
-        raise ValueError(f"AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None")
+        raise UserError(f"AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None")
     if amp == "fp16" and not cuda:
-        raise ValueError("AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU")
+        raise UserError("AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU")
     return torch.bfloat16 if amp == "bf16" else torch.float16
 
 
@@ -181,7 +98,7 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
 
 
 def train_loader(dataset, batches, num_workers: int, device: torch.device) -> DataLoader:
-    """The batches of `batches` (see datasets.ShuffledBatches), from workers that live on between epochs."""
+    """The batches of `batches` (see samplers.ShuffledBatches), from workers that live on between epochs."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -189,7 +106,7 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device) -> Da
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,
         prefetch_factor=PREFETCH if num_workers else None,
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_survive_first_signal,
         # The loader draws a base seed for its workers; from a generator of its own it leaves dropout's stream alone.
         generator=torch.Generator(),
     )
@@ -200,7 +117,7 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device) -> Da
     return loader
 
 
-def _outlive_signals(worker: int) -> None:
+def _survive_first_signal(worker: int) -> None:
     """A terminal, or a cluster, signals all processes of a job; the main one needs its workers to end the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The first only: the main process ends its workers by this signal.
@@ -259,37 +176,6 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends well; killed midway, the old file stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # a sibling: rename is atomic in one filesystem
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # a power cut may otherwise keep the new name without its bytes
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
-def write_csv(path: Path, rows: Iterable[dict]) -> None:
-    """`rows` under the keys of all of them, in order of first appearance; a missing value stays empty."""
-    rows = list(rows)
-    with atomic_file(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()  # leaves `file` open for the flush to disk
-
-
 def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
     """Check what every run needs, before anything slow, and note the script's CAPITALS in `run_dir`/constants.json.
 
@@ -297,7 +183,7 @@ def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
     ValueError for a constant out of range.
     """
     if not resume and any((run_dir / name).exists() for name in ("best.pt", "last.pt")):
-        raise FileExistsError(
+        raise UserError(
             f"{run_dir}: holds the checkpoints of an earlier run; set RESUME = True to go on with it, "
             "or give RUN_DIR another name"
         )
@@ -309,147 +195,9 @@ def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
         value = capitals[name]
         if not in_range(value, kind, low, high):
             article = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} = {value!r}: expected {article}, {low}..{high}")
+            raise UserError(f"{name} = {value!r}: expected {article}, {low}..{high}")
     if not resume and is_main():
         write_json(run_dir / "constants.json", {n: str(v) if isinstance(v, Path) else v for n, v in capitals.items()})
-
-
-def save_checkpoint(path: Path, facts: dict, parts: dict) -> None:
-    """Write `facts` (plain types) and the state_dict of each of `parts`, atomically."""
-    saved = {"format": FORMAT} | facts | {name: part.state_dict() for name, part in parts.items()}
-    with atomic_file(path) as file:
-        torch.save(saved, file)
-
-
-def read_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` wrote, tensors on the CPU.
-
-    Raises FileNotFoundError, or ValueError if the file is no checkpoint of this project.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no checkpoint; run the stage that writes it, or correct the path")
-    saved = read_plain(path, "damaged, or not a checkpoint", "run the stage that writes it again")
-    if not isinstance(saved, dict) or not {"format", "stage", "model", "image_size", "face_crop"} <= saved.keys():
-        raise ValueError(f"{path}: no checkpoint of these scripts; a bare state dict belongs into PRETRAINED")
-    if type(saved["format"]) is not int or saved["format"] != FORMAT:
-        raise ValueError(f"{path}: checkpoint format {saved['format']}, these scripts read {FORMAT}; train it anew")
-    odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
-    if odd:
-        raise ValueError(f"{path}: damaged, its {odd[0]} is {str(saved.get(odd[0]))[:40]!r}; train it anew")
-    return saved
-
-
-def restore(path: Path, saved: dict, parts: dict) -> None:
-    """Load each of `parts` from `saved`, strictly. Raises ValueError naming the part that is missing or differs."""
-    for name, part in parts.items():
-        if name not in saved:
-            raise ValueError(f"{path}: holds no {name!r}; only last.pt can be resumed")
-        try:
-            part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"{path}: its {name!r} does not fit ({reason}); the data or a constant differs from that run"
-            ) from error
-
-
-def load_facenet(
-    path: Path | str, device: torch.device | str, freeze_until: str | None = None, **changed
-) -> tuple[FaceNet, dict]:
-    """The model of a checkpoint, on `device` in channels_last, and everything else that the checkpoint knows.
-
-    changed: FaceNet's `dropout` and `mirror`, where they are not to be the checkpoint's.
-    """
-    path = Path(path)
-    saved = read_checkpoint(path)
-    crops = saved.get("crops")
-    try:
-        crops = crops and Crops(**crops)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its crops {crops!r} are none that this version knows ({error})") from error
-    options = {"dropout": saved["dropout"], "mirror": saved.get("mirror") is True} | changed
-    model = FaceNet(None, freeze_until=freeze_until, crops=crops, **options)
-    restore(path, saved, {"model": model})
-    return model.to(device, memory_format=torch.channels_last), saved
-
-
-def load_model(
-    checkpoint: Path | str | None,
-    pretrained: str | Path | None,
-    image_size: int,
-    face_crop: float,
-    device: torch.device | str,
-) -> tuple[FaceNet, dict]:
-    """The model of a checkpoint, or with None the `pretrained` network as it is, and what is known of it.
-
-    The facts hold stage (0: pretrained), image_size, face_crop, pretrained and, of a checkpoint, all else it knows.
-    """
-    if checkpoint is not None:
-        return load_facenet(checkpoint, device)
-    torch.manual_seed(0)  # for pretrained None: the same random network each time
-    model = FaceNet(pretrained, dropout=0).to(device, memory_format=torch.channels_last)
-    return model, {"stage": 0, "pretrained": str(pretrained), "image_size": image_size, "face_crop": face_crop}
-
-
-class Journal:
-    """What a run writes for people: steps.csv, log.csv, TensorBoard events and curves.png, all in `run_dir`."""
-
-    def __init__(self, run_dir: Path):
-        self.run_dir, self._rows, self._events = run_dir, [], None
-
-    def rewind(self, updates: int) -> None:
-        """Forget what was written of steps after `updates`, before the first of them is done again."""
-        rows = [row for row in self.steps() if int(row["update"]) <= updates]
-        if rows:
-            write_csv(self.run_dir / "steps.csv", rows)
-        else:
-            (self.run_dir / "steps.csv").unlink(missing_ok=True)
-        self._open_events(purge_step=updates + 1)
-
-    def step(self, row: dict) -> None:
-        self._rows.append(row)
-        for name, value in row.items():
-            if name not in ("update", "epoch", "batch"):
-                self._open_events().add_scalar(f"step/{name}", value, row["update"])
-
-    def flush(self) -> None:
-        """Bring the steps to disk."""
-        path = self.run_dir / "steps.csv"
-        if self._rows:
-            new = not path.exists()
-            with open(path, "a", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, self._rows[0], lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerows(self._rows)
-            self._rows.clear()
-        self._open_events().flush()
-
-    def epoch(self, history: list[dict]) -> None:
-        """Log the last row of `history`, one row per epoch so far."""
-        self.flush()
-        write_csv(self.run_dir / "log.csv", history)
-        for name, value in history[-1].items():
-            if name != "epoch":
-                self._open_events().add_scalar(f"epoch/{name}", value, history[-1]["epoch"])
-        self._open_events().flush()
-        with atomic_file(self.run_dir / "curves.png") as file:
-            plots.curves(history, self.steps()).savefig(file, format="png")
-
-    def steps(self) -> list[dict]:
-        """The rows of steps.csv, as text; a line cut short by a kill is left out."""
-        path = self.run_dir / "steps.csv"
-        if not path.exists():
-            return []
-        with open(path, encoding="utf-8", newline="") as file:
-            return [row for row in csv.DictReader(file) if not {None, ""} & set(row.values())]
-
-    def _open_events(self, purge_step: int | None = None):
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second, which evaluate.py can do without
-
-            self._events = SummaryWriter(self.run_dir / "tensorboard", purge_step=purge_step)
-        return self._events
 
 
 class Run:
@@ -625,9 +373,9 @@ class Run:
             self._bar.set_postfix_str(f"{self.meter}, lr {next(iter(rates.values())):.1e}")
         self.bad_in_a_row = 0 if finite or overflow else self.bad_in_a_row + 1
         if not finite and not overflow:
-            self._tell_skipped(losses, norm)
+            self._report_skipped(losses, norm)
 
-    def _tell_skipped(self, losses: list[float], norm: float) -> None:
+    def _report_skipped(self, losses: list[float], norm: float) -> None:
         self.skipped += 1
         batches = self.loader.batch_sampler.batches()[self.batch - len(self._pending) : self.batch]
         files = [str(path) for batch in batches for index in batch for path in self.loader.dataset.files(index)]
@@ -638,7 +386,7 @@ class Run:
         if self.bad_in_a_row >= BAD_IN_A_ROW:
             if is_main():
                 self.journal.flush()
-            raise FloatingPointError(
+            raise UserError(
                 f"{told}, the {BAD_IN_A_ROW}rd time in a row; the last good checkpoint is kept. Look at the files "
                 "named above; if they are fine, lower the learning rates and set RESUME = True"
             )
@@ -695,7 +443,7 @@ class Run:
                 f"{last[same]:.4f}), and persons worse (cross: {first['top1_cross']:.4f}, now {last['top1_cross']:.4f})"
             )
 
-    def tell_end(self) -> None:
+    def report_best(self) -> None:
         """Print which epoch was best."""
         for best, name in ((self.best, "best.pt"), (self.best_ema, "best_ema.pt")):
             which = f"epoch {best['epoch']}" if best["epoch"] else "the network as loaded, no epoch was better"
@@ -729,13 +477,13 @@ class Run:
         """
         path = self.run_dir / "last.pt"
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no checkpoint to resume; set RESUME = False to start the run")
+            raise UserError(f"{path}: no checkpoint to resume; set RESUME = False to start the run")
         saved = read_checkpoint(path)
         for name, now in self.facts.items():
             if saved.get(name) != now:
                 then = saved.get(name)
                 told = f"{then} then, {now} now" if name not in ("persons", "holdout") else "other persons than then"
-                raise ValueError(
+                raise UserError(
                     f"{path}: cannot be resumed, {name} has changed ({told}); start a run of another RUN_DIR"
                 )
         rates = self.scheduler.base_lrs
@@ -765,7 +513,7 @@ class Run:
         folder = next(parent for parent in [self.run_dir, *self.run_dir.absolute().parents] if parent.exists())
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise OSError(
+            raise UserError(
                 f"{self.run_dir}: {free / 2**20:.0f} MiB free, the checkpoints need {needed / 2**20:.0f}; "
                 "make room, or set RUN_DIR to another disk"
             )
@@ -803,35 +551,3 @@ def _stop_requests() -> Iterator[list]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-class Meter:
-    """Means over an epoch, weighted by the images of each step, and images per second of its steps."""
-
-    def __init__(self):
-        self.images, self.sums = 0, {}  # of steps that counted
-        self.seen, self.seconds, self.waited = 0, 0.0, 0.0  # images, time and time spent waiting for them, of all steps
-
-    def add(self, images: int, **values: float) -> None:
-        self.images += images
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value * images
-
-    def add_time(self, images: int, seconds: float, waited: float) -> None:
-        self.seen, self.seconds, self.waited = self.seen + images, self.seconds + seconds, self.waited + waited
-
-    def means(self) -> dict[str, float]:
-        means = {name: total / self.images for name, total in self.sums.items()}
-        seconds = max(self.seconds, 1e-9)
-        return means | {"images_per_second": self.seen / seconds, "loading": self.waited / seconds}
-
-    def state_dict(self) -> dict:
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
-
-    def __str__(self) -> str:
-        means = self.means()
-        shown = "".join(f"{name} {means[name]:.3f}, " for name in ("loss", "accuracy") if name in means)
-        return f"{shown}{means['images_per_second']:.1f} images/s"

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-import datasets
+import checkpoints
+import common
 import train_stage1
 import train_stage2
-import training
 from models import FaceNet
 
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and crawl where other work holds the cores
@@ -21,9 +21,9 @@ KINDS = ("blurred", "lowlight")
 
 
 @pytest.fixture(autouse=True)
-def told_afresh():
+def fresh_warnings():
     """Each test hears its warnings, also those that an earlier test has heard."""
-    datasets.warn_once.cache_clear()
+    common.warn_once.cache_clear()
 
 
 def write_photo(path: Path, colour, seed: int, side: int = 40) -> None:
@@ -77,7 +77,7 @@ class TinyNet(FaceNet):
 def tiny_runs(monkeypatch, task_b, tmp_path):
     """Both training scripts, set to TinyNet on `task_b` for two short epochs; yields (train_stage1, train_stage2)."""
     monkeypatch.setattr(train_stage1, "FaceNet", TinyNet)
-    monkeypatch.setattr(training, "FaceNet", TinyNet)
+    monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     monkeypatch.setattr(train_stage2, "FaceNet", TinyNet)
     monkeypatch.setattr(train_stage2, "WIDE_SIZE", 76)
     monkeypatch.setattr(train_stage2, "TEACHER", None)  # the network that stage 1 left

@@ -11,12 +11,12 @@ import torch
 from facenet_pytorch.models.utils import detect_face
 from PIL import Image, ImageDraw
 
-import align_faces
+import common
 import faces
-import sample_faces
-import training
+from common import UserError
 from datasets import scan_persons
 from faces import Face, FaceDetector, choose, crop_face
+from tools import align_faces, sample_faces
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 LFW = Path(__file__).parents[2] / "shared" / "lfw_faces" / "cross" / "val"
@@ -421,7 +421,7 @@ def test_a_crop_that_cannot_be_finished_leaves_no_half_file(script, monkeypatch)
         raise OSError("no space left")
 
     monkeypatch.setattr(Image.Image, "save", fail_midway)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="no space left"):
         script.main()
     assert photos_in(script.OUT_DIR) == []
 
@@ -465,7 +465,7 @@ def test_another_constant_in_the_same_out_dir_is_refused(script, monkeypatch):
     script.main()
     before = tree(script.OUT_DIR)
     monkeypatch.setattr(align_faces, "MARGIN", 0.4)
-    with pytest.raises(FileExistsError, match=r"was cut with MARGIN = 0.0, now 0.4; set it back, delete the folder"):
+    with pytest.raises(UserError, match=r"was cut with MARGIN = 0.0, now 0.4; set it back, delete the folder"):
         script.main()
     assert tree(script.OUT_DIR) == before
     assert json.loads((script.OUT_DIR / "align_faces.json").read_text())["MARGIN"] == 0.0
@@ -474,7 +474,7 @@ def test_another_constant_in_the_same_out_dir_is_refused(script, monkeypatch):
 def test_a_folder_of_something_else_is_refused(script):
     three_persons(script)
     write(script.OUT_DIR / "train/ann/a.png")
-    with pytest.raises(FileExistsError, match="holds files that are not this script's"):
+    with pytest.raises(UserError, match="holds files that are not this script's"):
         script.main()
 
 
@@ -499,7 +499,7 @@ def test_a_constant_out_of_range_gives_one_sentence(script, monkeypatch, name, v
     three_persons(script)
     monkeypatch.setattr(align_faces, name, value)
     with pytest.raises(SystemExit) as stop:
-        training.run(script.main)
+        common.run_script(script.main)
     assert str(stop.value).startswith(f"error: {name} = {value!r}: expected ")
     assert not script.OUT_DIR.exists()
 
@@ -508,7 +508,7 @@ def test_an_in_dir_that_is_missing_or_empty_is_told(script, monkeypatch, tmp_pat
     with pytest.raises(ValueError, match=r"no photo, expected .*/<person>/\*\.jpg"):
         script.main()
     monkeypatch.setattr(align_faces, "IN_DIR", tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no such folder; set IN_DIR"):
+    with pytest.raises(UserError, match="no such folder; set IN_DIR"):
         script.main()
 
 

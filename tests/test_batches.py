@@ -13,7 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
-from datasets import FaceClassificationDataset, FacePairDataset, PersonBatches, ShuffledBatches, derived_seed
+import samplers
+import transforms
+from common import derived_seed
+from datasets import FaceClassificationDataset, FacePairDataset
+from samplers import PersonBatches, ShuffledBatches
 
 SHUFFLED = {"labels": [label for label in range(10) for _ in range(10)], "batch_size": 7}  # 15 batches of 6 and 7
 PERSONS = {"labels": [0] * 9 + [label for label in range(1, 30) for _ in range(3)], "persons": 4, "pairs": 2}
@@ -48,7 +52,7 @@ def per_rank(monkeypatch, world: int, build, epoch: int = 1, skip: int = 0) -> l
     """The epoch's batches as each of `world` processes sees them."""
     parts = []
     for rank in range(world):
-        monkeypatch.setattr(datasets, "rank_and_world", lambda rank=rank: (rank, world))
+        monkeypatch.setattr(samplers, "rank_and_world", lambda rank=rank: (rank, world))
         parts.append(epoch_of(build(), epoch, skip))
     return parts
 
@@ -128,7 +132,7 @@ def test_items_are_plain_numbers(build):
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_each_item_comes_once_in_even_batches_whatever_their_size(monkeypatch, world):
-    monkeypatch.setattr(datasets, "rank_and_world", lambda: (0, world))
+    monkeypatch.setattr(samplers, "rank_and_world", lambda: (0, world))
     for items in range(2 * world, 60):
         for batch_size in range(2 * world, items + 1):
             sampler = ShuffledBatches([0] * items, batch_size, seed=0)
@@ -166,7 +170,7 @@ def test_a_batch_of_more_than_the_data_is_refused():
 
 @pytest.mark.parametrize("world, batch_size", [(1, 1), (2, 3), (4, 7)])
 def test_a_batch_without_two_photos_for_each_process_is_refused(monkeypatch, world, batch_size):
-    monkeypatch.setattr(datasets, "rank_and_world", lambda: (0, world))
+    monkeypatch.setattr(samplers, "rank_and_world", lambda: (0, world))
     told = rf"BATCH_SIZE = {batch_size}: too few for two photos in each of {world} processes"
     with pytest.raises(ValueError, match=told):
         ShuffledBatches([0] * 20, batch_size, seed=0)
@@ -391,7 +395,7 @@ def test_fewer_persons_than_a_batch_wants_are_refused_with_their_number():
 
 
 def test_fewer_pairs_than_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(datasets, "rank_and_world", lambda: (0, 5))
+    monkeypatch.setattr(samplers, "rank_and_world", lambda: (0, 5))
     with pytest.raises(ValueError, match="PERSONS_PER_BATCH = 2: too few for 5 processes"):
         PersonBatches([0, 1, 2], 2, 2, seed=0)
     assert len(epoch_of(PersonBatches([0, 1, 2], 3, 2, seed=0))[0]) == 1  # rank 0 of 5: 1 of 6 pairs
@@ -474,7 +478,7 @@ DATASETS = {
 @pytest.mark.parametrize(("build", "count"), [*zip(DATASETS.values(), (1, 2, 3), strict=True)], ids=DATASETS)
 def test_files_are_those_that_an_item_loads(tree, monkeypatch, build, count):
     dataset, loaded = build(tree), []
-    load = datasets.load_image
+    load = transforms.load_image
     monkeypatch.setattr(datasets, "load_image", lambda path: (loaded.append(path), load(path))[1])
     indices = range(len(dataset) * (1 if count == 1 else 3))  # pairs go on beyond len
     told = []

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import TinyNet
 
-import benchmark
 import train_stage1
+from tools import benchmark
 
 SETTINGS = {"batch_size": 4, "image_size": 76, "steps": 3, "persons": 4}
 

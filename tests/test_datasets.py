@@ -15,24 +15,21 @@ from facenet_pytorch import fixed_image_standardization
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from common import UserError
 from datasets import (
     FaceClassificationDataset,
     FaceClassificationDatasetWithMapping,
     FaceCleanValDataset,
-    FaceCrop,
     FacePairDataset,
-    RandomDistortion,
     distortion_kind,
-    eval_transform,
     find_unreadable,
-    load_image,
     scan_persons,
     source_photo,
     split_holdout,
-    train_transform,
-    warn_shared,
+    warn_shared_persons,
 )
 from distortions import DISTORTIONS
+from transforms import FaceCrop, RandomDistortion, eval_transform, load_image, train_transform
 
 
 def write(path: Path, colour=(90, 90, 90), size=(8, 8)) -> Path:
@@ -169,9 +166,7 @@ def test_a_root_that_is_no_folder_is_named_with_the_way_out(tmp_path, kind):
     root = tmp_path / "train"
     if kind == "a file":
         root.write_text("")
-    with pytest.raises(
-        FileNotFoundError, match="no such folder; set DATA_DIR to the folder that holds train/ and val/"
-    ) as e:
+    with pytest.raises(UserError, match="no such folder; set DATA_DIR to the folder that holds train/ and val/") as e:
         scan_persons(root)
     assert str(e.value).startswith(f"{root}: ")
 
@@ -232,7 +227,7 @@ def test_unchecked_broken_files_raise_with_their_path_when_loaded(tmp_path, name
     path.write_bytes(BROKEN[name])
     dataset = FaceClassificationDataset(tmp_path, first_pixel, check_images=False)
     assert dataset.samples == [(path, 0)]
-    with pytest.raises(OSError, match="cannot be read as an image") as e:
+    with pytest.raises(UserError, match="cannot be read as an image") as e:
         dataset[0]
     assert str(e.value).startswith(f"{path}: ") and "CHECK_IMAGES = True" in str(e.value)
 
@@ -779,10 +774,10 @@ def test_skipping_every_kind_leaves_no_pair(task_b):
 
 def test_persons_of_both_splits_are_told(task_b, caplog):
     train, val = scan_persons(task_b / "train"), scan_persons(task_b / "val")
-    warn_shared(train, val)
+    warn_shared_persons(train, val)
     assert caplog.text == ""
     shutil.copytree(task_b / "train" / "bob", task_b / "val" / "bob")
-    warn_shared(train, scan_persons(task_b / "val"))
+    warn_shared_persons(train, scan_persons(task_b / "val"))
     assert "1 of 3 val persons are train persons too" in caplog.text and "(bob)" in caplog.text
     assert "more than one person" not in caplog.text  # bob's photos in both splits have one name
 
@@ -793,7 +788,7 @@ def test_an_image_under_two_persons_is_told_with_its_paths(task_b, caplog, split
     person = next((task_b / split).iterdir()).name if split == "val" else "di"
     copy = task_b / split / person / "clean" / "holiday.png"
     shutil.copy(original, copy)
-    warn_shared(scan_persons(task_b / "train"), scan_persons(task_b / "val"))
+    warn_shared_persons(scan_persons(task_b / "train"), scan_persons(task_b / "val"))
     assert f"{original} = {copy}" in caplog.text
     assert "1 images lie under more than one person" in caplog.text
 
@@ -805,7 +800,7 @@ def test_files_of_equal_size_but_other_content_are_no_copies(tmp_path, caplog):
         Image.new("RGB", (8, 8), colour).save(path)
     persons = scan_persons(tmp_path / "train")
     assert persons[0].clean[0].stat().st_size == persons[1].clean[0].stat().st_size
-    warn_shared(persons, [])
+    warn_shared_persons(persons, [])
     assert caplog.text == ""
 
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from conftest import FRAME, TinyNet, noise_frames, tell_apart, write_photo
 from torch import nn
 
-import export_onnx
+import checkpoints
 import fast
-import training
-from datasets import eval_transform
+from common import UserError
 from gallery import embed
 from models import Crops, FaceNet, fingerprint
+from tools import export_onnx
+from transforms import eval_transform
 
 SIZE = 80  # pixels: 76 is the least, and a tight size would hide an input size that is not looked at
 
@@ -225,7 +226,7 @@ def test_an_onnx_file_of_another_network_is_refused(tmp_path, exported):
 
 
 def test_a_missing_onnx_file_is_named(tmp_path, exported):
-    with pytest.raises(FileNotFoundError, match=r"none\.onnx: no such file; export_onnx\.py writes it"):
+    with pytest.raises(UserError, match=r"none\.onnx: no such file; export_onnx\.py writes it"):
         exported(tmp_path / "none.onnx", SIZE)
 
 
@@ -277,7 +278,7 @@ def script(monkeypatch, tmp_path):
     """export_onnx.py on TinyNet, from random weights."""
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(training, "FaceNet", TinyNet)
+    monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     constants = {"CHECKPOINT": None, "PRETRAINED": None, "IMAGE_SIZE": SIZE, "FACE_CROP": 0.8}
     for name, value in (constants | {"OUT": tmp_path / "out" / "tiny.onnx"}).items():
         monkeypatch.setattr(export_onnx, name, value)
@@ -300,7 +301,7 @@ def test_the_script_exports_a_checkpoint_with_its_own_size_and_crop(script, tiny
     stage1.main()
     monkeypatch.setattr(script, "CHECKPOINT", stage1.RUN_DIR / "best.pt")
     script.main()
-    model, _ = training.load_facenet(script.CHECKPOINT, "cpu")
+    model, _ = checkpoints.load_facenet(script.CHECKPOINT, "cpu")
     metadata = fast.OnnxFaceNet(script.OUT, 76).metadata  # 76 and 0.8: of tiny_runs
     assert metadata["image_size"] == "76" and metadata["face_crop"] == "0.8" and metadata["stage"] == "1"
     assert metadata["fingerprint"] == fingerprint(model)

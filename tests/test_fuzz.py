@@ -15,9 +15,11 @@ from conftest import TinyNet
 from facenet_pytorch import InceptionResnetV1
 from PIL import Image
 
+import checkpoints
 import models
-import training
-from datasets import eval_transform, find_unreadable, load_image
+from common import UserError
+from datasets import find_unreadable
+from transforms import eval_transform, load_image
 
 
 def damaged(content: bytes, seed: int) -> bytes:
@@ -66,7 +68,7 @@ def test_a_damaged_photo_is_listed_or_it_loads(tmp_path, suffix, mode):
         for path in paths:
             if path in unreadable:
                 assert unreadable[path]
-                with pytest.raises(OSError, match=path.name):
+                with pytest.raises(UserError, match=path.name):
                     load_image(path)
             else:
                 image = load_image(path)
@@ -94,7 +96,7 @@ def written(path: Path, crops: dict | None) -> bytes:
     if crops:
         facts |= {"image_size": 146, "face_crop": 1.0}
     facts["crops"] = crops
-    training.save_checkpoint(path, facts, {"model": TinyNet(None, 0.0, crops=crops and models.Crops(**crops))})
+    checkpoints.save_checkpoint(path, facts, {"model": TinyNet(None, 0.0, crops=crops and models.Crops(**crops))})
     return path.read_bytes()
 
 
@@ -105,11 +107,11 @@ def checkpoint(tmp_path) -> bytes:
 
 @pytest.mark.parametrize("crops", [None, CROPS], ids=["face", "both crops"])
 def test_a_damaged_checkpoint_is_refused_or_it_loads(tmp_path, crops, monkeypatch):
-    monkeypatch.setattr(training, "FaceNet", TinyNet)
+    monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     checkpoint = written(tmp_path / "whole.pt", crops)
 
     def read(path: Path) -> None:
-        model, saved = training.load_facenet(path, "cpu")
+        model, saved = checkpoints.load_facenet(path, "cpu")
         eval_transform(saved["image_size"], saved["face_crop"])
         assert f"{saved['stage']:d} {saved['epoch']:d} {saved['selected_on']}" and set(saved["persons"])
         model.eval()(torch.zeros(1, 3, saved["image_size"], saved["image_size"]))
@@ -120,17 +122,17 @@ def test_a_damaged_checkpoint_is_refused_or_it_loads(tmp_path, crops, monkeypatc
     assert 0 < taken < 250
 
 
-@pytest.mark.parametrize("name", training.STATED)
+@pytest.mark.parametrize("name", checkpoints.STATED)
 @pytest.mark.parametrize(
     "value", [None, "text", ["a", 1], {"a": 1}, torch.zeros(2)], ids=lambda value: type(value).__name__
 )
 def test_a_checkpoint_that_states_nonsense_is_refused(tmp_path, checkpoint, name, value):
     saved = torch.load(io.BytesIO(checkpoint), weights_only=True)
-    if isinstance(value, training.STATED[name]):
+    if isinstance(value, checkpoints.STATED[name]):
         return
     torch.save(saved | {name: value}, tmp_path / "odd.pt")
     with pytest.raises(ValueError, match=f"odd.pt: damaged, its {name} is "):
-        training.read_checkpoint(tmp_path / "odd.pt")
+        checkpoints.read_checkpoint(tmp_path / "odd.pt")
 
 
 def test_damaged_pretrained_weights_are_refused_or_they_load(tmp_path):

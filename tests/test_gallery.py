@@ -12,13 +12,11 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 import gallery
-from datasets import eval_transform
+from common import UserError
 from gallery import (
     Gallery,
     Queries,
-    ask,
     build_gallery,
-    by_protocol,
     comparison_table,
     embed,
     embed_queries,
@@ -26,10 +24,13 @@ from gallery import (
     figures_table,
     measure,
     person_means,
+    retrieve,
+    select_queries,
     summary,
     top1_table,
     validate,
 )
+from transforms import eval_transform
 
 
 class MeanColour(nn.Module):
@@ -50,7 +51,7 @@ def write(path: Path, colour) -> Path:
     return path
 
 
-def retrieve(root: Path, model=None, template="mean", gallery_options=None, **options):
+def built_and_evaluated(root: Path, model=None, template="mean", gallery_options=None, **options):
     """build_gallery and evaluate, both on `root`."""
     model = model or MeanColour()
     built = build_gallery(model, root, as_float, "cpu", template=template, **(gallery_options or options))
@@ -151,7 +152,7 @@ def test_the_mode_of_the_network_is_put_back(random_colours, training):
             return super().forward(images)
 
     model = Watched().train(training)
-    retrieve(random_colours, model)
+    built_and_evaluated(random_colours, model)
     assert set(modes) == {False} and model.training == training
 
 
@@ -166,7 +167,7 @@ def test_a_layer_frozen_in_eval_mode_stays_frozen(random_colours):
 def test_the_mode_of_the_network_is_put_back_after_a_failure_too(tmp_path, training):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     model = TinyNet().train(training)
-    with pytest.raises(OSError, match=r"broken\.jpg: cannot be read as an image"):
+    with pytest.raises(UserError, match=r"broken\.jpg: cannot be read as an image"):
         embed(model, [tmp_path / "broken.jpg"], as_float, "cpu")
     assert model.training == training
 
@@ -195,12 +196,12 @@ def test_photos_are_rated_where_the_model_does_it_through_gallery_queries_and_an
     assert torch.equal(built.weighted, built.embeddings * torch.tensor([[200.0], [200.0], [300.0]]))
     queries = embed_queries(Rating(), built, four_queries, as_float, "cpu", batch_size=3)
     assert queries.quality.tolist() == [275, 210, 150, 110]
-    assert by_protocol(built, queries, "cross").quality.tolist() == [275, 210]  # bob has one photo
-    assert by_protocol(built, None, "clean").quality.tolist() == [200, 200]
-    details = ask(built, queries)
+    assert select_queries(built, queries, "cross").quality.tolist() == [275, 210]  # bob has one photo
+    assert select_queries(built, None, "clean").quality.tolist() == [200, 200]
+    details = retrieve(built, queries)
     assert [query["quality"] for query in details["per_query"]] == [275, 210, 150, 110]
-    same = by_protocol(built, queries, "same")
-    left = gallery.discarded(same, gallery.measure(built, same, 0)["best"])
+    same = select_queries(built, queries, "same")
+    left = gallery.discard_curves(same, gallery.measure(built, same, 0)["best"])
     assert {group: counts.tolist() for group, counts in left.items()} == {
         **{"foggy": [0, 0, 0], "rainy": [1, 0], "sunny": [0, 0]},  # the darkest is the one that is wrong
         **{"without sunny": [1, 0, 0, 0], "all": [1, 0, 0, 0, 0]},
@@ -208,9 +209,12 @@ def test_photos_are_rated_where_the_model_does_it_through_gallery_queries_and_an
     unrated = build_gallery(MeanColour(), four_queries, as_float, "cpu")
     asking = embed_queries(MeanColour(), unrated, four_queries, as_float, "cpu")
     assert unrated.quality is None and asking.quality is None and torch.equal(unrated.weighted, unrated.embeddings)
-    assert gallery.discarded(asking, gallery.measure(unrated, asking, 0)["best"]) == {}
-    assert by_protocol(unrated, None, "clean").quality is None and by_protocol(unrated, asking, "cross").quality is None
-    assert [query["quality"] for query in ask(unrated, asking)["per_query"]] == [None] * 4
+    assert gallery.discard_curves(asking, gallery.measure(unrated, asking, 0)["best"]) == {}
+    assert (
+        select_queries(unrated, None, "clean").quality is None
+        and select_queries(unrated, asking, "cross").quality is None
+    )
+    assert [query["quality"] for query in retrieve(unrated, asking)["per_query"]] == [None] * 4
 
 
 def test_an_embedding_that_is_not_finite_is_an_error_naming_its_photo(tmp_path):
@@ -226,7 +230,7 @@ def test_an_embedding_that_is_not_finite_is_an_error_naming_its_photo(tmp_path):
 
 
 def test_the_gallery_holds_each_clean_photo_with_its_person(four_queries):
-    built, _, _ = retrieve(four_queries)
+    built, _, _ = built_and_evaluated(four_queries)
     assert built.persons == ["ann", "bob"] and built.labels.tolist() == [0, 0, 1]
     assert [str(path.relative_to(four_queries)) for path in built.paths] == [
         "ann/clean/1.png",
@@ -239,7 +243,7 @@ def test_the_gallery_holds_each_clean_photo_with_its_person(four_queries):
 
 
 def test_four_queries_worked_out_by_hand(four_queries):
-    _, top1, details = retrieve(four_queries)
+    _, top1, details = built_and_evaluated(four_queries)
     assert top1 == 0.5 and details["top1"] == {"mean": 0.5, "best": 0.75}
     assert details["per_kind"] == {
         "foggy": {"queries": 2, "top1": {"mean": 0.5, "best": 1.0}},
@@ -252,7 +256,7 @@ def test_four_queries_worked_out_by_hand(four_queries):
 
 
 def test_mean_and_best_may_name_different_persons(four_queries):
-    foggy = retrieve(four_queries)[2]["per_query"][0]
+    foggy = built_and_evaluated(four_queries)[2]["per_query"][0]
     assert foggy["path"] == str(four_queries / "ann/distortion/1_foggy.png")
     assert (foggy["kind"], foggy["person"]) == ("foggy", "ann")
     norm = math.hypot(255, 20)
@@ -298,7 +302,7 @@ def brute_force(root: Path, template: str) -> list[tuple[str, str, str, str, flo
 
 @pytest.mark.parametrize("template", ["mean", "best"])
 def test_evaluate_equals_a_brute_force_over_the_files(random_colours, template):
-    _, top1, details = retrieve(random_colours, template=template)
+    _, top1, details = built_and_evaluated(random_colours, template=template)
     answers = brute_force(random_colours, template)
     right = [person == predicted for _, _, person, predicted, _ in answers]
     assert 0 < sum(right) < len(right)  # the tree decides something
@@ -322,8 +326,8 @@ def test_evaluate_equals_a_brute_force_over_the_files(random_colours, template):
 def asked(root: Path, protocol: str, template: str = "mean", model=None) -> tuple[Queries, dict]:
     model = model or MeanColour()
     built = build_gallery(model, root, as_float, "cpu", template=template)
-    queries = by_protocol(built, embed_queries(model, built, root, as_float, "cpu"), protocol)
-    return queries, ask(built, queries)
+    queries = select_queries(built, embed_queries(model, built, root, as_float, "cpu"), protocol)
+    return queries, retrieve(built, queries)
 
 
 def cross_by_hand(root: Path, template: str) -> dict[str, str]:
@@ -425,8 +429,8 @@ def test_groups_are_the_kinds_and_all_and_what_is_left_without_sunny(four_querie
 def test_figures_of_a_group_are_those_of_its_queries_alone(random_colours):
     model = MeanColour()
     built = build_gallery(model, random_colours, as_float, "cpu")
-    queries = by_protocol(built, embed_queries(model, built, random_colours, as_float, "cpu"), "same")
-    measured, details = measure(built, queries, seed=0), ask(built, queries)
+    queries = select_queries(built, embed_queries(model, built, random_colours, as_float, "cpu"), "same")
+    measured, details = measure(built, queries, seed=0), retrieve(built, queries)
     for template in ("mean", "best"):
         for kind, figures in details["per_kind"].items():
             assert measured[template][kind].figures["rank-1"]["value"] == pytest.approx(figures["top1"][template])
@@ -445,9 +449,9 @@ def test_a_star_marks_a_difference_whose_interval_is_clear_of_0():
 
 
 def test_results_do_not_depend_on_batches_or_workers(random_colours):
-    _, top1, details = retrieve(random_colours)
+    _, top1, details = built_and_evaluated(random_colours)
     for options in ({"batch_size": 1}, {"batch_size": 7, "num_workers": 2}):
-        _, other_top1, other = retrieve(random_colours, **options)
+        _, other_top1, other = built_and_evaluated(random_colours, **options)
         assert other_top1 == top1 and other["per_kind"] == details["per_kind"]
         torch.testing.assert_close(other["embeddings"], details["embeddings"])
 
@@ -462,14 +466,14 @@ class Constant(nn.Module):
 @pytest.mark.parametrize("template", ["mean", "best"])
 def test_a_network_that_sees_nothing_gets_the_share_of_the_first_person(random_colours, template):
     persons = [path.parts[-3] for path in random_colours.glob("*/distortion/*.png")]
-    _, top1, details = retrieve(random_colours, Constant(), template)
+    _, top1, details = built_and_evaluated(random_colours, Constant(), template)
     assert {query[template]["predicted"] for query in details["per_query"]} == {"p0"}
     assert top1 == pytest.approx(persons.count("p0") / len(persons))
 
 
 def test_a_person_without_a_clean_photo_counts_as_wrong_and_is_told(four_queries, caplog):
     write(four_queries / "cy" / "distortion" / "1_foggy.png", (0, 0, 200))
-    built, top1, details = retrieve(four_queries)
+    built, top1, details = built_and_evaluated(four_queries)
     assert built.persons == ["ann", "bob"]
     assert top1 == 2 / 5 and details["top1"]["best"] == 3 / 5
     assert (details["not_enrolled"], details["queries"], details["persons"]) == (1, 5, 2)
@@ -478,7 +482,7 @@ def test_a_person_without_a_clean_photo_counts_as_wrong_and_is_told(four_queries
 
 
 def test_a_person_left_out_of_the_gallery_alone_counts_as_wrong(four_queries):
-    built, top1, details = retrieve(four_queries, gallery_options={"persons": ["bob"]})
+    built, top1, details = built_and_evaluated(four_queries, gallery_options={"persons": ["bob"]})
     assert built.persons == ["bob"]
     assert {query["mean"]["predicted"] for query in details["per_query"]} == {"bob"}
     assert details["not_enrolled"] == 2 and top1 == 0.5
@@ -486,7 +490,7 @@ def test_a_person_left_out_of_the_gallery_alone_counts_as_wrong(four_queries):
 
 def test_persons_restrict_gallery_and_queries(random_colours):
     chosen = ["p4", "p1"]
-    built, _, details = retrieve(random_colours, persons=chosen)
+    built, _, details = built_and_evaluated(random_colours, persons=chosen)
     assert built.persons == ["p1", "p4"]
     assert {path.parts[-3] for path in built.paths} == {"p1", "p4"}
     assert {query["person"] for query in details["per_query"]} == {"p1", "p4"}
@@ -497,24 +501,24 @@ def test_persons_restrict_gallery_and_queries(random_colours):
 def test_without_a_distorted_photo_there_is_nothing_to_evaluate(tmp_path):
     write(tmp_path / "ann" / "clean" / "1.png", (9, 9, 9))
     with pytest.raises(ValueError, match="no distorted photo to ask the gallery; expected") as e:
-        retrieve(tmp_path)
+        built_and_evaluated(tmp_path)
     assert str(e.value).startswith(f"{tmp_path}: ") and f"{tmp_path}/<person>/distortion/*.jpg" in str(e.value)
 
 
 def test_without_a_clean_photo_there_is_no_gallery(tmp_path):
     write(tmp_path / "ann" / "distortion" / "1_foggy.png", (9, 9, 9))
     with pytest.raises(ValueError, match="no clean photo to build a gallery from; expected") as e:
-        retrieve(tmp_path)
+        built_and_evaluated(tmp_path)
     assert str(e.value).startswith(f"{tmp_path}: ") and f"{tmp_path}/<person>/clean/*.jpg" in str(e.value)
 
 
 def test_broken_files_are_left_out_of_gallery_and_queries(four_queries):
     (four_queries / "ann" / "clean" / "3.png").write_bytes(b"no picture")
     (four_queries / "ann" / "distortion" / "3_foggy.png").write_bytes(b"no picture")
-    built, top1, details = retrieve(four_queries)
+    built, top1, details = built_and_evaluated(four_queries)
     assert (len(built.paths), details["queries"], top1) == (3, 4, 0.5)
-    with pytest.raises(OSError, match=r"ann/clean/3\.png: cannot be read as an image"):
-        retrieve(four_queries, check_images=False)
+    with pytest.raises(UserError, match=r"ann/clean/3\.png: cannot be read as an image"):
+        built_and_evaluated(four_queries, check_images=False)
 
 
 # --- reports ----------------------------------------------------------------------------------------------------------
@@ -566,7 +570,7 @@ def test_the_columns_of_the_table_line_up():
 
 
 def test_the_table_reads_what_evaluate_returns(four_queries):
-    details = retrieve(four_queries)[2]
+    details = built_and_evaluated(four_queries)[2]
     rows = rows_of(top1_table({"stub": details}))
     assert rows["foggy"] == ["2", "50.0", "100.0"] and rows["all"] == ["4", "50.0", "75.0"]
     assert rows["without sunny"] == ["3", "33.3", "66.7"]
@@ -574,7 +578,7 @@ def test_the_table_reads_what_evaluate_returns(four_queries):
 
 @pytest.mark.parametrize("template, foggy", [("mean", 0.5), ("best", 1.0)])
 def test_the_summary_is_a_flat_row_with_the_kinds_under_the_chosen_template(four_queries, template, foggy):
-    row = summary(retrieve(four_queries, template=template)[2])
+    row = summary(built_and_evaluated(four_queries, template=template)[2])
     assert row == {
         "top1_mean": 0.5,
         "top1_best": 0.75,

@@ -13,11 +13,13 @@ from conftest import TinyNet
 from PIL import Image, ImageDraw
 from torch import nn
 
-import demo
+import checkpoints
+import common
 import identify
-import training
+from common import UserError
+from enrolment import calibrate, load_gallery
 from faces import Face
-from gallery import build_gallery, calibrate, embed_queries, load_gallery
+from gallery import build_gallery, embed_queries
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # real faces and weights, where this checkout has them
 
@@ -61,7 +63,7 @@ def shade(colour, k: int) -> tuple:
 
 
 def set_constants(**constants) -> None:
-    demo.set_constants(identify, **constants)
+    common.set_constants(identify, **constants)
 
 
 def by_name(rows: list[dict]) -> dict[str, dict]:
@@ -73,7 +75,7 @@ def here(tmp_path, monkeypatch) -> Path:
     """The current folder: people/ to enroll (ann twice, bob, cy), photos/ that ask (ann, bob and a stranger), and val/
     with 4 others, 24 of whose distorted photos are strangers to one another; identify set to them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "FaceNet", ColourNet)
+    monkeypatch.setattr(checkpoints, "FaceNet", ColourNet)
     monkeypatch.setattr(ColourNet, "embedded", 0)
     for name in [name for name in vars(identify) if name.isupper()]:
         monkeypatch.setattr(identify, name, getattr(identify, name))  # each test leaves them as they were
@@ -119,7 +121,7 @@ GREY, DULL = (130, 128, 127), (180, 100, 100)  # nothing to see; just enough
 @pytest.fixture
 def rated(here, monkeypatch) -> Path:
     """`here` with a network that rates, and a grey photo that asks."""
-    monkeypatch.setattr(training, "FaceNet", RatingNet)
+    monkeypatch.setattr(checkpoints, "FaceNet", RatingNet)
     write(Path("photos/grey.png"), GREY)
     write(Path("val/v4/2.png"), DULL)
     return here
@@ -142,9 +144,9 @@ def test_persons_are_named_and_a_stranger_is_unknown(here):
 
 def test_the_threshold_is_that_of_calibrate_on_the_split_and_lies_in_the_gallery(here):
     rows = identify.main()
-    eyes = identify.Eyes(torch.device("cpu"))
-    others = build_gallery(eyes.model, "val", eyes.transform, "cpu", template="mean")
-    expected = calibrate(others, embed_queries(eyes.model, others, "val", eyes.transform, "cpu"), 0.5, "val", 0.01)
+    reader = identify.FaceReader(torch.device("cpu"))
+    others = build_gallery(reader.model, "val", reader.transform, "cpu", template="mean")
+    expected = calibrate(others, embed_queries(reader.model, others, "val", reader.transform, "cpu"), 0.5, "val", 0.01)
     assert load_gallery(Path("gallery.pt")).threshold == expected
     assert {row["threshold"] for row in rows} == {expected["cosine"]}
     assert (expected["strangers"], expected["persons"], expected["source"]) == (24, 3, "val")
@@ -223,7 +225,7 @@ def test_folders_are_searched_at_any_depth_and_hidden_files_passed_over(here):
     write(Path("photos/.thumbs/y.png"), ANN)
     write(Path("photos/.z.png"), ANN)
     Path("photos/note.txt").write_text("no photo")
-    found = identify.find_asked([Path("photos/more/s.png"), Path("photos")])
+    found = identify.collect_photos([Path("photos/more/s.png"), Path("photos")])
     assert [path.name for path in found] == ["s.png", "a.png", "x.PNG", "b.png"]
 
 
@@ -403,11 +405,11 @@ def test_an_error_while_calibrating_or_enrolling_leaves_the_gallery_as_it_was(he
 
 
 def test_image_size_and_crop_come_from_the_checkpoint(here, monkeypatch):
-    monkeypatch.setattr(training, "FaceNet", TinyNet)
+    monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     torch.manual_seed(0)
     facts = {"stage": 1, "image_size": 80, "face_crop": 0.7, "dropout": 0.0}
     facts |= {"epoch": 1, "selected_on": "val", "persons": ["ann", "bob"]}
-    training.save_checkpoint(Path("best.pt"), facts, {"model": TinyNet()})
+    checkpoints.save_checkpoint(Path("best.pt"), facts, {"model": TinyNet()})
     set_constants(CHECKPOINT=Path("best.pt"), CALIBRATE_ON=None)
     rows = by_name(identify.main())
     made_by = load_gallery(Path("gallery.pt")).made_by
@@ -500,21 +502,21 @@ def test_an_unusable_photo_is_annotated_as_such(rated):
 @pytest.mark.parametrize(
     "constants, error, told",
     [
-        ({"PHOTOS": [Path("nowhere")]}, FileNotFoundError, "PHOTOS: nowhere: no such photo or folder"),
+        ({"PHOTOS": [Path("nowhere")]}, UserError, "PHOTOS: nowhere: no such photo or folder"),
         ({"PHOTOS": [Path("empty")]}, ValueError, "PHOTOS: no photo in empty; name photos, or folders that hold some"),
         ({"PHOTOS": Path("photos")}, ValueError, r"PHOTOS = 'photos': expected a list, \['photos'\]"),
         ({"REMOVE": "bob"}, ValueError, r"REMOVE = 'bob': expected a list, \['bob'\]"),
         (
             {"ENROLL": None},
-            FileNotFoundError,
+            UserError,
             r"gallery\.pt: no gallery; set ENROLL to a folder of persons to make one",
         ),
-        ({"ENROLL": Path("nowhere")}, FileNotFoundError, "ENROLL = nowhere: no such folder; correct it"),
+        ({"ENROLL": Path("nowhere")}, UserError, "ENROLL = nowhere: no such folder; correct it"),
         ({"ENROLL": Path("empty")}, ValueError, "empty: no person with a photo; expected empty/<person>/clean"),
         ({"ENROLL": Path("hazy")}, ValueError, "ENROLL = hazy: no clean photo to enroll; expected hazy/<person>"),
         ({"ENROLL": Path("torn")}, ValueError, "ENROLL = torn: none of its 1 clean photos shows a usable face"),
         ({"REMOVE": ["bobb"]}, ValueError, "REMOVE: 'bobb' is not in people, and there is no gallery yet"),
-        ({"CALIBRATE_ON": Path("nowhere")}, FileNotFoundError, "CALIBRATE_ON = nowhere: no such folder; correct it"),
+        ({"CALIBRATE_ON": Path("nowhere")}, UserError, "CALIBRATE_ON = nowhere: no such folder; correct it"),
         ({"CALIBRATE_ON": Path("clean")}, ValueError, "CALIBRATE_ON = clean: no distorted photo that could ask"),
         (
             {"FALSE_ACCEPT": 0.1},
@@ -531,7 +533,7 @@ def test_an_unusable_photo_is_annotated_as_such(rated):
         ({"BATCH_SIZE": 2.5}, ValueError, r"BATCH_SIZE = 2\.5: expected a whole number"),
         ({"ANNOTATED_SIDE": True}, ValueError, "ANNOTATED_SIDE = True: expected a whole number"),
         ({"ANNOTATED": Path("photos/../photos/out")}, ValueError, "lies in photos, where the next run would ask"),
-        ({"CHECKPOINT": Path("none.pt")}, FileNotFoundError, r"none\.pt: no checkpoint; run the stage that writes it"),
+        ({"CHECKPOINT": Path("none.pt")}, UserError, r"none\.pt: no checkpoint; run the stage that writes it"),
         ({"GALLERY": Path("photos/a.png")}, ValueError, r"photos/a\.png: damaged, or not a gallery"),
     ],
 )
@@ -565,9 +567,9 @@ def test_json_lines_are_the_rows_whatever_the_names(here):
     Path("photos/torn.png").write_bytes(b"no picture")
     set_constants(JSON_LINES=Path("out/answers.jsonl"))
     rows = identify.main()
-    content = Path("out/answers.jsonl").read_bytes().decode("utf-8")
-    assert [json.loads(line) for line in content.splitlines()] == rows
-    assert "Zoë 李" in content and raw in [row["photo"] for row in rows]
+    state_of = Path("out/answers.jsonl").read_bytes().decode("utf-8")
+    assert [json.loads(line) for line in state_of.splitlines()] == rows
+    assert "Zoë 李" in state_of and raw in [row["photo"] for row in rows]
     assert list(rows[0]) == [
         "photo",
         "status",
@@ -618,19 +620,19 @@ def test_the_picture_shows_what_the_crop_keeps_and_whether_a_name_was_given(here
 @pytest.mark.parametrize("name", ["Zoë 李小龍 محمد 🙂", "a\nb", "\udcff", "x" * 300, "e\u0308" * 40])
 @pytest.mark.parametrize("size", [(40, 40), (1000, 20), (3, 2000)])
 def test_any_name_can_be_drawn_on_any_picture(here, name, size):
-    eyes = identify.Eyes(torch.device("cpu"))
+    reader = identify.FaceReader(torch.device("cpu"))
     face = {"status": "named", "person": name, "score": 0.5, "box": [-5.0, -5.0, 20.0, 2500.0]}
-    picture = identify.draw(Image.new("RGB", size), [face, face | {"box": None}], eyes)
+    picture = identify.draw(Image.new("RGB", size), [face, face | {"box": None}], reader)
     assert max(picture.size) == identify.ANNOTATED_SIDE
     assert len(pixels_near(picture, identify.COLOURS["named"])) > 0
 
 
 def test_labels_of_neighbours_do_not_hide_one_another(here):
-    eyes = identify.Eyes(torch.device("cpu"))
+    reader = identify.FaceReader(torch.device("cpu"))
     face = {"status": "named", "person": "a rather long name", "score": 0.5, "box": [100.0, 100.0, 200.0, 200.0]}
     two = [face, face | {"box": [130.0, 100.0, 230.0, 200.0]}]
-    one = pixels_near(identify.draw(Image.new("RGB", (400, 400)), two[:1], eyes), identify.COLOURS["named"])
-    both = pixels_near(identify.draw(Image.new("RGB", (400, 400)), two, eyes), identify.COLOURS["named"])
+    one = pixels_near(identify.draw(Image.new("RGB", (400, 400)), two[:1], reader), identify.COLOURS["named"])
+    both = pixels_near(identify.draw(Image.new("RGB", (400, 400)), two, reader), identify.COLOURS["named"])
     below = [int((found[:, 1] > 200 * identify.ANNOTATED_SIDE / 400 + 5).sum()) for found in (one, both)]
     assert below[0] == 0 and below[1] > 1000
 

@@ -15,24 +15,13 @@ from conftest import MakesFolderWhenLoaded, TinyNet
 from PIL import Image
 from torch import Tensor, nn
 
-import gallery
+import checkpoints
+import enrolment
 import metrics
-import training
+from common import UserError
 from datasets import scan_persons
-from gallery import (
-    Gallery,
-    Queries,
-    build_gallery,
-    calibrate,
-    embed,
-    embed_queries,
-    enroll,
-    identify,
-    load_gallery,
-    made_by,
-    remove,
-    save_gallery,
-)
+from enrolment import calibrate, enroll, identify, load_gallery, remove, save_gallery
+from gallery import Gallery, Queries, build_gallery, embed, embed_queries, made_by
 
 
 class MeanColour(nn.Module):
@@ -505,7 +494,7 @@ def test_two_networks_of_other_weights_made_by_tells_apart():
 
 
 def test_a_gallery_that_is_not_there_is_an_error_with_its_path(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.pt: no gallery; enroll photos first, or correct the path"):
+    with pytest.raises(UserError, match=r"none\.pt: no gallery; enroll photos first, or correct the path"):
         load_gallery(tmp_path / "none.pt")
 
 
@@ -618,11 +607,11 @@ def test_another_torch_file_is_no_gallery(tmp_path, content):
 
 def test_a_checkpoint_is_no_gallery_and_a_gallery_no_checkpoint(saved, tmp_path):
     facts = {"stage": 1, "image_size": 160, "face_crop": 0.5, "dropout": 0.0}
-    training.save_checkpoint(tmp_path / "best.pt", facts, {"model": TinyNet()})
+    checkpoints.save_checkpoint(tmp_path / "best.pt", facts, {"model": TinyNet()})
     with pytest.raises(ValueError, match=r"best\.pt: not a gallery of these scripts"):
         load_gallery(tmp_path / "best.pt")
     with pytest.raises(ValueError, match=r"gallery\.pt: no checkpoint of these scripts"):
-        training.load_facenet(saved, "cpu")
+        checkpoints.load_facenet(saved, "cpu")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no torch file", bytes(1000)])
@@ -659,10 +648,10 @@ def test_a_damaged_file_is_a_gallery_still_or_refused_with_its_path(saved):
             refused += 1
             continue
         readable += 1
-        assert gallery._fault({name: getattr(kept, name) for name in gallery.FIELDS} | as_saved(kept)) is None
+        assert enrolment._fault({name: getattr(kept, name) for name in enrolment.FIELDS} | as_saved(kept)) is None
         assert len(identify(kept, kept.embeddings)) == 3, seed
     assert refused > 50 and readable > 5  # some bytes are padding, or of a name
 
 
 def as_saved(kept: Gallery) -> dict:
-    return {"format": gallery.FORMAT, "paths": [str(path) for path in kept.paths]}
+    return {"format": enrolment.FORMAT, "paths": [str(path) for path in kept.paths]}

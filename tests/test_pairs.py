@@ -13,15 +13,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from datasets import (
-    FacePairDataset,
-    RandomDistortion,
-    distortion_kind,
-    eval_transform,
-    load_image,
-    train_transform,
-)
+from datasets import FacePairDataset, distortion_kind
 from distortions import DISTORTIONS
+from transforms import RandomDistortion, eval_transform, load_image, train_transform
 
 NONE = 99  # stands in a colour for "made of no clean photo"
 ANEW = 200  # added to what `renewed` has made

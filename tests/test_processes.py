@@ -22,7 +22,7 @@ from conftest import COLOURS, write_person
 TESTS = Path(__file__).parent
 SPEEDS = ("images_per_second", "loading")  # the only figures that differ from run to run
 
-# What a child runs: the jobs of a JSON file, one after the other, in one training.run.
+# What a child runs: the jobs of a JSON file, one after the other, in one common.run_script.
 SCRIPT = '''
 import functools, io, json, os, signal, sys, time, types
 from pathlib import Path
@@ -32,12 +32,12 @@ sys.modules["sklearn.manifold"] = types.SimpleNamespace(TSNE=None)  # a second t
 import torch
 from matplotlib.figure import Figure
 
-import datasets, gallery, train_stage1, train_stage2, training
+import checkpoints, common, datasets, gallery, journal, train_stage1, train_stage2, training
 from conftest import TinyNet
 
 out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 job, seen, written = {}, [], []
-train_stage1.FaceNet = train_stage2.FaceNet = training.FaceNet = TinyNet
+train_stage1.FaceNet = train_stage2.FaceNet = checkpoints.FaceNet = TinyNet
 # AdamW makes a whole step of a gradient that is rounding alone, in whatever direction: eps keeps it in its place.
 for script in (train_stage1, train_stage2):
     script.AdamW = functools.partial(script.AdamW, eps=1e-1)
@@ -54,7 +54,7 @@ def hooked_step(run, loss, **values):
         (out / "waiting").touch()
         while not (out / "go").exists():
             time.sleep(0.01)
-    if [run.updates, datasets.rank_and_world()[0]] == job.get("stop_at"):
+    if [run.updates, common.rank_and_world()[0]] == job.get("stop_at"):
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -62,7 +62,7 @@ def hooked_get_item(dataset, index):
     image, label = get_item(dataset, index)
     seen.append((job["name"], int(dataset._epoch), index))
     count = sum(name == job["name"] for name, _, _ in seen)
-    if [count, datasets.rank_and_world()[0]] == job.get("poison"):
+    if [count, common.rank_and_world()[0]] == job.get("poison"):
         image = image * float("nan")
     return image, label
 
@@ -92,7 +92,7 @@ def note_writing(event, args):
 
 training.Run.step, datasets.FaceClassificationDataset.__getitem__ = hooked_step, hooked_get_item
 torch.save = hooked_save
-training.plots.curves = lambda history, steps: Figure()  # drawing takes longer than the run
+journal.plots.curves = lambda history, steps: Figure()  # drawing takes longer than the run
 sys.addaudithook(note_writing)
 
 
@@ -102,7 +102,7 @@ def mixed_gradient():
     rows, layer = torch.randn(5, 3, generator=generator), torch.nn.Linear(3, 2)
     layer.weight.data = torch.randn(2, 3, generator=generator)
     layer.bias.data = torch.randn(2, generator=generator)
-    rank, world = datasets.rank_and_world()
+    rank, world = common.rank_and_world()
     mine = slice(5 * rank // world, 5 * (rank + 1) // world)
     network = training.parallel(layer)
     whole, labels = training.gather(network(rows[mine]), torch.arange(5)[mine])
@@ -112,18 +112,18 @@ def mixed_gradient():
 
 def main():
     global job
-    device, results = training.pick_device(), {}
+    device, results = common.pick_device(), {}
     for job in jobs:
         print(f"# {job['name']}", flush=True)
         if job["name"] == "gradient":
             results["gradient"] = mixed_gradient()
         elif job["name"] == "embed":
             torch.manual_seed(0)
-            transform = datasets.eval_transform(76, 0.8)
+            transform = transforms.eval_transform(76, 0.8)
             model = TinyNet()
             photos = [Path(p) for p in job["photos"]]
             results["embed"] = gallery.embed(model, photos, transform, device, batch_size=2, rated=True)
-            alone = [transform(datasets.load_image(Path(p))) for p in job["photos"]]
+            alone = [transform(transforms.load_image(Path(p))) for p in job["photos"]]
             with torch.no_grad():
                 results["embed alone"] = model.eval()(torch.stack(alone), "rated")
         else:
@@ -141,12 +141,12 @@ def main():
             script.main()
             training.Run.__init__ = init
             results[job["name"]] = {name: network.state_dict() for name, network in networks[0].items()}
-    rank = datasets.rank_and_world()[0]
+    rank = common.rank_and_world()[0]
     save({"results": results, "seen": seen, "written": written}, out / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)
 '''
 
 
@@ -384,7 +384,7 @@ EXIT = """
 import multiprocessing, sys
 import torch
 import training
-from datasets import ShuffledBatches
+from samplers import ShuffledBatches
 
 
 class Data(torch.utils.data.Dataset):

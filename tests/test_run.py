@@ -18,10 +18,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import Dataset
 
+import checkpoints
+import common
 import datasets
+import journal
 import plots
+import samplers
 import train_stage1
 import training
+import transforms
+from common import UserError
 
 CPU = torch.device("cpu")
 FACTS = {"stage": 1, "seed": 0, "image_size": 160, "face_crop": 0.52, "dropout": 0.0, "persons": [], "holdout": []}
@@ -58,7 +64,7 @@ class Items(Dataset):
         pass
 
 
-class Listed(datasets._EpochBatches):
+class Listed(samplers.EpochBatches):
     """The same batches in each epoch."""
 
     def __init__(self, listed):
@@ -223,7 +229,7 @@ def trained(tiny_runs, monkeypatch, runs):
         for constant, value in (usual[script] | {"RUN_DIR": root / name} | constants).items():
             monkeypatch.setattr(script, constant, value)
         script.main()
-        return training.read_checkpoint(root / name / "last.pt")
+        return checkpoints.read_checkpoint(root / name / "last.pt")
 
     return train
 
@@ -250,7 +256,7 @@ def killed_after(trained, monkeypatch):
 @pytest.fixture
 def opened(monkeypatch) -> list[Path]:
     """Fills up with the photos that are opened."""
-    paths, load_image = [], datasets.load_image
+    paths, load_image = [], transforms.load_image
     monkeypatch.setattr(datasets, "load_image", lambda path: paths.append(path) or load_image(path))
     return paths
 
@@ -345,11 +351,11 @@ def test_three_bad_steps_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_
             kept.append((tmp_path / "last.pt").read_bytes())
         return loss(model, *batch)
 
-    with pytest.raises(FloatingPointError, match="the 3rd time in a row; the last good checkpoint is kept") as error:
+    with pytest.raises(UserError, match="the 3rd time in a row; the last good checkpoint is kept") as error:
         fit(run, watched)
     assert f"epoch 2, batch {bad[-1] - 4}: the " in str(error.value)
     assert (tmp_path / "last.pt").read_bytes() == kept[0]
-    last = training.read_checkpoint(tmp_path / "last.pt")
+    last = checkpoints.read_checkpoint(tmp_path / "last.pt")
     assert last["epoch"] == 1 and last["bad_in_a_row"] == sum(step <= 4 for step in bad)
     for weights in (last["model"], run.networks["model"].state_dict()):
         assert all(value.isfinite().all() for value in weights.values())
@@ -538,9 +544,9 @@ def test_the_best_average_is_a_checkpoint_of_its_own(tiny_runs, trained, runs, m
     stage1, stage2 = tiny_runs
     told = rising(monkeypatch, stage1)
     last = trained(stage1, "run", EMA_DECAY=0.9)
-    model, saved = training.load_facenet(stage1.RUN_DIR / "best_ema.pt", CPU)
+    model, saved = checkpoints.load_facenet(stage1.RUN_DIR / "best_ema.pt", CPU)
     assert same_tensors(model.state_dict(), runs[0].ema.module.state_dict())
-    best = training.read_checkpoint(stage1.RUN_DIR / "best.pt")
+    best = checkpoints.read_checkpoint(stage1.RUN_DIR / "best.pt")
     assert same_tensors(best["model"], runs[0].networks["model"].state_dict())
     assert not torch.equal(model.backbone[6].weight, best["model"]["backbone.6.weight"])
     assert (saved["epoch"], saved["top1"], saved["ema_decay"]) == (2, told[-1], 0.9)
@@ -559,7 +565,7 @@ def test_best_and_best_average_are_chosen_each_on_its_own(tmp_path):
     run = small_run(tmp_path, epochs=2, ema_decay=0.9)
     of_model, of_average = iter([0.5, 0.75, 0.25]), iter([0.4, 0.6])
     fit(run, validate=lambda net: (next(of_average) if net is run.ema.module else next(of_model), {}))
-    best, best_ema = (training.read_checkpoint(tmp_path / name) for name in ("best.pt", "best_ema.pt"))
+    best, best_ema = (checkpoints.read_checkpoint(tmp_path / name) for name in ("best.pt", "best_ema.pt"))
     assert (best["epoch"], best["top1"]) == (1, 0.75)
     assert (best_ema["epoch"], best_ema["top1"]) == (2, 0.6)
 
@@ -568,7 +574,7 @@ def test_an_average_that_forgot_is_not_kept_either(tmp_path):
     run = small_run(tmp_path, epochs=1, ema_decay=0.9, max_clean_drop=2.0)
     rows = iter([0.9, 0.9, 0.8])  # as loaded, then the model, then its average
     fit(run, validate=lambda net: (1.0 if net is run.ema.module else run.epoch / 2, {"top1_clean": next(rows)}))
-    epochs = [training.read_checkpoint(tmp_path / name)["epoch"] for name in ("best.pt", "best_ema.pt")]
+    epochs = [checkpoints.read_checkpoint(tmp_path / name)["epoch"] for name in ("best.pt", "best_ema.pt")]
     assert epochs == [1, 0]
 
 
@@ -586,7 +592,7 @@ def test_a_resumed_run_equals_a_whole_one_averages_and_journal_included(tiny_run
     rows = without_clock(read_csv(stage1.RUN_DIR / "steps.csv"))
     averages = copy.deepcopy(runs[-1].ema.state_dict())
     killed_after(13, stage1, "killed", **constants)
-    between = training.read_checkpoint(stage1.RUN_DIR / "last.pt")
+    between = checkpoints.read_checkpoint(stage1.RUN_DIR / "last.pt")
     assert (between["epoch"], between["batch"], between["updates"]) == (1, 4, 6)
     resumed = trained(stage1, "killed", RESUME=True, **constants)
     for part in ("model", "head", "optimizer", "scheduler", "ema", "best", "best_ema", "updates"):
@@ -641,13 +647,13 @@ def test_save_every_writes_last_within_an_epoch(tmp_path, every, expected):
     run, seen = small_run(tmp_path, save_every=every), []
 
     def watched(model, *batch):
-        seen.append(training.read_checkpoint(tmp_path / "last.pt"))
+        seen.append(checkpoints.read_checkpoint(tmp_path / "last.pt"))
         return squared(model, *batch)
 
     fit(run, watched)
     assert [last["batch"] for last in seen] == [last["updates"] for last in seen] == expected
     assert all(last["epoch"] == 0 for last in seen)
-    last = training.read_checkpoint(tmp_path / "last.pt")
+    last = checkpoints.read_checkpoint(tmp_path / "last.pt")
     assert (last["epoch"], last["batch"], last["updates"]) == (1, 0, 4)
 
 
@@ -655,7 +661,7 @@ def test_save_every_writes_last_within_an_epoch(tmp_path, every, expected):
 def test_save_every_reaches_stage_1(tiny_runs, trained, monkeypatch, every, batches):
     stage1, _ = tiny_runs
     seen, cross_entropy, root = set(), nn.functional.cross_entropy, stage1.RUN_DIR.parent
-    read = lambda: seen.add(training.read_checkpoint(root / "run" / "last.pt")["batch"])  # noqa: E731
+    read = lambda: seen.add(checkpoints.read_checkpoint(root / "run" / "last.pt")["batch"])  # noqa: E731
     monkeypatch.setattr(stage1, "F", SimpleNamespace(cross_entropy=lambda *args: read() or cross_entropy(*args)))
     trained(stage1, "run", EPOCHS=1, SAVE_EVERY=every)
     assert seen == batches
@@ -668,7 +674,7 @@ def free(monkeypatch, size: float) -> None:
 def test_too_little_free_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     free(monkeypatch, 3 * 2**20)
     model = nn.Linear(1000, 1000)
-    with pytest.raises(OSError, match=r"3 MiB free, the checkpoints need \d\d; make room") as error:
+    with pytest.raises(UserError, match=r"3 MiB free, the checkpoints need \d\d; make room") as error:
         make_run(tmp_path / "runs" / "a", model, adamw(model), small_items(4), [[0, 1, 2, 3]])
     assert str(tmp_path / "runs" / "a") in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -684,14 +690,14 @@ def test_the_free_disk_that_is_asked_for_is_what_the_checkpoints_take(tmp_path, 
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "there").glob("*.pt")}
     most = sum(sizes.values()) + sizes["last.pt"]  # while last.pt is replaced
     free(monkeypatch, 0.97 * most)
-    with pytest.raises(OSError, match="MiB free"):
+    with pytest.raises(UserError, match="MiB free"):
         start("new")
     free(monkeypatch, 1.03 * most)
     start("new")
     free(monkeypatch, 1.03 * sizes["last.pt"])  # the others are there already
     start("there")
     free(monkeypatch, 0.97 * sizes["last.pt"])
-    with pytest.raises(OSError, match="MiB free"):
+    with pytest.raises(UserError, match="MiB free"):
         start("there")
 
 
@@ -700,7 +706,7 @@ def test_a_full_disk_stops_both_stages_before_the_first_checkpoint(tiny_runs, tr
     trained(stage1, "stage1", EPOCHS=1)
     free(monkeypatch, 1000)
     for script, name in ((stage1, "full1"), (stage2, "full2")):
-        with pytest.raises(OSError, match=rf"{name}: 0 MiB free"):
+        with pytest.raises(UserError, match=rf"{name}: 0 MiB free"):
             trained(script, name)
         assert not list(script.RUN_DIR.glob("*.pt")) and not (script.RUN_DIR / "steps.csv").exists()
 
@@ -778,8 +784,8 @@ def test_curves_can_be_drawn_before_the_first_step():
 ROW = {"epoch": 1, "batch": 1, "loss": 1.5, "skipped": 0}
 
 
-def journal(run_dir: Path, updates) -> training.Journal:
-    written = training.Journal(run_dir)
+def written_journal(run_dir: Path, updates) -> journal.Journal:
+    written = journal.Journal(run_dir)
     for update in updates:
         written.step({"update": update} | ROW)
     written.flush()
@@ -787,8 +793,8 @@ def journal(run_dir: Path, updates) -> training.Journal:
 
 
 def test_rewind_drops_the_steps_after_an_update_from_table_and_events(tmp_path):
-    journal(tmp_path, range(1, 6))
-    again = training.Journal(tmp_path)
+    written_journal(tmp_path, range(1, 6))
+    again = journal.Journal(tmp_path)
     again.rewind(3)
     assert [row["update"] for row in again.steps()] == ["1", "2", "3"]
     again.step({"update": 4} | ROW | {"loss": 2.5})
@@ -800,7 +806,7 @@ def test_rewind_drops_the_steps_after_an_update_from_table_and_events(tmp_path):
 
 
 def test_rewind_to_the_start_leaves_no_step_and_the_columns_free(tmp_path):
-    again = journal(tmp_path, range(1, 6))
+    again = written_journal(tmp_path, range(1, 6))
     again.rewind(0)
     again.step({"update": 1, "epoch": 1, "batch": 1, "loss": 3.5, "active_negatives": 0.5})
     again.flush()
@@ -809,17 +815,17 @@ def test_rewind_to_the_start_leaves_no_step_and_the_columns_free(tmp_path):
 
 
 def test_a_new_run_starts_its_own_table_where_an_earlier_ones_checkpoints_were_deleted(tmp_path):
-    journal(tmp_path, range(1, 6))
+    written_journal(tmp_path, range(1, 6))
     fit(small_run(tmp_path))
     assert column(tmp_path, "update") == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("cut", ["1", "12", "12,", "12,1,4,1.", "12,1,4,1.5", "12,1,4,1.5,"])
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, cut):
-    journal(tmp_path, range(1, 12))
+    written_journal(tmp_path, range(1, 12))
     with open(tmp_path / "steps.csv", "a") as file:
         file.write(cut)
-    again = training.Journal(tmp_path)
+    again = journal.Journal(tmp_path)
     assert [row["update"] for row in again.steps()] == [str(i) for i in range(1, 12)]
     again.rewind(12)
     again.step({"update": 12} | ROW)
@@ -915,7 +921,7 @@ def test_freeze_until_reaches_the_network_of_both_stages(tiny_runs, trained):
     start = TinyNet().state_dict()
     for script in tiny_runs:
         if script is stage2:
-            start = training.read_checkpoint(stage1.RUN_DIR / "best.pt")["model"]
+            start = checkpoints.read_checkpoint(stage1.RUN_DIR / "best.pt")["model"]
         name = script.RUN_DIR.name
         free, frozen = trained(script, f"{name}_free"), trained(script, name, FREEZE_UNTIL="mixed_6a")
         for weight in ("0.weight", "1.bias"):
@@ -1031,7 +1037,7 @@ def test_a_compiled_network_trains_as_any_and_its_checkpoint_has_the_usual_names
     for part in ("model", "ema"):
         assert last[part].keys() == usual[part].keys()
         assert all(torch.allclose(last[part][name], usual[part][name], atol=1e-5) for name in usual[part])
-    training.load_facenet(stage1.RUN_DIR / "best_ema.pt", CPU)
+    checkpoints.load_facenet(stage1.RUN_DIR / "best_ema.pt", CPU)
 
 
 @pytest.mark.parametrize(
@@ -1127,9 +1133,9 @@ def banks(monkeypatch, tiny_runs) -> list[SimpleNamespace]:
 
 
 def embedded(model: nn.Module, paths: list[Path]) -> torch.Tensor:
-    transform = datasets.eval_transform(76, 0.8)
+    transform = transforms.eval_transform(76, 0.8)
     with torch.no_grad():
-        return model.eval()(torch.stack([transform(datasets.load_image(path)) for path in paths]))
+        return model.eval()(torch.stack([transform(transforms.load_image(path)) for path in paths]))
 
 
 @pytest.mark.parametrize("wide_weight, mirror", [(0.0, True), (0.5, True), (0.5, False)])
@@ -1139,7 +1145,7 @@ def test_the_bank_is_every_clean_face_as_the_teacher_sees_it(
 ):
     stage1, stage2 = tiny_runs
     trained(stage1, "stage1", EPOCHS=1)
-    expected, _ = training.load_facenet(stage1.RUN_DIR / "best.pt", CPU)
+    expected, _ = checkpoints.load_facenet(stage1.RUN_DIR / "best.pt", CPU)
     if teacher:
         expected, asked = TinyNet(), []
 
@@ -1225,7 +1231,7 @@ def test_persons_and_images_that_lie_twice_are_told_in_both_stages(tiny_runs, tr
     shutil.copy(root / "train" / "cy" / "clean" / "cy_0002.png", double)
     for script in (stage1, stage2):
         caplog.clear()
-        datasets.warn_once.cache_clear()
+        common.warn_once.cache_clear()
         trained(script, script.RUN_DIR.name, EPOCHS=1)
         assert "1 of 3 val persons are train persons too" in caplog.text and "(ann)" in caplog.text
         assert "1 images lie under more than one person" in caplog.text

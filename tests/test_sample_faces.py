@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample_faces
+from common import UserError
 from distortions import DISTORTIONS
-from sample_faces import contact_sheet, draw_face, random_identity
+from tools import sample_faces
+from tools.sample_faces import contact_sheet, draw_face, random_identity
 
 SMALL = {"IMAGE_SIDE": 64, "TRAIN_PERSONS": 2, "VAL_PERSONS": 1, "MIN_PHOTOS": 1, "MAX_PHOTOS": 3, "SHEET_CELL": 32}
 
@@ -119,7 +120,7 @@ def test_a_filled_folder_is_refused_with_the_way_out_and_left_alone(split, tmp_p
     kept = tmp_path / split / "cy" / "cy.jpg"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=f"{split} is not empty: delete .* or choose another OUT_DIR"):
+    with pytest.raises(UserError, match=f"{split} is not empty: delete .* or choose another OUT_DIR"):
         run(monkeypatch, tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [kept]
 

@@ -9,6 +9,7 @@ import torch
 from conftest import write_person, write_photo
 from PIL import Image
 
+import common
 import demo
 import evaluate
 import fast
@@ -16,7 +17,7 @@ import gallery
 import metrics
 import train_stage1
 import train_stage2
-import training
+from common import UserError
 
 
 @pytest.fixture
@@ -277,7 +278,7 @@ def test_evaluate_without_any_enrolled_query_still_draws(trained, task_b):
 
 def test_evaluate_of_a_missing_split_names_its_folder(trained, monkeypatch):
     monkeypatch.setattr(evaluate, "SPLIT", "test")
-    with pytest.raises(FileNotFoundError, match="Task_B/test: no such folder"):
+    with pytest.raises(UserError, match="Task_B/test: no such folder"):
         evaluate.main()
 
 
@@ -310,12 +311,12 @@ def test_a_broken_file_and_a_person_without_clean_photos_stop_nothing(trained, t
 
 def test_demo_knows_every_constant_it_sets():
     with pytest.raises(AttributeError, match="NO_SUCH_CONSTANT"):
-        demo.set_constants(evaluate, NO_SUCH_CONSTANT=1)
+        common.set_constants(evaluate, NO_SUCH_CONSTANT=1)
 
 
 def test_demo_goes_on_from_scratch_where_weights_cannot_be_had(monkeypatch, capsys):
     def offline(name):
-        raise ConnectionError("the weights could not be downloaded")
+        raise UserError("the weights could not be downloaded")
 
     monkeypatch.setattr(demo, "load_pretrained", offline)
     assert demo.available("vggface2") is None
@@ -328,7 +329,7 @@ def test_user_errors_end_in_one_sentence(task_b, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "DATA_DIR", task_b)
     monkeypatch.setattr(evaluate, "CHECKPOINT", tmp_path / "none.pt")
     with pytest.raises(SystemExit) as stopped:
-        training.run(evaluate.main)
+        common.run_script(evaluate.main)
     assert "none.pt: no checkpoint; run the stage that writes it" in str(stopped.value)
 
 

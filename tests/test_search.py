@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import benchmark_search
 import search
 from search import build_index, merge, nearest, recall
+from tools import benchmark_search
 
 
 def unit_rows(rows: int, dims: int, seed: int) -> torch.Tensor:

@@ -15,9 +15,16 @@ from conftest import KINDS, MakesFolderWhenLoaded, TinyNet, same_tensors, write_
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import checkpoints
+import common
 import datasets
 import gallery
+import journal
+import samplers
 import training
+import transforms
+from common import UserError
+from gallery import retrieve
 
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -48,7 +55,7 @@ class Rows(TensorDataset):
 def small_run(run_dir: Path, *models: nn.Linear, rows, seed: int = 0, **options) -> training.Run:
     """A run over `rows`, two in each batch, by SGD at a learning rate of 1 without warm-up; one group per model."""
     dataset, options = Rows(rows), {"epochs": 1, "device": CPU} | options
-    loader = training.train_loader(dataset, datasets.ShuffledBatches([0] * len(dataset), 2, seed), 0, CPU)
+    loader = training.train_loader(dataset, samplers.ShuffledBatches([0] * len(dataset), 2, seed), 0, CPU)
     groups = [{"name": f"part{i}", "params": model.parameters()} for i, model in enumerate(models)]
     optimizer = torch.optim.SGD(groups, lr=1.0)
     scheduler = training.warmup_cosine(optimizer, 0, options["epochs"] * len(loader))
@@ -79,48 +86,50 @@ def raising(error: BaseException):
 
 
 def test_a_users_mistake_ends_the_script_with_its_sentence_and_no_traceback(tmp_path):
-    code = "import training\ndef main():\n    raise ValueError('BATCH_SIZE = 1: too few')\ntraining.run(main)\n"
+    code = (
+        "import common\ndef main():\n    raise common.UserError('BATCH_SIZE = 1: too few')\ncommon.run_script(main)\n"
+    )
     done = python(code, tmp_path, TRACEBACK="")
     assert done.returncode == 1
     assert done.stderr == "error: BATCH_SIZE = 1: too few\n(TRACEBACK=1 python script.py shows where)\n"
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("kind", [ValueError, OSError, FileNotFoundError, ConnectionError, FloatingPointError])
+@pytest.mark.parametrize("kind", [UserError])
 def test_every_kind_of_users_mistake_becomes_a_sentence(monkeypatch, kind):
     monkeypatch.delenv("TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as end:
-        training.run(raising(kind("the place: what to do")))
+        common.run_script(raising(kind("the place: what to do")))
     assert end.value.code.startswith("error: the place: what to do\n")  # a string: to stderr, exit status 1
 
 
-@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+@pytest.mark.parametrize("kind", [UserError])
 def test_traceback_1_keeps_the_traceback(monkeypatch, kind):
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(kind, match="the place"):
-        training.run(raising(kind("the place")))
+        common.run_script(raising(kind("the place")))
 
 
 @pytest.mark.parametrize("kind", [KeyError, TypeError, AssertionError, RuntimeError])
 def test_our_own_mistakes_keep_their_traceback(monkeypatch, kind):
     monkeypatch.delenv("TRACEBACK", raising=False)
     with pytest.raises(kind, match="bug"):
-        training.run(raising(kind("bug")))
+        common.run_script(raising(kind("bug")))
 
 
 def test_an_interrupted_script_tells_how_to_go_on_if_it_can(monkeypatch):
     with pytest.raises(SystemExit) as end:
-        training.run(raising(KeyboardInterrupt()))
+        common.run_script(raising(KeyboardInterrupt()))
     assert end.value.code == "\ninterrupted"
     monkeypatch.setitem(globals(), "RESUME", False)  # as a training script has it
     with pytest.raises(SystemExit) as end:
-        training.run(raising(KeyboardInterrupt()))
+        common.run_script(raising(KeyboardInterrupt()))
     assert end.value.code == "\ninterrupted; RESUME = True goes on from the last checkpoint, if there is one"
 
 
 def test_an_interrupted_run_that_could_still_save_tells_where_it_stopped():
     with pytest.raises(SystemExit) as end:
-        training.run(raising(KeyboardInterrupt("stopped after batch 3")))
+        common.run_script(raising(KeyboardInterrupt("stopped after batch 3")))
     assert end.value.code == "\nstopped after batch 3"
 
 
@@ -159,9 +168,9 @@ def test_the_largest_seed_and_epoch_can_be_set(tmp_path):
     random_numbers(tmp_path, 2**32, 999)
 
 
-def loader_of(items: int, batch_size: int, num_workers: int = 0) -> tuple[DataLoader, datasets.ShuffledBatches]:
+def loader_of(items: int, batch_size: int, num_workers: int = 0) -> tuple[DataLoader, samplers.ShuffledBatches]:
     """A loader of the numbers 0..items-1, and its batches."""
-    batches = datasets.ShuffledBatches([0] * items, batch_size, seed=0)
+    batches = samplers.ShuffledBatches([0] * items, batch_size, seed=0)
     return training.train_loader(TensorDataset(torch.arange(items)), batches, num_workers, CPU), batches
 
 
@@ -303,9 +312,7 @@ def test_a_step_clips_over_all_parameter_groups_together(tmp_path):
 def test_a_loss_that_is_never_finite_stops_before_any_weight_changes(tmp_path, value):
     model = linear(1.0, 1.0)
     run = small_run(tmp_path, model, rows=[[value, 0.0]] * 8)
-    with pytest.raises(
-        FloatingPointError, match=rf"batch 3: the loss is {value}, .*checkpoint is kept.*lower the lear"
-    ):
+    with pytest.raises(UserError, match=rf"batch 3: the loss is {value}, .*checkpoint is kept.*lower the lear"):
         gradient_norms(run, lambda images: model(images).mean())
     assert model.weight.tolist() == [[1.0, 1.0]]
 
@@ -324,7 +331,7 @@ def test_frozen_batchnorm_keeps_its_statistics_while_the_rest_trains():
 
 def test_a_file_is_written_whole_into_folders_that_are_made_on_the_way(tmp_path):
     path = tmp_path / "a" / "b" / "file.bin"
-    with training.atomic_file(path) as file:
+    with checkpoints.atomic_file(path) as file:
         file.write(b"new")
         assert not path.exists()
     assert path.read_bytes() == b"new"
@@ -335,7 +342,7 @@ def test_a_file_is_written_whole_into_folders_that_are_made_on_the_way(tmp_path)
 def test_an_exception_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path, error):
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
-    with pytest.raises(error), training.atomic_file(path) as file:
+    with pytest.raises(error), checkpoints.atomic_file(path) as file:
         file.write(b"half of the new")
         raise error
     assert path.read_bytes() == b"old"
@@ -344,7 +351,7 @@ def test_an_exception_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_p
 
 def test_rows_are_written_under_the_keys_of_all_of_them(tmp_path):
     path = tmp_path / "log.csv"
-    training.write_csv(path, [{"epoch": 0, "top1": 0.5}, {"epoch": 1, "loss": 2.5, "top1": 1.0}, {"note": "ä, b"}])
+    checkpoints.write_csv(path, [{"epoch": 0, "top1": 0.5}, {"epoch": 1, "loss": 2.5, "top1": 1.0}, {"note": "ä, b"}])
     assert path.read_bytes().decode() == 'epoch,top1,loss,note\n0,0.5,,\n1,1.0,2.5,\n,,,"ä, b"\n'
 
 
@@ -361,7 +368,7 @@ def test_a_run_notes_its_constants(tmp_path):
 def test_an_earlier_run_is_not_overwritten(tmp_path, name):
     (tmp_path / name).write_bytes(b"weights")
     (tmp_path / "constants.json").write_text("of the earlier run")
-    with pytest.raises(FileExistsError, match="set RESUME = True to go on with it, or give RUN_DIR another name") as e:
+    with pytest.raises(UserError, match="set RESUME = True to go on with it, or give RUN_DIR another name") as e:
         training.start_run(tmp_path, False, {"EPOCHS": 4})
     assert str(tmp_path) in str(e.value)
     assert (tmp_path / "constants.json").read_text() == "of the earlier run"
@@ -396,7 +403,7 @@ def test_an_earlier_run_is_not_overwritten(tmp_path, name):
     ],
 )
 def test_a_constant_out_of_range_is_named_before_anything_is_written(tmp_path, name, value):
-    kind, low, high = training.RANGES[name]
+    kind, low, high = common.RANGES[name]
     article = {int: "a whole number", float: "a number"}[kind]
     with pytest.raises(ValueError) as error:
         training.start_run(tmp_path / "run", False, {name: value})
@@ -436,15 +443,15 @@ def test_the_ends_of_the_ranges_are_allowed(tmp_path):
 
 
 def save(path: Path, weight: float = 1.0) -> Path:
-    training.save_checkpoint(path, FACTS, {"model": linear(weight)})
+    checkpoints.save_checkpoint(path, FACTS, {"model": linear(weight)})
     return path
 
 
 def test_a_checkpoint_gives_back_facts_and_weights(tmp_path):
-    saved = training.read_checkpoint(save(tmp_path / "best.pt", weight=0.25))
+    saved = checkpoints.read_checkpoint(save(tmp_path / "best.pt", weight=0.25))
     assert {name: saved[name] for name in FACTS} == FACTS
     model = linear(0.0)
-    training.restore(tmp_path / "best.pt", saved, {"model": model})
+    checkpoints.restore(tmp_path / "best.pt", saved, {"model": model})
     assert model.weight.item() == 0.25
 
 
@@ -453,7 +460,7 @@ def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path):
     path = save(tmp_path / "last.pt", weight=1.0)
     before = path.read_bytes()
     code = f"""
-import io, os, signal, torch, training
+import io, os, pathlib, signal, torch, checkpoints
 whole_save = torch.save
 def half_save(content, file):
     buffer = io.BytesIO()
@@ -462,23 +469,21 @@ def half_save(content, file):
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = half_save
-training.save_checkpoint(training.Path({str(path)!r}), {FACTS!r}, {{"model": torch.nn.Linear(1000, 1)}})
+checkpoints.save_checkpoint(pathlib.Path({str(path)!r}), {FACTS!r}, {{"model": torch.nn.Linear(1000, 1)}})
 """
     done = python(code, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "last.pt.tmp").stat().st_size > 1000  # it was in the middle of it
     assert path.read_bytes() == before
-    assert training.read_checkpoint(path)["model"]["weight"].item() == 1.0
+    assert checkpoints.read_checkpoint(path)["model"]["weight"].item() == 1.0
     save(path, weight=2.0)  # what was left behind does not stand in the way
-    assert training.read_checkpoint(path)["model"]["weight"].item() == 2.0
+    assert checkpoints.read_checkpoint(path)["model"]["weight"].item() == 2.0
     assert not (tmp_path / "last.pt.tmp").exists()
 
 
 def test_no_checkpoint_at_the_path_is_told_with_the_way_out(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="no checkpoint; run the stage that writes it, or correct the path"
-    ) as e:
-        training.read_checkpoint(tmp_path / "best.pt")
+    with pytest.raises(UserError, match="no checkpoint; run the stage that writes it, or correct the path") as e:
+        checkpoints.read_checkpoint(tmp_path / "best.pt")
     assert str(e.value).startswith(f"{tmp_path / 'best.pt'}: ")
 
 
@@ -486,7 +491,7 @@ def refused(path: Path, content: bytes) -> str:
     """The sentence with which read_checkpoint refuses a file of `content`."""
     path.write_bytes(content)
     with pytest.raises(ValueError) as error:
-        training.read_checkpoint(path)
+        checkpoints.read_checkpoint(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
     return str(error.value)
 
@@ -516,7 +521,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     path, trace = tmp_path / "best.pt", tmp_path / "code_has_run"
     torch.save(FACTS | {"format": 1, "model": MakesFolderWhenLoaded(trace)}, path)
     with pytest.raises(ValueError, match="damaged, or not a checkpoint") as error:
-        training.read_checkpoint(path)
+        checkpoints.read_checkpoint(path)
     assert not trace.exists()
     assert "weights_only" not in str(error.value)  # torch's own advice: how to run the code all the same
     assert "two options" not in str(error.value)
@@ -532,7 +537,7 @@ def test_a_torch_file_of_something_else_is_sent_where_it_belongs(tmp_path, conte
 
 
 def test_another_checkpoint_format_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "FORMAT", 7)
+    monkeypatch.setattr(checkpoints, "FORMAT", 7)
     save(tmp_path / "best.pt")
     monkeypatch.undo()
     told = refused(tmp_path / "best.pt", (tmp_path / "best.pt").read_bytes())
@@ -541,13 +546,13 @@ def test_another_checkpoint_format_is_told(tmp_path, monkeypatch):
 
 def test_restore_names_the_part_that_is_missing():
     with pytest.raises(ValueError, match=r"^best\.pt: holds no 'head'; only last\.pt can be resumed"):
-        training.restore(Path("best.pt"), {"model": linear(1.0).state_dict()}, {"head": linear(1.0)})
+        checkpoints.restore(Path("best.pt"), {"model": linear(1.0).state_dict()}, {"head": linear(1.0)})
 
 
 @pytest.mark.parametrize("part", [nn.Linear(5, 1, bias=False), nn.Linear(1, 1), nn.BatchNorm1d(1)])
 def test_restore_names_the_part_that_does_not_fit(part):
     with pytest.raises(ValueError, match=r"^last\.pt: its 'head' does not fit \(.*a constant differs from that run"):
-        training.restore(Path("last.pt"), {"head": linear(1.0).state_dict()}, {"head": part})
+        checkpoints.restore(Path("last.pt"), {"head": linear(1.0).state_dict()}, {"head": part})
 
 
 # --- the run's files --------------------------------------------------------------------------------------------------
@@ -578,8 +583,8 @@ def test_the_best_checkpoint_is_the_highest_top1_and_the_earlier_where_equal(tmp
     for epoch, top1 in enumerate([0.5, 0.75, 0.75, 0.625]):
         model.weight.data.fill_(epoch)
         finish_epoch(run, top1, loss=3.0 - epoch if epoch else None)
-    run.tell_end()
-    best, last = (training.read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
+    run.report_best()
+    best, last = (checkpoints.read_checkpoint(tmp_path / name) for name in ("best.pt", "last.pt"))
     assert (best["epoch"], best["top1"], best["model"]["weight"].item()) == (1, 0.75, 1.0)
     assert (last["epoch"], last["top1"], last["model"]["weight"].item()) == (3, 0.625, 3.0)
     assert last["best"] == {"epoch": 1, "top1": 0.75}
@@ -601,7 +606,7 @@ def test_the_history_is_in_the_log_and_in_the_checkpoint(tmp_path, model_and_run
         "0,0.5,0.5,,,,",
         "1,0.25,0.25,2.0,2.0,0.25,0",
     ]
-    before, after = training.read_checkpoint(tmp_path / "last.pt")["history"]
+    before, after = checkpoints.read_checkpoint(tmp_path / "last.pt")["history"]
     assert before == {"epoch": 0, "top1": 0.5, "top1_mean": 0.5}
     speed = {"images_per_second": 2.0, "loading": 0.25}
     assert after == {"epoch": 1, "top1": 0.25, "top1_mean": 0.25, "loss": 2.0, "skipped": 0} | speed
@@ -613,7 +618,7 @@ def test_an_epoch_that_forgot_clean_photos_is_not_kept_as_the_best(tmp_path, dro
     finish_epoch(run, 0.5, top1_clean=0.95)
     for top1, clean in ((0.6, 0.95), (0.7, 0.93), (0.8, 0.92), (0.9, 0.5)):  # 0, 2, 3 and 45 points lost
         finish_epoch(run, top1, loss=1.0, top1_clean=clean)
-    best = training.read_checkpoint(tmp_path / "best.pt")
+    best = checkpoints.read_checkpoint(tmp_path / "best.pt")
     assert (best["epoch"], best["top1"]) == (kept, pytest.approx(0.5 + kept / 10))
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "epoch 0/4  top-1 0.5000 *  clean 0.9500"
@@ -643,12 +648,12 @@ def test_the_network_as_loaded_can_be_the_best(model_and_run, capsys):
     _, run = model_and_run
     finish_epoch(run, 0.0)
     finish_epoch(run, 0.0, loss=2.0)
-    run.tell_end()
+    run.report_best()
     assert "best: the network as loaded, no epoch was better, top-1 0.0000 on val" in capsys.readouterr().out
 
 
 def test_the_meter_weighs_each_batch_by_its_images_and_times_all_that_were_seen():
-    meter = training.Meter()
+    meter = journal.Meter()
     meter.add(2, loss=1.0, accuracy=1.0)
     meter.add(6, loss=3.0, accuracy=0.5)
     for images, seconds, waited in [(2, 1.0, 0.5), (6, 2.0, 0.5), (4, 1.0, 0.0)]:  # the third step did not count
@@ -659,7 +664,7 @@ def test_the_meter_weighs_each_batch_by_its_images_and_times_all_that_were_seen(
 
 
 def test_a_meter_goes_on_from_its_saved_state():
-    meter, resumed = training.Meter(), training.Meter()
+    meter, resumed = journal.Meter(), journal.Meter()
     meter.add(2, loss=1.0)
     meter.add_time(2, 1.0, 0.5)
     resumed.load_state_dict(copy.deepcopy(meter.state_dict()))  # as a file holds it
@@ -685,7 +690,7 @@ def trained(tiny_runs, monkeypatch):
         for constant, value in (usual[script] | {"RUN_DIR": root / name} | constants).items():
             monkeypatch.setattr(script, constant, value)
         script.main()
-        return tuple(training.read_checkpoint(root / name / file) for file in ("best.pt", "last.pt"))
+        return tuple(checkpoints.read_checkpoint(root / name / file) for file in ("best.pt", "last.pt"))
 
     return train
 
@@ -734,7 +739,7 @@ def test_stage_1_stopped_and_resumed_equals_stage_1_in_one_go(tiny_runs, trained
     stage1, _ = tiny_runs
     best, last = trained(stage1, "whole", NUM_WORKERS=workers)
     stopped_after_epoch_1(stage1, "stopped", NUM_WORKERS=workers)
-    assert training.read_checkpoint(stage1.RUN_DIR / "last.pt")["epoch"] == 1
+    assert checkpoints.read_checkpoint(stage1.RUN_DIR / "last.pt")["epoch"] == 1
     resumed_best, resumed_last = trained(stage1, "stopped", NUM_WORKERS=workers, RESUME=True)
     assert last["epoch"] == 2 and [row["epoch"] for row in last["history"]] == [0, 1, 2]
     assert_same_run(resumed_last, last, ("model", "head"))
@@ -816,7 +821,7 @@ def test_resume_with_as_many_other_photos_is_refused(tiny_runs, trained, stage):
 
 def test_resume_where_there_is_nothing_to_resume_tells_to_turn_it_off(tiny_runs, trained):
     stage1, _ = tiny_runs
-    with pytest.raises(FileNotFoundError, match="no checkpoint") as error:
+    with pytest.raises(UserError, match="no checkpoint") as error:
         trained(stage1, "run", RESUME=True)
     assert str(stage1.RUN_DIR / "last.pt") in str(error.value)
     assert "RESUME = False" in str(error.value)
@@ -825,7 +830,7 @@ def test_resume_where_there_is_nothing_to_resume_tells_to_turn_it_off(tiny_runs,
 def test_an_earlier_run_stops_the_script(tiny_runs, trained):
     stage1, _ = tiny_runs
     trained(stage1, "run", EPOCHS=1)
-    with pytest.raises(FileExistsError, match="set RESUME = True to go on with it"):
+    with pytest.raises(UserError, match="set RESUME = True to go on with it"):
         trained(stage1, "run")
 
 
@@ -878,7 +883,7 @@ def test_checkpoints_hold_only_tensors_and_plain_types(tiny_runs, trained):
 
 def test_stage_2_without_a_stage_1_checkpoint_names_it(tiny_runs, trained):
     _, stage2 = tiny_runs
-    with pytest.raises(FileNotFoundError, match="no checkpoint; run the stage that writes it") as error:
+    with pytest.raises(UserError, match="no checkpoint; run the stage that writes it") as error:
         trained(stage2, "stage2")
     assert str(stage2.STAGE1_CHECKPOINT) in str(error.value)
 
@@ -919,8 +924,8 @@ def test_stage_2_starts_from_stage_1_and_takes_over_its_crop_or_the_frame_around
     assert (best1["stage"], best2["stage"], best2["teacher"]) == (1, 2, "None")
     if not wide_weight:
         assert last2["history"][0]["top1"] == best1["top1"]
-    model, _ = training.load_facenet(stage2.RUN_DIR / "best.pt", CPU)
-    assert model.mirror and not training.load_facenet(stage1.RUN_DIR / "best.pt", CPU)[0].mirror
+    model, _ = checkpoints.load_facenet(stage2.RUN_DIR / "best.pt", CPU)
+    assert model.mirror and not checkpoints.load_facenet(stage1.RUN_DIR / "best.pt", CPU)[0].mirror
     assert (model.crops and vars(model.crops)) == frame[2]
     assert model.eval()(torch.zeros(2, 3, frame[0], frame[0])).shape == (2, 1024 if wide_weight else 512)
 
@@ -964,7 +969,7 @@ def test_stage_2_is_never_below_the_network_it_loaded_even_where_training_ruins_
 @pytest.fixture
 def persons_trained_on(tiny_runs, monkeypatch) -> set[str]:
     """Fills up with the folders that train_one_epoch of either stage opens a photo of."""
-    seen, in_training, load_image = set(), [], datasets.load_image
+    seen, in_training, load_image = set(), [], transforms.load_image
 
     def watched_load(path: Path):
         if in_training:
@@ -1013,10 +1018,10 @@ def test_accuracy_on_clean_val_photos_is_logged_where_val_persons_were_trained(t
 
     model = TinyNet().eval()
     model.load_state_dict(last["model"])
-    transform, right, photos = datasets.eval_transform(76, 0.8), 0, sorted((root / "val").glob("*/clean/*.png"))
+    transform, right, photos = transforms.eval_transform(76, 0.8), 0, sorted((root / "val").glob("*/clean/*.png"))
     for path in photos:
         with torch.no_grad():
-            embedding = model(transform(datasets.load_image(path))[None])[0]
+            embedding = model(transform(transforms.load_image(path))[None])[0]
         cosines = [torch.cosine_similarity(embedding, centre, dim=0).item() for centre in last["head"]["weight"]]
         right += last["persons"][cosines.index(max(cosines))] == path.parents[1].name
     assert len(photos) == 7
@@ -1057,7 +1062,7 @@ def test_both_folder_layouts_give_the_same_run(tiny_runs, trained):
     stage1, stage2 = tiny_runs
     trained(stage1, "clean1", EPOCHS=1)
     _, clean = trained(stage2, "clean2", EPOCHS=1, STAGE1_CHECKPOINT=stage1.RUN_DIR / "best.pt")
-    _, clean1 = (training.read_checkpoint(stage1.RUN_DIR / name) for name in ("best.pt", "last.pt"))
+    _, clean1 = (checkpoints.read_checkpoint(stage1.RUN_DIR / name) for name in ("best.pt", "last.pt"))
     for folder in list(stage1.DATA_DIR.glob("*/*/clean")):
         for photo in folder.iterdir():
             photo.rename(folder.parent / photo.name)
@@ -1072,8 +1077,8 @@ def test_class_centres_start_at_the_persons_means_or_at_random(tiny_runs, traine
     stage1, _ = tiny_runs
     still = {"EPOCHS": 1, "HEAD_LR": 0.0, "BACKBONE_LR": 0.0, "FREEZE_BATCHNORM": True}
     _, last = trained(stage1, "means", CENTRES_FROM_MEANS=True, **still)
-    model, _ = training.load_facenet(stage1.RUN_DIR / "last.pt", CPU)
-    transform, root = datasets.eval_transform(76, 0.8), stage1.DATA_DIR / "train"
+    model, _ = checkpoints.load_facenet(stage1.RUN_DIR / "last.pt", CPU)
+    transform, root = transforms.eval_transform(76, 0.8), stage1.DATA_DIR / "train"
     means, labels = gallery.person_means(model, root, transform, CPU, persons=last["persons"])
     assert labels.tolist() == [0, 1, 2, 3]
     torch.testing.assert_close(last["head"]["weight"], means, rtol=0, atol=1e-5)
@@ -1103,9 +1108,9 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_runs, tra
         whole(run, model, *args)
 
     monkeypatch.setattr(stage1, "train_one_epoch", poisoned)
-    with pytest.raises(FloatingPointError, match="the loss is nan"):
+    with pytest.raises(UserError, match="the loss is nan"):
         trained(stage1, "run")
-    last = training.read_checkpoint(stage1.RUN_DIR / "last.pt")
+    last = checkpoints.read_checkpoint(stage1.RUN_DIR / "last.pt")
     assert last["epoch"] == 1 and all(value.isfinite().all() for value in last["model"].values())
 
 
@@ -1121,5 +1126,5 @@ def test_a_batch_larger_than_the_data_is_told_before_the_first_step(tiny_runs, t
 def test_a_missing_val_folder_is_told_before_the_first_step(tiny_runs, trained):
     stage1, _ = tiny_runs
     shutil.rmtree(stage1.DATA_DIR / "val")
-    with pytest.raises(FileNotFoundError, match="val: no such folder"):
+    with pytest.raises(UserError, match="val: no such folder"):
         trained(stage1, "run")

@@ -3,9 +3,10 @@ import pytest
 from conftest import write_photo
 from PIL import Image
 
-import unseen_kinds
+from common import UserError
 from datasets import scan_persons, source_photo
 from distortions import UNSEEN
+from tools import unseen_kinds
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_the_same_seed_writes_the_same_files_and_another_one_others(script, monk
 
 def test_a_folder_that_is_there_is_never_written_into(script):
     script.OUT_DIR.mkdir()
-    with pytest.raises(FileExistsError, match="unseen: is there already; delete it, or give OUT_DIR another name"):
+    with pytest.raises(UserError, match="unseen: is there already; delete it, or give OUT_DIR another name"):
         script.main()
     assert not list(script.OUT_DIR.iterdir())
 

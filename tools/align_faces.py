@@ -1,6 +1,6 @@
 """Cut the faces out of loose photos, so that the network sees a face and little else (train with FACE_CROP = 1 then).
 
-    python align_faces.py
+    python -m tools.align_faces
 
     IN_DIR/.../<person>/*.jpg  or  IN_DIR/.../<person>/clean/*.jpg  ->  OUT_DIR/.../<person>/clean/*.jpg
     IN_DIR/.../<person>/distortion/*.jpg                            ->  OUT_DIR/.../<person>/distortion/*.jpg
@@ -25,10 +25,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import training
-from datasets import CLEAN, DISTORTION, find_photos, load_image, source_photo
+import checkpoints
+import common
+from common import UserError
+from datasets import CLEAN, DISTORTION, find_photos, source_photo
 from faces import WHICH as CHOICES
 from faces import FaceDetector, choose, crop_face
+from transforms import load_image
 
 IN_DIR = Path("photos")  # loose photos, a folder per person at any depth
 OUT_DIR = Path("Task_B")  # new, or an earlier run's with the same constants; neither inside IN_DIR nor around it
@@ -71,7 +74,7 @@ def main() -> dict[str, int]:
     check_targets(photos)
     claim_out_dir()
     earlier = read_rows(OUT_DIR / "align_faces.csv")
-    device = training.pick_device()
+    device = common.pick_device()
     torch.backends.cudnn.benchmark = False  # no two photos need have the same shape
     detector = FaceDetector(device, MIN_FACE, MIN_PROBABILITY)
 
@@ -93,15 +96,15 @@ def main() -> dict[str, int]:
 def check_constants() -> None:
     """Raise ValueError for a constant out of range; FileNotFoundError if there is no IN_DIR."""
     if not IN_DIR.is_dir():
-        raise FileNotFoundError(f"{IN_DIR}: no such folder; set IN_DIR to the folder that holds the photos")
+        raise UserError(f"{IN_DIR}: no such folder; set IN_DIR to the folder that holds the photos")
     source, target = IN_DIR.resolve(), OUT_DIR.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
-        raise ValueError(
+        raise UserError(
             f"OUT_DIR = {OUT_DIR} and IN_DIR = {IN_DIR}: one is, or lies in, the other; choose an OUT_DIR elsewhere, "
             "so that no photo is overwritten or cut twice"
         )
     if WHICH not in CHOICES:
-        raise ValueError(f"WHICH = {WHICH!r}: expected one of {', '.join(map(repr, CHOICES))}")
+        raise UserError(f"WHICH = {WHICH!r}: expected one of {', '.join(map(repr, CHOICES))}")
     ranges = {
         "MARGIN": (MARGIN, float, 0, 3),
         "SIZE": (SIZE, int, 16, 4096),
@@ -115,9 +118,9 @@ def check_constants() -> None:
     for name, (value, kind, low, high) in ranges.items():
         if name == "SIZE" and value is None:
             continue
-        if not training.in_range(value, kind, low, high):
+        if not common.in_range(value, kind, low, high):
             what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} = {value!r}: expected {what}, {low}..{high}{' or None' * (name == 'SIZE')}")
+            raise UserError(f"{name} = {value!r}: expected {what}, {low}..{high}{' or None' * (name == 'SIZE')}")
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
@@ -155,7 +158,7 @@ def find_all(root: Path) -> tuple[list[Photo], dict[Path, str]]:
 
     visit(root)
     if not photos:
-        raise ValueError(f"{root}: no photo, expected {root}/<person>/*.jpg or {root}/<person>/clean/*.jpg")
+        raise UserError(f"{root}: no photo, expected {root}/<person>/*.jpg or {root}/<person>/clean/*.jpg")
     return photos, left_out
 
 
@@ -182,7 +185,7 @@ def check_targets(photos: Sequence[Photo]) -> None:
     for photo in photos:
         other = by_target.setdefault(photo.target.as_posix().casefold(), photo)
         if other is not photo:
-            raise ValueError(
+            raise UserError(
                 f"{IN_DIR / other.path} and {IN_DIR / photo.path} would both become {OUT_DIR / photo.target}; "
                 "rename one of them, and its distorted copies with it"
             )
@@ -203,14 +206,14 @@ def claim_out_dir() -> None:
         then = json.loads(path.read_text(encoding="utf-8"))
         for name, value in now.items():
             if then.get(name) != value:
-                raise FileExistsError(
+                raise UserError(
                     f"{OUT_DIR}: was cut with {name} = {then.get(name)!r}, now {value!r}; set it back, "
                     "delete the folder, or give OUT_DIR another name"
                 )
     elif OUT_DIR.exists() and any(OUT_DIR.iterdir()):
-        raise FileExistsError(f"{OUT_DIR}: holds files that are not this script's; give OUT_DIR another name")
+        raise UserError(f"{OUT_DIR}: holds files that are not this script's; give OUT_DIR another name")
     else:
-        training.write_json(path, now)
+        checkpoints.write_json(path, now)
 
 
 def read_rows(path: Path) -> dict[str, Row]:
@@ -224,7 +227,7 @@ def read_rows(path: Path) -> dict[str, Row]:
 @contextlib.contextmanager
 def journal(path: Path, earlier: dict[str, Row]) -> Iterator:
     """A function that adds a row to the csv at `path` at once: a killed run loses the photo at hand and no more."""
-    training.write_csv(path, earlier.values() or [dict.fromkeys(COLUMNS, "")])  # for the header
+    checkpoints.write_csv(path, earlier.values() or [dict.fromkeys(COLUMNS, "")])  # for the header
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
 
@@ -289,7 +292,7 @@ def align(photo: Photo, detector: FaceDetector, source: Row | None) -> Row:
     try:
         row["version"] = version(path)
         image = load_image(path)
-    except OSError as error:
+    except (OSError, UserError) as error:
         target.unlink(missing_ok=True)  # cut from what the photo was before
         return row | {"done": UNREADABLE, "reason": str(error.__cause__ or error)}
     row |= {"width": str(image.width), "height": str(image.height)}
@@ -305,7 +308,7 @@ def align(photo: Photo, detector: FaceDetector, source: Row | None) -> Row:
         row |= {"probability": f"{face.probability:.4f}", "box_of": photo.path.as_posix()}
         row |= {name: f"{value:.2f}" for name, value in zip(BOX, face.box, strict=True)}
     crop = crop_face(image, box_of(row), MARGIN, SIZE)
-    with training.atomic_file(target) as file:
+    with checkpoints.atomic_file(target) as file:
         if target.suffix.lower() == ".png":
             crop.save(file, "PNG")
         else:
@@ -325,13 +328,13 @@ def box_of(row: Row) -> tuple[float, float, float, float]:
 def report(rows: Sequence[Row], searched: int) -> dict[str, int]:
     """Write align_faces.csv in the order of the tree, no_face.txt and align_faces.png, and print the counts."""
     of = {done: [row for row in rows if row["done"] == done] for done in (CUT, NO_FACE, UNREADABLE, LEFT_OUT, GONE)}
-    training.write_csv(OUT_DIR / "align_faces.csv", [dict.fromkeys(COLUMNS, "") | row for row in rows])
-    with training.atomic_file(OUT_DIR / "no_face.txt") as file:
+    checkpoints.write_csv(OUT_DIR / "align_faces.csv", [dict.fromkeys(COLUMNS, "") | row for row in rows])
+    with checkpoints.atomic_file(OUT_DIR / "no_face.txt") as file:
         file.write("".join(f"{row['path']}\n" for row in of[NO_FACE]).encode())
     sheet = bool(SHEET and of[CUT])
     if sheet:
         shown = random.Random(SEED).sample(of[CUT], min(SHEET, len(of[CUT])))
-        with training.atomic_file(OUT_DIR / "align_faces.png") as file:
+        with checkpoints.atomic_file(OUT_DIR / "align_faces.png") as file:
             contact_sheet(shown, SHEET_CELL).save(file, "PNG")
 
     print(f"{OUT_DIR}: {len(of[CUT])} of {len(rows) - len(of[GONE])} photos cut; this run looked at {searched}")
@@ -375,4 +378,4 @@ def contact_sheet(rows: Sequence[Row], cell: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

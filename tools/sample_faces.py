@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from tqdm import tqdm
 
+from common import UserError
 from distortions import DISTORTIONS
 
 # --- output ---
@@ -160,16 +161,16 @@ def check_constants() -> None:
     }
     for name, value in at_least_one.items():
         if value < 1:
-            raise ValueError(f"{name} = {value}: expected 1 or more")
+            raise UserError(f"{name} = {value}: expected 1 or more")
     if IMAGE_SIDE < 32:
-        raise ValueError(f"IMAGE_SIDE = {IMAGE_SIDE}: expected 32 px or more, or no face is left to see")
+        raise UserError(f"IMAGE_SIDE = {IMAGE_SIDE}: expected 32 px or more, or no face is left to see")
     if MAX_PHOTOS < MIN_PHOTOS:
-        raise ValueError(f"MAX_PHOTOS = {MAX_PHOTOS}: expected MIN_PHOTOS = {MIN_PHOTOS} or more")
+        raise UserError(f"MAX_PHOTOS = {MAX_PHOTOS}: expected MIN_PHOTOS = {MIN_PHOTOS} or more")
     if not 0 <= SEVERITY_RANGE[0] <= SEVERITY_RANGE[1] <= 1:
-        raise ValueError(f"SEVERITY_RANGE = {SEVERITY_RANGE}: expected (lowest, highest) within 0..1")
+        raise UserError(f"SEVERITY_RANGE = {SEVERITY_RANGE}: expected (lowest, highest) within 0..1")
     for folder in (OUT_DIR / "train", OUT_DIR / "val"):
         if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} is not empty: delete {OUT_DIR} or choose another OUT_DIR")
+            raise UserError(f"{folder} is not empty: delete {OUT_DIR} or choose another OUT_DIR")
 
 
 def write_person(job: tuple) -> int:

@@ -1,6 +1,6 @@
 """How long a search among very many templates takes, what memory it needs, and what the approximate one misses.
 
-    python benchmark_search.py
+    python -m tools.benchmark_search
 
 Templates are random directions, the worst case of a search in cells: real faces crowd. Each query has a given cosine to
 its own template. Prints a row per kind of `search.build_index`, each measured in a process of its own.
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import training
-from benchmark import device_name, in_own_process
+import common
+from common import UserError
 from search import KINDS, build_index
+from tools.benchmark import device_name, in_own_process
 
 TEMPLATES = 1_000_000  # 2 KiB each at DIM = 512: 1.9 GiB
 QUERIES = 10_000  # asked all at once, of different templates
@@ -34,7 +35,7 @@ BLOCK = 50_000  # templates drawn at a time: 98 MiB at DIM = 512
 def main() -> list[dict]:
     """Measure, print the table; returns its rows."""
     if not 1 <= SINGLE <= QUERIES <= TEMPLATES:
-        raise ValueError(f"SINGLE={SINGLE}, QUERIES={QUERIES}, TEMPLATES={TEMPLATES}: expected 1 <= each <= the next")
+        raise UserError(f"SINGLE={SINGLE}, QUERIES={QUERIES}, TEMPLATES={TEMPLATES}: expected 1 <= each <= the next")
     print(f"{torch.__version__}, {device_name()}")
     print(f"{TEMPLATES} templates of {DIM}, {QUERIES} queries of cosine {COSINE} to their own, k = {K}\n")
     print(
@@ -121,4 +122,4 @@ def peak_memory() -> int:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

@@ -1,6 +1,6 @@
 """The trained network as one ONNX file, for onnxruntime, C++, C#, JavaScript, phones: checked against torch.
 
-    python export_onnx.py
+    python -m tools.export_onnx
 
 Needs the packages onnx and onnxruntime. Writes OUT, once its embeddings are those of torch.
 """
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import training
+import checkpoints
+import common
+from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
 from models import fingerprint
 
@@ -29,18 +31,18 @@ FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 def main() -> tuple[float, float]:
     """Export, check, write, tell how to use it; returns the greatest difference by cosine and of a number."""
-    model, facts = training.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, torch.device("cpu"))
+    model, facts = checkpoints.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, torch.device("cpu"))
     told = {name: facts[name] for name in ("stage", "epoch", "pretrained", "image_size", "face_crop") if name in facts}
     size = facts["image_size"]
     content = to_onnx(model, size, told | {"fingerprint": fingerprint(model), "standardization": "(x - 127.5) / 128"})
     exported = OnnxFaceNet(content, size)
     cosine, absolute = differences(model, exported, size)
     if not cosine <= TOLERANCE:  # NaN too
-        raise ValueError(
+        raise UserError(
             f"{OUT}: not written, its embeddings differ from torch's by {cosine:.1e} (1 - cosine), TOLERANCE = "
             f"{TOLERANCE:.0e}; try other versions of torch, onnx and onnxruntime"
         )
-    with training.atomic_file(OUT) as file:
+    with checkpoints.atomic_file(OUT) as file:
         file.write(content)
     print(f"{OUT}: {len(content) / 1e6:.0f} MB; of {sum(BATCHES)} images in batches of {', '.join(map(str, BATCHES))}")
     print(f"the greatest difference from torch is {cosine:.1e} (1 - cosine), {absolute:.1e} of a number")
@@ -70,4 +72,4 @@ def differences(model: nn.Module, exported: nn.Module, image_size: int) -> tuple
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

@@ -1,6 +1,6 @@
 """Write a tree whose queries are distorted in ways that training has never seen: what to expect of an eighth kind.
 
-    python unseen_kinds.py
+    python -m tools.unseen_kinds
 
 Reads SOURCE_DIR, a split of a tree as the other scripts read it, and writes OUT_DIR/val/: each person's clean photos as
 they are, and as queries the photos in `distortion/` whose name ends with _SOURCE_KIND, each distorted by every kind of
@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import training
-from datasets import CLEAN, DISTORTION, derived_seed, distortion_kind, load_image, scan_persons
+import common
+from common import UserError, derived_seed
+from datasets import CLEAN, DISTORTION, distortion_kind, scan_persons
 from distortions import UNSEEN
+from transforms import load_image
 
 SOURCE_DIR = Path("Task_B/val")  # one folder per person
 SOURCE_KIND = None  # kind of the files in distortion/ that are taken, such as "clean" for other, undistorted photos
@@ -25,10 +27,10 @@ SEED = 0  # 0, 1, 2, ...
 
 
 def main() -> None:
-    if not training.in_range(SEVERITY, float, 0, 1):
-        raise ValueError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
+    if not common.in_range(SEVERITY, float, 0, 1):
+        raise UserError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
     if OUT_DIR.exists():
-        raise FileExistsError(f"{OUT_DIR}: is there already; delete it, or give OUT_DIR another name")
+        raise UserError(f"{OUT_DIR}: is there already; delete it, or give OUT_DIR another name")
     photos = 0
     for person in tqdm(scan_persons(SOURCE_DIR), desc="distorting", unit="person", leave=False):
         chosen = [path for path in person.distorted if distortion_kind(path) == SOURCE_KIND]
@@ -46,9 +48,9 @@ def main() -> None:
                 photos += 1
     if not photos:
         shutil.rmtree(OUT_DIR)
-        raise ValueError(f"{SOURCE_DIR}: no photo of kind {SOURCE_KIND!r}; correct SOURCE_KIND")
+        raise UserError(f"{SOURCE_DIR}: no photo of kind {SOURCE_KIND!r}; correct SOURCE_KIND")
     print(f"{OUT_DIR}: {photos} queries of the kinds {', '.join(UNSEEN)}; set DATA_DIR of evaluate.py to it")
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

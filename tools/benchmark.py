@@ -1,6 +1,6 @@
 """How fast this machine trains and embeds: stage 1 and each backend against plain loops, and against the machine.
 
-    python benchmark.py
+    python -m tools.benchmark
 
 Prints images/s, their ratio to those of the row named at the end, the share of time spent waiting for data, peak
 memory, the machine's rate of float32 matrix products (GEMM) and which fraction of it is reached. Needs no data and no
@@ -26,15 +26,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import common
 import train_stage1
-import training
-from datasets import eval_transform, load_image
-from demo import set_constants
+from common import set_constants
 from fast import INPUT, PACKAGES, accelerated, to_onnx
 from gallery import embed
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
 from search import nearest
+from transforms import eval_transform, load_image
 
 BATCH_SIZE = 32  # photos per step, >= 2
 IMAGE_SIZE = 160  # pixels, 76..160
@@ -140,7 +140,7 @@ def _as_here(start_method: str, measure, *arguments):
 
 def gemm_rate() -> float:
     """Floating-point operations per second of a float32 matrix product, the best of several."""
-    device = training.pick_device()
+    device = common.pick_device()
     a, b = torch.rand(2, GEMM_SIZE, GEMM_SIZE, device=device)
     seconds = [timed(lambda: a @ b, device) for _ in range(12)]
     return 2 * GEMM_SIZE**3 / min(seconds[2:])
@@ -178,7 +178,7 @@ def stage1(data_dir: Path, s: dict, freeze_until: str | None) -> dict:
             rows = list(csv.DictReader(file))[1:]
     speeds = [float(row["images_per_second"]) for row in rows]
     loading = statistics.mean(float(row["loading"]) for row in rows)
-    return figures(speeds, loading, training.pick_device(), flops(s["image_size"], freeze_until, training=True))
+    return figures(speeds, loading, common.pick_device(), flops(s["image_size"], freeze_until, training=True))
 
 
 @torch.inference_mode()
@@ -194,7 +194,7 @@ def plain_embedding(data_dir: Path, s: dict) -> dict:
 @torch.inference_mode()
 def our_embedding(data_dir: Path, s: dict, backend: str) -> dict:
     """What gallery.embed does to a batch, of images that already lie in memory."""
-    device = training.pick_device()
+    device = common.pick_device()
     images = torch.randn(s["batch_size"], 3, s["image_size"], s["image_size"])
     model = accelerated(facenet(device), backend, s["image_size"], device, list(images))  # speed knows no ranges
 
@@ -220,7 +220,7 @@ def session_embedding(data_dir: Path, s: dict) -> dict:
 
 def file_embedding(data_dir: Path, s: dict, backend: str, num_workers: int, photos: int) -> dict:
     """gallery.embed, files and all, with the start of its loading processes."""
-    device = training.pick_device()
+    device = common.pick_device()
     model = accelerated(facenet(device), backend, s["image_size"], device)
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[:photos]
     transform = eval_transform(s["image_size"], 0.52)
@@ -250,7 +250,7 @@ def plain_search(data_dir: Path, s: dict, persons: int) -> dict:
 
 def our_search(data_dir: Path, s: dict, backend: str, persons: int) -> dict:
     """gallery.embed in batches, then one product with the whole gallery."""
-    device = training.pick_device()
+    device = common.pick_device()
     model = accelerated(facenet(device), backend, s["image_size"], device)
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: s["batch_size"]]
     transform, gallery = eval_transform(s["image_size"], 0.52), F.normalize(torch.randn(persons, EMBEDDING_DIM))
@@ -322,4 +322,4 @@ def device_name() -> str:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    common.run_script(main)

@@ -1,0 +1,128 @@
+"""Checkpoints and other files: written atomically, read strictly."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from common import UserError, read_plain
+from models import Crops, FaceNet
+
+FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
+# What every checkpoint states, besides its weights.
+STATED = {"stage": int, "model": dict, "image_size": int, "face_crop": (int, float), "dropout": (int, float)}
+STATED |= {"epoch": int, "selected_on": str, "persons": list}
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends well; killed midway, the old file stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")  # a sibling: rename is atomic in one filesystem
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # a power cut may otherwise keep the new name without its bytes
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_csv(path: Path, rows: Iterable[dict]) -> None:
+    """`rows` under the keys of all of them, in order of first appearance; a missing value stays empty."""
+    rows = list(rows)
+    with atomic_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text.detach()  # leaves `file` open for the flush to disk
+
+
+def save_checkpoint(path: Path, facts: dict, parts: dict) -> None:
+    """Write `facts` (plain types) and the state_dict of each of `parts`, atomically."""
+    saved = {"format": FORMAT} | facts | {name: part.state_dict() for name, part in parts.items()}
+    with atomic_file(path) as file:
+        torch.save(saved, file)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What `save_checkpoint` wrote, tensors on the CPU.
+
+    Raises FileNotFoundError, or ValueError if the file is no checkpoint of this project.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no checkpoint; run the stage that writes it, or correct the path")
+    saved = read_plain(path, "damaged, or not a checkpoint", "run the stage that writes it again")
+    if not isinstance(saved, dict) or not {"format", "stage", "model", "image_size", "face_crop"} <= saved.keys():
+        raise UserError(f"{path}: no checkpoint of these scripts; a bare state dict belongs into PRETRAINED")
+    if type(saved["format"]) is not int or saved["format"] != FORMAT:
+        raise UserError(f"{path}: checkpoint format {saved['format']}, these scripts read {FORMAT}; train it anew")
+    odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
+    if odd:
+        raise UserError(f"{path}: damaged, its {odd[0]} is {str(saved.get(odd[0]))[:40]!r}; train it anew")
+    return saved
+
+
+def restore(path: Path, saved: dict, parts: dict) -> None:
+    """Load each of `parts` from `saved`, strictly. Raises ValueError naming the part that is missing or differs."""
+    for name, part in parts.items():
+        if name not in saved:
+            raise UserError(f"{path}: holds no {name!r}; only last.pt can be resumed")
+        try:
+            part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{path}: its {name!r} does not fit ({reason}); the data or a constant differs from that run"
+            ) from error
+
+
+def load_facenet(
+    path: Path | str, device: torch.device | str, freeze_until: str | None = None, **changed
+) -> tuple[FaceNet, dict]:
+    """The model of a checkpoint, on `device` in channels_last, and everything else that the checkpoint knows.
+
+    changed: FaceNet's `dropout` and `mirror`, where they are not to be the checkpoint's.
+    """
+    path = Path(path)
+    saved = read_checkpoint(path)
+    crops = saved.get("crops")
+    try:
+        crops = crops and Crops(**crops)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its crops {crops!r} are none that this version knows ({error})") from error
+    options = {"dropout": saved["dropout"], "mirror": saved.get("mirror") is True} | changed
+    model = FaceNet(None, freeze_until=freeze_until, crops=crops, **options)
+    restore(path, saved, {"model": model})
+    return model.to(device, memory_format=torch.channels_last), saved
+
+
+def load_model(
+    checkpoint: Path | str | None,
+    pretrained: str | Path | None,
+    image_size: int,
+    face_crop: float,
+    device: torch.device | str,
+) -> tuple[FaceNet, dict]:
+    """The model of a checkpoint, or with None the `pretrained` network as it is, and what is known of it.
+
+    The facts hold stage (0: pretrained), image_size, face_crop, pretrained and, of a checkpoint, all else it knows.
+    """
+    if checkpoint is not None:
+        return load_facenet(checkpoint, device)
+    torch.manual_seed(0)  # for pretrained None: the same random network each time
+    model = FaceNet(pretrained, dropout=0).to(device, memory_format=torch.channels_last)
+    return model, {"stage": 0, "pretrained": str(pretrained), "image_size": image_size, "face_crop": face_crop}

@@ -1,0 +1,100 @@
+"""What a training run writes for people: logs, TensorBoard events, curves; and the means of an epoch."""
+
+import csv
+from pathlib import Path
+
+import plots
+from checkpoints import atomic_file, write_csv
+
+
+class Journal:
+    """What a run writes for people: steps.csv, log.csv, TensorBoard events and curves.png, all in `run_dir`."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir, self._rows, self._events = run_dir, [], None
+
+    def rewind(self, updates: int) -> None:
+        """Forget what was written of steps after `updates`, before the first of them is done again."""
+        rows = [row for row in self.steps() if int(row["update"]) <= updates]
+        if rows:
+            write_csv(self.run_dir / "steps.csv", rows)
+        else:
+            (self.run_dir / "steps.csv").unlink(missing_ok=True)
+        self._open_events(purge_step=updates + 1)
+
+    def step(self, row: dict) -> None:
+        self._rows.append(row)
+        for name, value in row.items():
+            if name not in ("update", "epoch", "batch"):
+                self._open_events().add_scalar(f"step/{name}", value, row["update"])
+
+    def flush(self) -> None:
+        """Bring the steps to disk."""
+        path = self.run_dir / "steps.csv"
+        if self._rows:
+            new = not path.exists()
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, self._rows[0], lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerows(self._rows)
+            self._rows.clear()
+        self._open_events().flush()
+
+    def epoch(self, history: list[dict]) -> None:
+        """Log the last row of `history`, one row per epoch so far."""
+        self.flush()
+        write_csv(self.run_dir / "log.csv", history)
+        for name, value in history[-1].items():
+            if name != "epoch":
+                self._open_events().add_scalar(f"epoch/{name}", value, history[-1]["epoch"])
+        self._open_events().flush()
+        with atomic_file(self.run_dir / "curves.png") as file:
+            plots.curves(history, self.steps()).savefig(file, format="png")
+
+    def steps(self) -> list[dict]:
+        """The rows of steps.csv, as text; a line cut short by a kill is left out."""
+        path = self.run_dir / "steps.csv"
+        if not path.exists():
+            return []
+        with open(path, encoding="utf-8", newline="") as file:
+            return [row for row in csv.DictReader(file) if not {None, ""} & set(row.values())]
+
+    def _open_events(self, purge_step: int | None = None):
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, which evaluate.py can do without
+
+            self._events = SummaryWriter(self.run_dir / "tensorboard", purge_step=purge_step)
+        return self._events
+
+
+class Meter:
+    """Means over an epoch, weighted by the images of each step, and images per second of its steps."""
+
+    def __init__(self):
+        self.images, self.sums = 0, {}  # of steps that counted
+        self.seen, self.seconds, self.waited = 0, 0.0, 0.0  # images, time and time spent waiting for them, of all steps
+
+    def add(self, images: int, **values: float) -> None:
+        self.images += images
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * images
+
+    def add_time(self, images: int, seconds: float, waited: float) -> None:
+        self.seen, self.seconds, self.waited = self.seen + images, self.seconds + seconds, self.waited + waited
+
+    def means(self) -> dict[str, float]:
+        means = {name: total / self.images for name, total in self.sums.items()}
+        seconds = max(self.seconds, 1e-9)
+        return means | {"images_per_second": self.seen / seconds, "loading": self.waited / seconds}
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+    def __str__(self) -> str:
+        means = self.means()
+        shown = "".join(f"{name} {means[name]:.3f}, " for name in ("loss", "accuracy") if name in means)
+        return f"{shown}{means['images_per_second']:.1f} images/s"
