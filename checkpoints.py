@@ -91,11 +91,16 @@ def restore(path: Path, saved: dict, parts: dict) -> None:
 
 
 def load_facenet(
-    path: Path | str, device: torch.device | str, freeze_until: str | None = None, **changed
+    path: Path | str,
+    device: torch.device | str,
+    freeze_until: str | None = None,
+    dropout: float | None = None,
+    mirror: bool | None = None,
 ) -> tuple[FaceNet, dict]:
     """The model of a checkpoint, on `device` in channels_last, and everything else that the checkpoint knows.
 
-    changed: FaceNet's `dropout` and `mirror`, where they are not to be the checkpoint's.
+    freeze_until, dropout, mirror: see FaceNet; None for the last two takes the checkpoint's.
+    Raises UserError if the file is no checkpoint of this project.
     """
     path = Path(path)
     saved = read_checkpoint(path)
@@ -104,8 +109,13 @@ def load_facenet(
         crops = crops and Crops(**crops)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: its crops {crops!r} are none that this version knows ({error})") from error
-    options = {"dropout": saved["dropout"], "mirror": saved.get("mirror") is True} | changed
-    model = FaceNet(None, freeze_until=freeze_until, crops=crops, **options)
+    model = FaceNet(
+        pretrained=None,
+        dropout=saved["dropout"] if dropout is None else dropout,
+        freeze_until=freeze_until,
+        crops=crops,
+        mirror=saved.get("mirror") is True if mirror is None else mirror,
+    )
     restore(path, saved, {"model": model})
     return model.to(device, memory_format=torch.channels_last), saved
 

@@ -60,6 +60,17 @@ def _rated(quality: Tensor | None, rows: Tensor | list[int]) -> Tensor | None:
     return None if quality is None else quality[rows]
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """Photos as a model sees them, on the CPU.
+
+    embeddings: (N, D) float32, rows of norm 1. quality: (N,) float32, see models.FaceNet; None of a model without one.
+    """
+
+    embeddings: Tensor
+    quality: Tensor | None
+
+
 @torch.inference_mode()
 def embed(
     model: nn.Module,
@@ -70,11 +81,9 @@ def embed(
     batch_size: int = 64,
     num_workers: int = 0,
     description: str = "embedding",
-    rated: bool = False,
-) -> Tensor | tuple[Tensor, Tensor | None]:
-    """Embeddings (N, D) float32, rows of norm 1, on the CPU, of the photos at `paths`; `model` in eval mode meanwhile.
+) -> Embedded:
+    """Embed the photos at `paths`, in their order; `model` is in eval mode meanwhile.
 
-    rated: the photos' quality (N,) too, see models.FaceNet, or None where the model does not tell it.
     Under torchrun each process embeds its share of the photos, and all of them get all embeddings.
     Raises OSError for an unreadable photo, UserError with the path if an embedding is not finite.
     """
@@ -85,7 +94,7 @@ def embed(
     memory_format = getattr(model, "memory_format", torch.channels_last)  # fast.OnnxFaceNet has another
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()
-    rates = rated and getattr(model, "rates", False)
+    rates = getattr(model, "rates", False)
     batches, qualities = [], []
     try:
         quiet = rank > 0 or len(loader) < 3
@@ -115,7 +124,7 @@ def embed(
         raise UserError(
             f"{first}: its embedding is not finite or zero; the model's weights diverged, go back to an earlier one"
         )
-    return (embeddings, quality if rates else None) if rated else embeddings
+    return Embedded(embeddings, quality if rates else None)
 
 
 def build_gallery(
@@ -146,10 +155,17 @@ def build_gallery(
         )
     paths = [path for person in enrolled for path in person.clean]
     labels = [label for label, person in enumerate(enrolled) for _ in person.clean]
-    options = {"batch_size": batch_size, "num_workers": num_workers, "description": "gallery"}
-    embeddings, quality = embed(model, paths, transform, device, rated=True, **options)
+    found = embed(
+        model,
+        paths,
+        transform,
+        device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        description="gallery",
+    )
     names = [person.name for person in enrolled]
-    return Gallery(embeddings, torch.tensor(labels), names, paths, template, made_by or {}, quality=quality)
+    return Gallery(found.embeddings, torch.tensor(labels), names, paths, template, made_by or {}, quality=found.quality)
 
 
 def person_means(
@@ -242,8 +258,15 @@ def embed_queries(
     names = [person.name for person in scanned for _ in person.distorted]
     if not paths:
         raise UserError(f"{root}: no distorted photo to ask the gallery; expected {root}/<person>/distortion/*.jpg")
-    options = {"batch_size": batch_size, "num_workers": num_workers, "description": "queries"}
-    embeddings, quality = embed(model, paths, transform, device, rated=True, **options)
+    found = embed(
+        model,
+        paths,
+        transform,
+        device,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        description="queries",
+    )
     label_of = {name: label for label, name in enumerate(gallery.persons)}
     truth = torch.tensor([label_of.get(name, -1) for name in names])
     if not_enrolled := int((truth == -1).sum()):
@@ -258,7 +281,7 @@ def embed_queries(
         of_person = photos.get(label, {})
         sources.append(of_person.get(source_photo(path, list(of_person)), -1))
     kinds = [distortion_kind(path) for path in paths]
-    return Queries(embeddings, truth, torch.tensor(sources), paths, names, kinds, quality)
+    return Queries(found.embeddings, truth, torch.tensor(sources), paths, names, kinds, found.quality)
 
 
 def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> Queries:
@@ -390,8 +413,8 @@ def evaluate(
 ) -> tuple[float, dict]:
     """Every distorted photo of `root` (of `persons` only if given) asks the gallery for its person: protocol "same".
 
-    Returns (top1_accuracy, details): the share (0..1) of queries answered right by `gallery.template`, and what `retrieve`
-    found. Raises what `embed_queries` raises.
+    Returns (top1_accuracy, details): the share (0..1) of queries answered right by `gallery.template`, and what
+    `retrieve` found. Raises what `embed_queries` raises.
     """
     options = {"batch_size": batch_size, "num_workers": num_workers, "check_images": check_images}
     queries = embed_queries(model, gallery, root, transform, device, persons=persons, **options)

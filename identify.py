@@ -104,7 +104,7 @@ def main() -> list[dict]:
 
 
 def check_constants() -> None:
-    """Raise before anything slow: FileNotFoundError for a missing file or folder, ValueError for a value."""
+    """Raise before anything slow: UserError for a missing file or folder, or a value out of range."""
     check_template(TEMPLATE)
     ranges = {
         "TOP": (TOP, int, 1, 10**6),
@@ -141,8 +141,8 @@ def check_constants() -> None:
 def collect_photos(places: Sequence[Path | str]) -> list[Path]:
     """The photos of PHOTOS in the order given, those of a folder sorted, hidden ones passed over, each once (told).
 
-    A file that is named itself is asked whatever its suffix. Raises FileNotFoundError for a path that is not there,
-    ValueError if no photo is.
+    A file that is named itself is taken whatever its suffix. Raises UserError for a path that is not there, or if no
+    photo is.
     """
     found: list[Path] = []
     for place in map(Path, places):
@@ -229,9 +229,16 @@ class FaceReader:
         with tempfile.TemporaryDirectory() as folder:
             readings = self.read(photos, Path(folder), most)
             files = [reading.file for reading in readings if reading.file]
-            options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS if len(files) > BATCH_SIZE else 0}
-            options |= {"description": description, "rated": True}
-            return readings, *embed(self.model, files, self.transform, self.device, **options)
+            found = embed(
+                self.model,
+                files,
+                self.transform,
+                self.device,
+                batch_size=BATCH_SIZE,
+                num_workers=NUM_WORKERS if len(files) > BATCH_SIZE else 0,
+                description=description,
+            )
+            return readings, found.embeddings, found.quality
 
 
 # --- the gallery ------------------------------------------------------------------------------------------------------
@@ -325,8 +332,8 @@ def state_of(gallery: Gallery) -> tuple:
 def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
     """The gallery's threshold if it stands for FALSE_ACCEPT, TEMPLATE and CALIBRATE_ON, else a new one; None for none.
 
-    Raises what enrolment.calibrate raises; FileNotFoundError if there is no folder CALIBRATE_ON; ValueError if it has no
-    distorted photo, or if it is None and the gallery was calibrated for something else.
+    Raises what enrolment.calibrate raises; UserError if there is no folder CALIBRATE_ON or no distorted photo in it, or
+    if it is None and the gallery was calibrated for something else.
     """
     held = gallery.threshold if gallery is not None else None
     fits = held is not None and (held["far"], held["template"], held["refuse"]) == (FALSE_ACCEPT, TEMPLATE, REFUSE)

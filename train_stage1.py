@@ -106,8 +106,9 @@ def main() -> None:
     val_persons = [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES)
     warn_shared_persons(train_persons, val_persons)
     distort = RandomDistortion(
-        {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
-        *(DISTORT, DISTORT_MOST),
+        kinds={name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
+        probability=DISTORT,
+        most=DISTORT_MOST,
         side=round(IMAGE_SIZE / FACE_CROP),
     )
     augment = train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort)
@@ -124,8 +125,16 @@ def main() -> None:
     model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL).to(device, memory_format=torch.channels_last)
     head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     if CENTRES_FROM_MEANS and not RESUME:
-        options = {"persons": train_set.persons, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
-        head.start_at(*gallery.person_means(model, train_dir, transform, device, **options))
+        means, labels = gallery.person_means(
+            model,
+            train_dir,
+            transform,
+            device,
+            persons=train_set.persons,
+            num_workers=NUM_WORKERS,
+            check_images=CHECK_IMAGES,
+        )
+        head.start_at(means, labels)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": training.trainable(model), "lr": BACKBONE_LR},
@@ -139,9 +148,16 @@ def main() -> None:
 
     def validate(network: FaceNet) -> tuple[float, dict]:
         """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
-        root = train_dir if holdout else val_dir
-        options = {"persons": holdout or None, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
-        top1, row = gallery.validate(network, root, transform, device, template=TEMPLATE, **options)
+        top1, row = gallery.validate(
+            network,
+            train_dir if holdout else val_dir,
+            transform,
+            device,
+            template=TEMPLATE,
+            persons=holdout or None,
+            num_workers=NUM_WORKERS,
+            check_images=CHECK_IMAGES,
+        )
         if clean_val and run.epoch:  # before, the head is random
             row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
         return top1, row
@@ -167,10 +183,15 @@ def main() -> None:
         "data": files_digest(train_persons),
     }
     run = training.Run(
-        *(RUN_DIR, facts, {"model": model, "head": head}, optimizer, scheduler, loader),
-        **{"epochs": EPOCHS, "device": device, "wrapped": (ddp_model, ddp_head), "amp": AMP, "accumulate": ACCUMULATE},
-        **{"grad_clip": GRAD_CLIP, "ema_decay": EMA_DECAY, "patience": PATIENCE, "save_every": SAVE_EVERY},
-        **{"max_clean_drop": MAX_CLEAN_DROP},
+        run_dir=RUN_DIR,
+        facts=facts,
+        networks={"model": model, "head": head},
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=loader,
+        device=device,
+        settings=run_settings(),
+        wrapped=(ddp_model, ddp_head),
     )
     if RESUME:
         run.resume()
@@ -220,6 +241,19 @@ def accuracy(model, head, loader: DataLoader, device: torch.device) -> float:
         embeddings = model(images.to(device, memory_format=torch.channels_last))
         right += int((head.cosine(embeddings).argmax(1).cpu() == labels).sum())
     return right / len(loader.dataset)
+
+
+def run_settings() -> training.RunSettings:
+    return training.RunSettings(
+        epochs=EPOCHS,
+        accumulate=ACCUMULATE,
+        grad_clip=GRAD_CLIP,
+        ema_decay=EMA_DECAY,
+        patience=PATIENCE,
+        save_every=SAVE_EVERY,
+        max_clean_drop=MAX_CLEAN_DROP,
+        amp=AMP,
+    )
 
 
 if __name__ == "__main__":

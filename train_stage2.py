@@ -98,12 +98,13 @@ def main() -> None:
     check_template(TEMPLATE)
 
     # Model: what stage 1 left, and what its checkpoint knows.
-    both = {"dropout": DROPOUT, "mirror": MIRROR}  # of the network and its teacher
-    model, stage1 = checkpoints.load_facenet(STAGE1_CHECKPOINT, device, FREEZE_UNTIL, **both)
+    model, stage1 = checkpoints.load_facenet(
+        STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
+    )
     if stage1["stage"] != 1:
         raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
     face_size, face_crop, holdout = stage1["image_size"], stage1["face_crop"], stage1["holdout"]
-    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, **both).to(device)
+    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR).to(device)
     teacher = teacher.to(memory_format=torch.channels_last)
     image_size, share = face_size, face_crop
     if WIDE_WEIGHT:
@@ -142,8 +143,9 @@ def main() -> None:
 
     # The bank: the clean photos as the teacher sees them.
     paths = [path for path, _ in train_set.anchors]
-    bank = embed(teacher, paths, eval_transform(face_size, face_crop), device, num_workers=NUM_WORKERS)
-    bank, bank_labels = bank.clone().to(device), torch.tensor(labels, device=device)  # embed()'s know no autograd
+    teaching = embed(teacher, paths, eval_transform(face_size, face_crop), device, num_workers=NUM_WORKERS)
+    bank = teaching.embeddings.clone().to(device)  # a clone: embed()'s own tensors know no autograd
+    bank_labels = torch.tensor(labels, device=device)
     del teacher
 
     # Losses and optimizer.
@@ -159,22 +161,50 @@ def main() -> None:
 
     def validate(network: torch.nn.Module) -> tuple[float, dict]:
         """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
-        root = train_dir if holdout else val_dir
-        options = {"persons": holdout or None, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
-        return gallery.validate(network, root, transform, device, template=TEMPLATE, **options)
+        return gallery.validate(
+            network,
+            train_dir if holdout else val_dir,
+            transform,
+            device,
+            template=TEMPLATE,
+            persons=holdout or None,
+            num_workers=NUM_WORKERS,
+            check_images=CHECK_IMAGES,
+        )
 
     # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
-    facts = both | {key: stage1[key] for key in ("pretrained", "holdout")}
-    facts |= {"stage": 2, "image_size": image_size, "face_crop": share, "crops": model.crops and asdict(model.crops)}
-    facts |= {"persons": train_set.persons, "template": TEMPLATE, "seed": SEED, "freeze_until": FREEZE_UNTIL}
-    facts |= {"chosen_by": gallery.CHOICE, "data": files_digest(train_persons), "photos": len(train_set)}
-    facts |= {"teacher": str(TEACHER), "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON]}
-    facts |= {"distort": [CLEAN, DISTORT, DISTORT_MOST], "skip_kinds": list(SKIP_KINDS), "often": list(OFTEN)}
+    facts = {
+        "stage": 2,
+        "seed": SEED,
+        "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON],
+        "image_size": image_size,
+        "face_crop": share,
+        "crops": model.crops and asdict(model.crops),
+        "dropout": DROPOUT,
+        "mirror": MIRROR,
+        "pretrained": stage1["pretrained"],
+        "teacher": str(TEACHER),
+        "freeze_until": FREEZE_UNTIL,
+        "skip_kinds": list(SKIP_KINDS),
+        "often": list(OFTEN),
+        "distort": [CLEAN, DISTORT, DISTORT_MOST],
+        "photos": len(train_set),
+        "persons": train_set.persons,
+        "holdout": holdout,
+        "template": TEMPLATE,
+        "chosen_by": gallery.CHOICE,
+        "data": files_digest(train_persons),
+    }
     run = training.Run(
-        *(RUN_DIR, facts, {"model": model}, optimizer, scheduler, loader),
-        **{"epochs": EPOCHS, "device": device, "wrapped": (ddp_model,), "amp": AMP, "accumulate": ACCUMULATE},
-        **{"grad_clip": GRAD_CLIP, "ema_decay": EMA_DECAY, "patience": PATIENCE, "save_every": SAVE_EVERY},
-        **{"max_clean_drop": MAX_CLEAN_DROP},
+        run_dir=RUN_DIR,
+        facts=facts,
+        networks={"model": model},
+        optimizer=optimizer,
+        scheduler=scheduler,
+        loader=loader,
+        device=device,
+        settings=run_settings(),
+        wrapped=(ddp_model,),
     )
     if RESUME:
         run.resume()
@@ -236,6 +266,19 @@ def train_one_epoch(run: training.Run, model: FaceNet, ddp_model, losses: Losses
             of_frames, more = losses.of_frames(*frames, source)
             loss, values = loss + of_frames, values | more
         run.step(loss, **values)
+
+
+def run_settings() -> training.RunSettings:
+    return training.RunSettings(
+        epochs=EPOCHS,
+        accumulate=ACCUMULATE,
+        grad_clip=GRAD_CLIP,
+        ema_decay=EMA_DECAY,
+        patience=PATIENCE,
+        save_every=SAVE_EVERY,
+        max_clean_drop=MAX_CLEAN_DROP,
+        amp=AMP,
+    )
 
 
 if __name__ == "__main__":

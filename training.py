@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -200,6 +201,20 @@ def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
         write_json(run_dir / "constants.json", {n: str(v) if isinstance(v, Path) else v for n, v in capitals.items()})
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run goes, whatever it trains; each script builds it once from its constants."""
+
+    epochs: int  # passes over the data
+    accumulate: int = 1  # batches per update of the weights
+    grad_clip: float = math.inf  # largest norm of the gradient
+    ema_decay: float = 0.0  # weight of the past in the average of the weights; 0: no average
+    patience: int = 0  # epochs without a better one after which the run stops; 0: never
+    save_every: int = 0  # updates between two saves of last.pt within an epoch; 0: none
+    max_clean_drop: float = 100.0  # points of top-1 on clean photos that the best epoch may lose
+    amp: str | None = None  # see `precision`
+
+
 class Run:
     """One training run: its progress, what surrounds each step, and its files in `run_dir`.
 
@@ -225,28 +240,23 @@ class Run:
         scheduler: LambdaLR,
         loader: DataLoader,
         *,
-        epochs: int,
         device: torch.device,
+        settings: RunSettings,
         wrapped: Iterable[nn.Module] = (),
-        amp: str | None = None,
-        accumulate: int = 1,
-        grad_clip: float = math.inf,
-        ema_decay: float = 0.0,
-        patience: int = 0,
-        save_every: int = 0,
-        max_clean_drop: float = 100.0,
     ):
         self.run_dir, self.networks, self.optimizer, self.scheduler = run_dir, networks, optimizer, scheduler
-        self.loader, self.last_epoch, self.device, self.journal = loader, epochs, device, Journal(run_dir)
-        self.accumulate, self.grad_clip, self.patience, self.save_every = accumulate, grad_clip, patience, save_every
-        self.max_clean_drop = max_clean_drop
+        self.loader, self.device, self.settings, self.journal = loader, device, settings, Journal(run_dir)
         self.wrapped = [network for network in wrapped if isinstance(network, DistributedDataParallel)]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == torch.float16)
-        self.ema = moving_average(networks["model"], ema_decay) if ema_decay else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, settings.amp) == torch.float16)
+        self.ema = moving_average(networks["model"], settings.ema_decay) if settings.ema_decay else None
         holdout = len(facts["holdout"])
         selected_on = f"{holdout} persons held out of train" if holdout else "val"
-        self.facts = facts | {"ema_decay": ema_decay, "accumulate": accumulate, "steps": len(loader)}
-        self.facts["selected_on"] = selected_on
+        self.facts = facts | {
+            "ema_decay": settings.ema_decay,
+            "accumulate": settings.accumulate,
+            "steps": len(loader),
+            "selected_on": selected_on,
+        }
         self.history: list[dict] = []  # a row per epoch
         self.best = {"epoch": -1, "top1": -1.0}
         self.best_ema = {"epoch": -1, "top1": -1.0}
@@ -259,10 +269,10 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to run; no more once none of the last `patience` was the best."""
-        while self.epoch < self.last_epoch:
+        while self.epoch < self.settings.epochs:
             waited = self.epoch - max(self.best["epoch"], self.best_ema["epoch"])
-            if self.patience and waited >= self.patience and not self.batch:
-                print(f"stopped early: {waited} epochs without a better top-1 (PATIENCE = {self.patience})")
+            if self.settings.patience and waited >= self.settings.patience and not self.batch:
+                print(f"stopped early: {waited} epochs without a better top-1 (PATIENCE = {self.settings.patience})")
                 return
             self.epoch += 1
             self.loader.dataset.set_epoch(self.epoch)
@@ -279,14 +289,14 @@ class Run:
         norms = (nn.modules.batchnorm._BatchNorm,)
         layers = [m for network in self.networks.values() for m in network.modules() if isinstance(m, norms)]
         self._statistics = [t for m in layers if m.training for t in (m.running_mean, m.running_var)]
-        title = f"epoch {self.epoch}/{self.last_epoch}"
+        title = f"epoch {self.epoch}/{self.settings.epochs}"
         self._bar = tqdm(total=len(sizes), initial=self.batch, desc=title, unit="batch", leave=False, disable=rank > 0)
         with self._bar, _stop_requests() as stop:
             self._ready = time.perf_counter()
             for batch in self.loader:
                 self._loaded = time.perf_counter()
-                first = self.batch - self.batch % self.accumulate
-                group = sizes[first : first + self.accumulate]
+                first = self.batch - self.batch % self.settings.accumulate
+                group = sizes[first : first + self.settings.accumulate]
                 self._share = sizes[self.batch] / sum(group)  # of the update's items
                 self._images = sizes[self.batch] * sum(part.dim() == 4 for part in batch)
                 self._ends_update = self.batch + 1 == first + len(group)
@@ -301,7 +311,7 @@ class Run:
                 if not self._ends_update:
                     continue
                 stopping = self._any_process(bool(stop))
-                if stopping or (self.save_every and self.updates % self.save_every == 0):
+                if stopping or (self.settings.save_every and self.updates % self.settings.save_every == 0):
                     self.save()
                 if stopping:
                     raise KeyboardInterrupt(
@@ -335,7 +345,7 @@ class Run:
         started = time.perf_counter()
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
         names = list(self._pending[0][2])
         # One copy from the device for everything: each would wait for the GPU.
         numbers = torch.stack([norm, *(values[name] for _, _, values in self._pending for name in names)]).tolist()
@@ -387,7 +397,7 @@ class Run:
             if is_main():
                 self.journal.flush()
             raise UserError(
-                f"{told}, the {BAD_IN_A_ROW}rd time in a row; the last good checkpoint is kept. Look at the files "
+                f"{told}, {BAD_IN_A_ROW} times in a row; the last good checkpoint is kept. Look at the files "
                 "named above; if they are fine, lower the learning rates and set RESUME = True"
             )
 
@@ -415,7 +425,7 @@ class Run:
             self.journal.epoch(self.history)
         means = "".join(f"  {name} {row[name]:.4f}" for name in ("loss", "accuracy") if name in row)
         speed = f"  {row['images_per_second']:.0f} images/s" if "images_per_second" in row else ""
-        print(f"epoch {self.epoch}/{self.last_epoch}{means}  {shown}{speed}", flush=True)
+        print(f"epoch {self.epoch}/{self.settings.epochs}{means}  {shown}{speed}", flush=True)
 
     def _keep_best(self, best: dict, top1: float, row: dict, name: str, parts: dict) -> str:
         """Save `parts` and note it in `best` if `top1` is higher and `row` tells no forgetting; returns a mark for it.
@@ -425,7 +435,7 @@ class Run:
         if top1 <= best["top1"]:
             return ""
         drop = 100 * (self.history[0].get("top1_clean", 0) - row.get("top1_clean", 0)) if self.epoch else 0
-        if drop > self.max_clean_drop + 1e-6:
+        if drop > self.settings.max_clean_drop + 1e-6:
             return f" (forgot {drop:.1f} points of clean photos, not kept)"
         best.update(epoch=self.epoch, top1=top1)
         self._save(name, {"top1": top1}, parts)

@@ -163,8 +163,8 @@ def test_embed_takes_an_onnx_network_like_any_other(tmp_path, facenet, exported)
         write_photo(path, (80 * number, 200 - 80 * number, 40), seed=number, side=90)
     transform = eval_transform(SIZE, 1.0)
     network = fast.accelerated(facenet, exported.package, SIZE, "cpu")
-    found = embed(network, paths, transform, "cpu", batch_size=2)  # the last batch is smaller
-    assert greatest_difference(found, embed(facenet, paths, transform, "cpu")) < 1e-6
+    found = embed(network, paths, transform, "cpu", batch_size=2).embeddings  # the last batch is smaller
+    assert greatest_difference(found, embed(facenet, paths, transform, "cpu").embeddings) < 1e-6
 
 
 def test_an_onnx_network_is_not_confused_by_the_memory_format(content, images, expected, exported):

@@ -126,7 +126,7 @@ def test_an_unknown_template_is_refused_with_the_known_ones(call):
 
 def test_embeddings_are_unit_rows_in_the_order_of_the_paths(tmp_path):
     paths = [write(tmp_path / "b.png", (30, 40, 0)), write(tmp_path / "a.png", (0, 0, 7))]
-    rows = embed(MeanColour(), paths, as_float, "cpu", batch_size=1)
+    rows = embed(MeanColour(), paths, as_float, "cpu", batch_size=1).embeddings
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]))
 
@@ -136,7 +136,7 @@ def test_embedding_a_photo_twice_gives_the_same_and_leaves_the_networks_state(ra
     model = TinyNet().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     paths = sorted(random_colours.glob("*/clean/*.png"))
-    first, second = (embed(model, paths, as_float, "cpu") for _ in range(2))
+    first, second = (embed(model, paths, as_float, "cpu").embeddings for _ in range(2))
     assert torch.equal(first, second)  # no dropout
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())  # BatchNorm's statistics among them

@@ -109,7 +109,7 @@ def test_photos_enrolled_in_parts_make_the_gallery_of_all_at_once(tree, calls):
     kept = None
     for names in calls:
         paths = [tree / f"{name}.png" for name in names]
-        embeddings = embed(MeanColour(), paths, as_float, "cpu")
+        embeddings = embed(MeanColour(), paths, as_float, "cpu").embeddings
         new = {"template": "best", "made_by": {"fingerprint": "f"}} if kept is None else {}
         kept = enroll(kept, embeddings, [path.parent.name for path in paths], paths, **new)
     assert kept.persons == ["ann", "bob", "cy"] and kept.labels.tolist() == [0, 0, 1, 2, 2, 2]

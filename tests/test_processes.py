@@ -32,7 +32,7 @@ sys.modules["sklearn.manifold"] = types.SimpleNamespace(TSNE=None)  # a second t
 import torch
 from matplotlib.figure import Figure
 
-import checkpoints, common, datasets, gallery, journal, train_stage1, train_stage2, training
+import checkpoints, common, datasets, gallery, journal, train_stage1, train_stage2, training, transforms
 from conftest import TinyNet
 
 out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
@@ -122,7 +122,8 @@ def main():
             transform = transforms.eval_transform(76, 0.8)
             model = TinyNet()
             photos = [Path(p) for p in job["photos"]]
-            results["embed"] = gallery.embed(model, photos, transform, device, batch_size=2, rated=True)
+            found = gallery.embed(model, photos, transform, device, batch_size=2)
+            results["embed"] = (found.embeddings, found.quality)
             alone = [transform(transforms.load_image(Path(p))) for p in job["photos"]]
             with torch.no_grad():
                 results["embed alone"] = model.eval()(torch.stack(alone), "rated")

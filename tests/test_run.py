@@ -113,8 +113,8 @@ def make_run(run_dir: Path, model, optimizer, items: Items, batches, **options) 
     """A Run whose learning rates stay as they are."""
     loader = training.train_loader(items, Listed(batches), 0, CPU)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    options = {"epochs": 1, "device": CPU} | options
-    return training.Run(run_dir, FACTS, {"model": model}, optimizer, scheduler, loader, **options)
+    settings = training.RunSettings(**{"epochs": 1} | options)
+    return training.Run(run_dir, FACTS, {"model": model}, optimizer, scheduler, loader, device=CPU, settings=settings)
 
 
 def small_run(run_dir: Path, batches: int = 4, **options) -> training.Run:
@@ -351,7 +351,7 @@ def test_three_bad_steps_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_
             kept.append((tmp_path / "last.pt").read_bytes())
         return loss(model, *batch)
 
-    with pytest.raises(UserError, match="the 3rd time in a row; the last good checkpoint is kept") as error:
+    with pytest.raises(UserError, match="3 times in a row; the last good checkpoint is kept") as error:
         fit(run, watched)
     assert f"epoch 2, batch {bad[-1] - 4}: the " in str(error.value)
     assert (tmp_path / "last.pt").read_bytes() == kept[0]

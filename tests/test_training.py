@@ -24,7 +24,6 @@ import samplers
 import training
 import transforms
 from common import UserError
-from gallery import retrieve
 
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -54,13 +53,15 @@ class Rows(TensorDataset):
 
 def small_run(run_dir: Path, *models: nn.Linear, rows, seed: int = 0, **options) -> training.Run:
     """A run over `rows`, two in each batch, by SGD at a learning rate of 1 without warm-up; one group per model."""
-    dataset, options = Rows(rows), {"epochs": 1, "device": CPU} | options
+    dataset, settings = Rows(rows), training.RunSettings(**{"epochs": 1} | options)
     loader = training.train_loader(dataset, samplers.ShuffledBatches([0] * len(dataset), 2, seed), 0, CPU)
     groups = [{"name": f"part{i}", "params": model.parameters()} for i, model in enumerate(models)]
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    scheduler = training.warmup_cosine(optimizer, 0, options["epochs"] * len(loader))
+    scheduler = training.warmup_cosine(optimizer, 0, settings.epochs * len(loader))
     networks = {"model": models[0]} | {f"part{i}": model for i, model in enumerate(models) if i}
-    return training.Run(run_dir, FACTS | {"seed": seed}, networks, optimizer, scheduler, loader, **options)
+    return training.Run(
+        run_dir, FACTS | {"seed": seed}, networks, optimizer, scheduler, loader, device=CPU, settings=settings
+    )
 
 
 def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
