@@ -1,0 +1,179 @@
+"""Build Task_B trees of real photos from LFW (Labeled Faces in the Wild): the nearest to FACECOM that is public.
+
+    python -m tools.task_b_from_lfw
+
+Reads LFW_DIR, LFW in any version (original, funneled or deep-funneled), and writes three trees under OUT_DIR:
+
+facecom/  train/ 788 persons, 1,837 photos; val/ 222 other persons, 394 photos: FACECOM's own LFW photos.
+          The queries of val/ are distorted copies of its gallery photos.
+cross/    train/ as in facecom/; val/ 100 persons that facecom/ lacks, 253 photos. Each one's first photo is the
+          gallery, the distorted copies of the 153 others are the queries: here matching images is not enough.
+clean/    val/ the 100 persons of cross/ with the same gallery; the 153 others, undistorted, are the queries.
+
+All trees hold <person>/clean/<photo>.jpg and <person>/distortion/<photo>_<kind>.jpg. The queries of clean/ are of kind
+"clean". The photos are listed in task_b_photos.txt. The kinds are those of distortions.DISTORTIONS.
+"""
+
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+from sklearn.datasets import fetch_lfw_people, get_data_home
+from tqdm import tqdm
+
+import common
+from common import UserError, derived_seed, in_range, list_names
+from datasets import CLEAN, DISTORTION
+from distortions import DISTORTIONS
+from transforms import load_image
+
+LFW_DIR = None  # folder that holds <Person_Name>/<Person_Name>_0001.jpg; None: scikit-learn downloads LFW (200 MB)
+OUT_DIR = Path("Task_B_lfw")  # must not exist yet
+SEVERITY = 0.5  # 0 (one still sees it) .. 1 (heaviest); 0.5 is the average FACECOM file
+SEED = 0  # 0, 1, 2, ...
+JPEG_QUALITY = 92  # of the distorted photos, 1..95; clean photos are copied byte for byte
+
+PHOTO_LIST = Path(__file__).with_name("task_b_photos.txt")
+ARCHIVE_URL = "https://ndownloader.figshare.com/files/5976015"  # lfw-funneled.tgz, the file that scikit-learn fetches
+
+
+def main() -> None:
+    check_constants()
+    listed = read_list(PHOTO_LIST)
+    lfw = download_lfw() if LFW_DIR is None else Path(LFW_DIR)
+    check_complete(lfw, listed)
+    OUT_DIR.parent.mkdir(parents=True, exist_ok=True)
+    # Built beside OUT_DIR and renamed at the end: a killed run leaves no half tree under that name.
+    with tempfile.TemporaryDirectory(prefix=f"{OUT_DIR.name}.tmp", dir=OUT_DIR.parent) as temporary:
+        root = Path(temporary) / "trees"
+        write_trees(plan_trees(root, lfw, listed))
+        shutil.copytree(root / "facecom" / "train", root / "cross" / "train")
+        root.rename(OUT_DIR)
+    for split in sorted(OUT_DIR.glob("*/*")):
+        persons, clean, distorted = (len(list(split.glob(f"*{rest}"))) for rest in ("", "/clean/*", "/distortion/*"))
+        print(f"{split}: {persons} persons, {clean} clean photos, {distorted} in distortion/")
+    print(f"set DATA_DIR of the training scripts to {OUT_DIR / 'facecom'}, DATA_DIR of evaluate.py to any of the trees")
+
+
+def write_copies(photo: Path, folder: Path, severity: float, seed: int) -> None:
+    """Distort `photo` by every kind of DISTORTIONS, into `folder`/<photo>_<kind>.jpg; the folder is made if need be.
+
+    severity: 0..1, see distortions.py. Each copy has a generator of its own, from `seed`, the photo's name and the
+    kind's: neither the order of the photos nor a further kind changes a copy.
+    Raises UserError if the photo cannot be read.
+    """
+    image = load_image(photo)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, distort in DISTORTIONS.items():
+        generator = np.random.default_rng(derived_seed(seed, *photo.name.encode(), *kind.encode()))
+        distort(image, severity, generator).save(folder / f"{photo.stem}_{kind}.jpg", quality=JPEG_QUALITY)
+
+
+@dataclass
+class Plan:
+    """What is to be written, but for cross/train/, which is a copy of facecom/train/."""
+
+    copied: list[tuple[Path, Path]] = field(default_factory=list)  # (photo, file that gets its bytes)
+    distorted: list[tuple[Path, Path]] = field(default_factory=list)  # (photo, folder that gets its distorted copies)
+
+
+def check_constants() -> None:
+    if not in_range(SEVERITY, float, 0, 1):
+        raise UserError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
+    if not in_range(JPEG_QUALITY, int, 1, 95):
+        raise UserError(f"JPEG_QUALITY = {JPEG_QUALITY!r}: expected a whole number, 1..95")
+    if not in_range(SEED, *common.RANGES["SEED"]):
+        raise UserError(f"SEED = {SEED!r}: expected a whole number, 0, 1, 2, ...")
+    if OUT_DIR.exists():
+        raise UserError(f"{OUT_DIR}: is there already; delete it, or give OUT_DIR another name")
+
+
+def read_list(path: Path) -> dict[tuple[str, str], list[str]]:
+    """(tree, split) -> sorted photo stems, from lines `<tree> <split> <stem>`; # starts a comment line."""
+    listed = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            tree, split, stem = line.split()
+            listed.setdefault((tree, split), []).append(stem)
+    return {key: sorted(stems) for key, stems in listed.items()}
+
+
+def person_of(stem: str) -> str:
+    """'Ann_Lee' of Ann_Lee_0001"""
+    return stem.rpartition("_")[0]
+
+
+def lfw_photo(lfw: Path, stem: str) -> Path:
+    return lfw / person_of(stem) / f"{stem}.jpg"
+
+
+def download_lfw() -> Path:
+    """scikit-learn's folder of funneled LFW photos, downloaded if it is not there yet.
+
+    Raises UserError if the download fails.
+    """
+    folder = Path(get_data_home()) / "lfw_home" / "lfw_funneled"
+    if not folder.is_dir():
+        print(f"{folder}: downloading LFW, about 200 MB")
+        try:
+            fetch_lfw_people(min_faces_per_person=500)  # one person: the arrays are not used, only the files are
+        except (OSError, HTTPException) as error:
+            raise UserError(
+                f"LFW could not be downloaded ({common.first_line(error)}); fetch lfw-funneled.tgz from {ARCHIVE_URL} "
+                "by hand, unpack it, and set LFW_DIR to the unpacked folder lfw_funneled"
+            ) from error
+    return folder
+
+
+def check_complete(lfw: Path, listed: dict[tuple[str, str], list[str]]) -> None:
+    """Raise UserError if a listed photo is missing, before anything is written."""
+    stems = [stem for stems in listed.values() for stem in stems]
+    missing = [f"{stem}.jpg" for stem in stems if not lfw_photo(lfw, stem).is_file()]
+    if missing:
+        raise UserError(
+            f"{lfw}: {len(missing)} of {len(stems)} photos are missing ({list_names(missing, most=3)}); expected "
+            f"{lfw}/<Person_Name>/<Person_Name>_0001.jpg; set LFW_DIR to a complete copy of LFW, or to None to "
+            "download it (delete a half-unpacked folder of scikit-learn's first)"
+        )
+
+
+def plan_trees(root: Path, lfw: Path, listed: dict[tuple[str, str], list[str]]) -> Plan:
+    plan = Plan()
+    for split in ("train", "val"):
+        for stem in listed["facecom", split]:
+            photo, folder = lfw_photo(lfw, stem), root / "facecom" / split / person_of(stem)
+            plan.copied.append((photo, folder / CLEAN / photo.name))
+            plan.distorted.append((photo, folder / DISTORTION))
+    enrolled = set()
+    for stem in listed["cross", "val"]:  # sorted: a person's first photo comes first
+        photo, person = lfw_photo(lfw, stem), person_of(stem)
+        cross, clean = root / "cross" / "val" / person, root / "clean" / "val" / person
+        if person in enrolled:
+            plan.distorted.append((photo, cross / DISTORTION))
+            plan.copied.append((photo, clean / DISTORTION / f"{stem}_clean.jpg"))
+        else:
+            plan.copied += [(photo, folder / CLEAN / photo.name) for folder in (cross, clean)]
+            enrolled.add(person)
+    return plan
+
+
+def write_trees(plan: Plan) -> None:
+    for photo, target in plan.copied:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(photo, target)
+
+    def distort(job: tuple[Path, Path]) -> None:
+        photo, folder = job
+        write_copies(photo=photo, folder=folder, severity=SEVERITY, seed=SEED)
+
+    with ThreadPoolExecutor() as pool:  # Pillow filters, decodes and encodes outside the GIL
+        done = pool.map(distort, plan.distorted)
+        list(tqdm(done, total=len(plan.distorted), desc="distorting", unit="photo", leave=False))
+
+
+if __name__ == "__main__":
+    common.run_script(main)
