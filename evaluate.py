@@ -28,15 +28,14 @@ from gallery import (
     build_gallery,
     check_protocol,
     check_template,
-    comparison_table,
     discard_curves,
     embed_queries,
-    figures_table,
     made_by,
     measure,
     retrieve,
     select_queries,
 )
+from report import comparison_table, figures_table
 from results import Evaluated, discard_summary, missing_figures, told, write_report, write_results
 from transforms import FaceCrop, Transform, eval_transform, load_image
 

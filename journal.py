@@ -3,7 +3,6 @@
 import csv
 from pathlib import Path
 
-import plots
 from checkpoints import atomic_file, write_csv
 
 
@@ -49,6 +48,8 @@ class Journal:
             if name != "epoch":
                 self._open_events().add_scalar(f"epoch/{name}", value, history[-1]["epoch"])
         self._open_events().flush()
+        import plots  # matplotlib and scikit-learn take seconds, and only an epoch's end needs them
+
         with atomic_file(self.run_dir / "curves.png") as file:
             plots.curves(history, self.steps()).savefig(file, format="png")
 

@@ -1,14 +1,18 @@
-"""A report as one HTML file that needs nothing else: no network, no script, its pictures inside."""
+"""Figures as text tables, and a report as one HTML file that needs nothing else: no network, no script."""
 
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
+
+import metrics
+from metrics import TEMPLATES
 
 # What a column of numbers may hold: 97.3, 1,234, -0.2, 95.1–98.4, 97.3 ± 0.4, 1e-3, 58 of 60.
 NUMBERS = re.compile(r"[-+−±<≤]? ?\d[\d.,\s%±–/()\[\]x×e+−-]*(of [\d,]+)?")
@@ -44,6 +48,85 @@ class Section:
     text: str
     tables: Sequence[Table] = ()
     pictures: Sequence[Picture] = ()
+
+
+def top1_table(evaluations: dict[str, dict]) -> str:
+    """Text table of top-1 in %, a row per kind with its number of queries, columns mean and best per evaluation.
+
+    `evaluations`: title -> details of `evaluate`, all of the same queries.
+    """
+    first = next(iter(evaluations.values()))
+    kinds = first["per_kind"]
+    # What a crop cannot see at all drags the overall figure down: FACECOM's sunny has its own row and its own rest.
+    others = [kind for kind in kinds if kind != "sunny"]
+
+    def without_sunny(details: dict, template: str) -> float:
+        per_kind = [details["per_kind"][kind] for kind in others]
+        queries = sum(kind["queries"] for kind in per_kind)
+        return sum(kind["top1"][template] * kind["queries"] for kind in per_kind) / queries if queries else math.nan
+
+    rows = [
+        (kind, kinds[kind]["queries"], [d["per_kind"][kind]["top1"] for d in evaluations.values()]) for kind in kinds
+    ]
+    if 0 < len(others) < len(kinds):
+        rest = [{t: without_sunny(d, t) for t in TEMPLATES} for d in evaluations.values()]
+        rows.append(("without sunny", sum(kinds[kind]["queries"] for kind in others), rest))
+    rows.append(("all", first["queries"], [details["top1"] for details in evaluations.values()]))
+
+    first_width = max(15, *(len(kind) + 2 for kind in kinds))
+    width = max(15, *(len(title) + 2 for title in evaluations))
+    lines = [
+        f"{'top-1, %':<{first_width}}{'queries':>8}" + "".join(f"{title:>{width}}" for title in evaluations),
+        f"{'template':<{first_width}}{'':>8}" + f"{'mean   best':>{width}}" * len(evaluations),
+    ]
+    for name, queries, values in rows:
+        cells = (f"{100 * value['mean']:.1f}  {100 * value['best']:>5.1f}" for value in values)
+        lines.append(f"{name:<{first_width}}{queries:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def figures_table(measured: dict[str, metrics.Measured]) -> str:
+    """Text table in %, a row per group with its number of queries: rank-1 with its 95 % interval, then the others.
+
+    A dash: too few samples for that figure.
+    """
+
+    def cell(figure: dict) -> str:
+        return f"{100 * figure['value']:.1f}" if figure["value"] is not None else "-"
+
+    first_width = max(15, *(len(group) + 2 for group in measured))
+    short = {name: name.replace("@FAR=", "@").replace("@FPIR=", "@") for name in metrics.FIGURES}
+    widths = {name: max(7, len(short[name]) + 2) for name in metrics.FIGURES}
+    header = f"{'%':<{first_width}}{'queries':>8}{'rank-1 [95 % interval]':>24}"
+    lines = [header + "".join(f"{short[name]:>{widths[name]}}" for name in metrics.FIGURES[1:])]
+    for group, of_group in measured.items():
+        rank1 = of_group.figures["rank-1"]
+        interval = f"[{100 * rank1['low']:.1f}, {100 * rank1['high']:.1f}]" if rank1["low"] is not None else ""
+        row = f"{group:<{first_width}}{len(of_group.values['rank-1']):>8}{cell(rank1):>8} {interval:>15}"
+        lines.append(row + "".join(f"{cell(of_group.figures[n]):>{widths[n]}}" for n in metrics.FIGURES[1:]))
+    return "\n".join(lines)
+
+
+def comparison_table(differences: dict[str, dict[str, dict]]) -> str:
+    """Text table in points: group -> figure -> {value, low, high} of `metrics.compare`; a star where 0 is outside."""
+    names = ("rank-1", "mAP", "TAR@FAR=0.001", "DIR@FPIR=0.01")
+    first_width = max(15, *(len(group) + 2 for group in differences))
+    lines = [f"{'points':<{first_width}}" + "".join(f"{name:>26}" for name in names)]
+    for group, of_group in differences.items():
+        cells = []
+        for name in names:
+            found = of_group.get(name)
+            if found is None:
+                cells.append("-")
+            elif found["low"] is None:
+                cells.append(f"{100 * found['value']:+.1f}")
+            else:
+                star = "*" if found["low"] > 0 or found["high"] < 0 else " "
+                cells.append(
+                    f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]{star}"
+                )
+        lines.append(f"{group:<{first_width}}" + "".join(f"{cell:>26}" for cell in cells))
+    return "\n".join(lines)
 
 
 def encoded(figure: Figure) -> tuple[str, bytes]:

@@ -146,22 +146,6 @@ def main() -> None:
         model.compile()
     ddp_model, ddp_head = training.parallel(model), training.parallel(head)
 
-    def validate(network: FaceNet) -> tuple[float, dict]:
-        """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
-        top1, row = gallery.validate(
-            network,
-            train_dir if holdout else val_dir,
-            transform,
-            device,
-            template=TEMPLATE,
-            persons=holdout or None,
-            num_workers=NUM_WORKERS,
-            check_images=CHECK_IMAGES,
-        )
-        if clean_val and run.epoch:  # before, the head is random
-            row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
-        return top1, row
-
     # Epochs; epoch 0 of the log is the network as loaded.
     facts = {
         "stage": 1,
@@ -193,6 +177,23 @@ def main() -> None:
         settings=run_settings(),
         wrapped=(ddp_model, ddp_head),
     )
+
+    def validate(network: FaceNet) -> tuple[float, dict]:
+        """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
+        top1, row = gallery.validate(
+            network,
+            train_dir if holdout else val_dir,
+            transform,
+            device,
+            template=TEMPLATE,
+            persons=holdout or None,
+            num_workers=NUM_WORKERS,
+            check_images=CHECK_IMAGES,
+        )
+        if clean_val and run.epoch:  # before, the head is random
+            row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
+        return top1, row
+
     if RESUME:
         run.resume()
     else:

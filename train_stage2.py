@@ -159,19 +159,6 @@ def main() -> None:
         model.compile()
     ddp_model = training.parallel(model)
 
-    def validate(network: torch.nn.Module) -> tuple[float, dict]:
-        """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
-        return gallery.validate(
-            network,
-            train_dir if holdout else val_dir,
-            transform,
-            device,
-            template=TEMPLATE,
-            persons=holdout or None,
-            num_workers=NUM_WORKERS,
-            check_images=CHECK_IMAGES,
-        )
-
     # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
     facts = {
         "stage": 2,
@@ -206,6 +193,20 @@ def main() -> None:
         settings=run_settings(),
         wrapped=(ddp_model,),
     )
+
+    def validate(network: torch.nn.Module) -> tuple[float, dict]:
+        """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
+        return gallery.validate(
+            network,
+            train_dir if holdout else val_dir,
+            transform,
+            device,
+            template=TEMPLATE,
+            persons=holdout or None,
+            num_workers=NUM_WORKERS,
+            check_images=CHECK_IMAGES,
+        )
+
     if RESUME:
         run.resume()
     else:

@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -215,6 +215,28 @@ class RunSettings:
     amp: str | None = None  # see `precision`
 
 
+@dataclass
+class _Update:
+    """One update of the weights while its batches go through: what `Run.step` adds up, and how it can be undone."""
+
+    images: list[int] = field(default_factory=list)  # of each batch
+    shares: list[float] = field(default_factory=list)  # of the update's items in each batch
+    values: list[dict[str, Tensor]] = field(default_factory=list)  # loss and other means of each batch, 0-dim
+    waited: float = 0.0  # seconds for data
+    seconds: float = 0.0  # in all
+    statistics: list[Tensor] = field(default_factory=list)  # BatchNorm's, before the update
+
+
+@dataclass
+class _Batch:
+    """The batch at hand."""
+
+    images: int
+    share: float  # of the update's items
+    ends_update: bool
+    loaded: float  # when it came, by time.perf_counter
+
+
 class Run:
     """One training run: its progress, what surrounds each step, and its files in `run_dir`.
 
@@ -263,6 +285,10 @@ class Run:
         self.epoch, self.batch, self.updates = 0, 0, 0  # the present epoch; batches of it, updates of the run done
         self.meter, self.rates, self.skipped, self.bad_in_a_row = Meter(), {}, 0, 0
         self._bar: tqdm | None = None
+        self._statistics: list[Tensor] = []  # BatchNorm's, which a skipped update gives back
+        self._batch: _Batch | None = None  # the one at hand, and the update that it belongs to
+        self._update: _Update | None = None
+        self._ready = 0.0  # when the wait for data began, by time.perf_counter
         self._check_disk()
 
     # --- the loop ---
@@ -294,21 +320,24 @@ class Run:
         with self._bar, _stop_requests() as stop:
             self._ready = time.perf_counter()
             for batch in self.loader:
-                self._loaded = time.perf_counter()
+                loaded = time.perf_counter()
                 first = self.batch - self.batch % self.settings.accumulate
                 group = sizes[first : first + self.settings.accumulate]
-                self._share = sizes[self.batch] / sum(group)  # of the update's items
-                self._images = sizes[self.batch] * sum(part.dim() == 4 for part in batch)
-                self._ends_update = self.batch + 1 == first + len(group)
+                self._batch = _Batch(
+                    images=sizes[self.batch] * sum(part.dim() == 4 for part in batch),
+                    share=sizes[self.batch] / sum(group),
+                    ends_update=self.batch + 1 == first + len(group),
+                    loaded=loaded,
+                )
                 if self.batch == first:
-                    self._begin_update()
+                    self._update = _Update(statistics=[statistic.clone() for statistic in self._statistics])
                 for network in self.wrapped:
-                    network.require_backward_grad_sync = self._ends_update  # what DDP.no_sync() sets
+                    network.require_backward_grad_sync = self._batch.ends_update  # what DDP.no_sync() sets
                 # Dropout draws per batch, too, and other masks in each process.
                 torch.manual_seed(derived_seed(self.facts["seed"], self.epoch, self.batch, rank))
                 yield tuple(self._to_device(part) for part in batch)
                 self._bar.update()
-                if not self._ends_update:
+                if not self._batch.ends_update:
                     continue
                 stopping = self._any_process(bool(stop))
                 if stopping or (self.settings.save_every and self.updates % self.settings.save_every == 0):
@@ -327,32 +356,32 @@ class Run:
         An update whose losses or gradient are not finite is skipped: weights and BatchNorm statistics stay as they
         were, and the files are told. Raises FloatingPointError at the third in a row.
         """
-        self.scaler.scale(loss * self._share).backward()
-        self._pending.append((self._images, self._share, {"loss": loss.detach(), **values}))
+        batch, update = self._batch, self._update
+        self.scaler.scale(loss * batch.share).backward()
+        update.images.append(batch.images)
+        update.shares.append(batch.share)
+        update.values.append({"loss": loss.detach()} | values)
         self.batch += 1
         now = time.perf_counter()
-        self._waited += self._loaded - self._ready
-        self._seconds += now - self._ready
+        update.waited += batch.loaded - self._ready
+        update.seconds += now - self._ready
         self._ready = now
-        if self._ends_update:
-            self._end_update()
+        if batch.ends_update:
+            self._end_update(update)
 
-    def _begin_update(self) -> None:
-        self._pending, self._waited, self._seconds = [], 0.0, 0.0
-        self._kept = [statistic.clone() for statistic in self._statistics]
-
-    def _end_update(self) -> None:
+    def _end_update(self, update: _Update) -> None:
         started = time.perf_counter()
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
-        names = list(self._pending[0][2])
+        names = list(update.values[0])
         # One copy from the device for everything: each would wait for the GPU.
-        numbers = torch.stack([norm, *(values[name] for _, _, values in self._pending for name in names)]).tolist()
+        numbers = torch.stack([norm, *(values[name] for values in update.values for name in names)]).tolist()
         norm, losses = numbers[0], numbers[1 :: len(names)]
         row = {"update": self.updates + 1, "epoch": self.epoch, "batch": self.batch}
         for i, name in enumerate(names):
-            row[name] = sum(p[1] * value for p, value in zip(self._pending, numbers[1 + i :: len(names)], strict=True))
+            means = numbers[1 + i :: len(names)]
+            row[name] = sum(share * mean for share, mean in zip(update.shares, means, strict=True))
         rates = {f"{group['name']}_lr": group["lr"] for group in self.optimizer.param_groups}
         finite = math.isfinite(norm) and all(map(math.isfinite, losses))
         # float16 overflows where the scale is too large: the scaler halves it, and nothing is wrong with the run.
@@ -363,19 +392,19 @@ class Run:
             if self.ema:
                 self.ema.update_parameters(self.networks["model"])
         elif self._statistics:
-            torch._foreach_copy_(self._statistics, self._kept)
+            torch._foreach_copy_(self._statistics, update.statistics)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
 
         now = time.perf_counter()
-        self._seconds += now - started
+        update.seconds += now - started
         self._ready = now
-        images = sum(p[0] for p in self._pending)
-        speed = {"images_per_second": images / self._seconds, "loading": self._waited / self._seconds}
+        images = sum(update.images)
+        speed = {"images_per_second": images / update.seconds, "loading": update.waited / update.seconds}
         if is_main():
             self.journal.step(row | {"gradient_norm": norm} | rates | speed | {"skipped": int(not finite)})
-        self.meter.add_time(images, self._seconds, self._waited)
+        self.meter.add_time(images, update.seconds, update.waited)
         if finite:
             self.meter.add(images, gradient_norm=norm, **{name: row[name] for name in names})
             self.rates = rates
@@ -383,11 +412,12 @@ class Run:
             self._bar.set_postfix_str(f"{self.meter}, lr {next(iter(rates.values())):.1e}")
         self.bad_in_a_row = 0 if finite or overflow else self.bad_in_a_row + 1
         if not finite and not overflow:
-            self._report_skipped(losses, norm)
+            self._report_skipped(losses, norm, len(update.values))
 
-    def _report_skipped(self, losses: list[float], norm: float) -> None:
+    def _report_skipped(self, losses: list[float], norm: float, count: int) -> None:
+        """Name the files of the update's `count` batches."""
         self.skipped += 1
-        batches = self.loader.batch_sampler.batches()[self.batch - len(self._pending) : self.batch]
+        batches = self.loader.batch_sampler.batches()[self.batch - count : self.batch]
         files = [str(path) for batch in batches for index in batch for path in self.loader.dataset.files(index)]
         bad = next((loss for loss in losses if not math.isfinite(loss)), None)
         what = f"the loss is {bad}" if bad is not None else f"the norm of the gradient is {norm}"

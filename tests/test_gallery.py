@@ -17,19 +17,17 @@ from gallery import (
     Gallery,
     Queries,
     build_gallery,
-    comparison_table,
     embed,
     embed_queries,
     evaluate,
-    figures_table,
     measure,
     person_means,
     retrieve,
     select_queries,
     summary,
-    top1_table,
     validate,
 )
+from report import comparison_table, figures_table, top1_table
 from transforms import eval_transform
 
 

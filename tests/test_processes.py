@@ -32,7 +32,7 @@ sys.modules["sklearn.manifold"] = types.SimpleNamespace(TSNE=None)  # a second t
 import torch
 from matplotlib.figure import Figure
 
-import checkpoints, common, datasets, gallery, journal, train_stage1, train_stage2, training, transforms
+import checkpoints, common, datasets, gallery, plots, train_stage1, train_stage2, training, transforms
 from conftest import TinyNet
 
 out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
@@ -92,7 +92,7 @@ def note_writing(event, args):
 
 training.Run.step, datasets.FaceClassificationDataset.__getitem__ = hooked_step, hooked_get_item
 torch.save = hooked_save
-journal.plots.curves = lambda history, steps: Figure()  # drawing takes longer than the run
+plots.curves = lambda history, steps: Figure()  # drawing takes longer than the run
 sys.addaudithook(note_writing)
 
 
