@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, run_script
 from distortions import DISTORTIONS
 from tools.face_drawing import draw_face, random_identity
 
@@ -126,6 +126,4 @@ def contact_sheet(folders: list[Path], photos: int, cell: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    from training import run  # not at the top: every drawing process would load torch
-
-    run(main)
+    run_script(main)
