@@ -1,15 +1,18 @@
 """The benchmark's arithmetic and its cases, at a size where speed means nothing."""
 
+import copy
+import math
 import os
+import pickle
 
 import pytest
 import torch
 from conftest import TinyNet
 
 import train_stage1
-from tools import benchmark
+from tools import benchmark, benchmark_search
 
-SETTINGS = {"batch_size": 4, "image_size": 76, "steps": 3, "persons": 4}
+SETTINGS = benchmark.Settings(batch_size=4, image_size=76, steps=3, persons=4)
 
 
 @pytest.fixture
@@ -87,13 +90,22 @@ def test_the_table_gives_medians_the_ratios_to_the_row_it_names_and_the_share_of
     results = benchmark.main()
     ratios = {name: figures["ratio"] for name, figures in results.items()}
     assert ratios == {
-        **{"plain training loop": 1.0, "stage 1": 1.5, "stage 1, frozen up to mixed_6a": 4.0},
-        **{"plain embedding": 1.0, "embedding, fused": 1.5, "embedding, compiled": 1.5},
-        **{"onnxruntime's own session": 2.5, "embedding, onnxruntime": 1.5, "embedding, openvino": 1.5},
+        "plain training loop": 1.0,
+        "stage 1": 1.5,
+        "stage 1, frozen up to mixed_6a": 4.0,
+        "plain embedding": 1.0,
+        "embedding, fused": 1.5,
+        "embedding, compiled": 1.5,
+        "onnxruntime's own session": 2.5,
+        "embedding, onnxruntime": 1.5,
+        "embedding, openvino": 1.5,
         "embedding, openvino-int8": 1.5,
-        **{"gallery.embed, torch, 0 workers": 1.25, "gallery.embed, torch, 2 workers": 1.25},
-        **{"gallery.embed, onnxruntime, 0 workers": 1.25, "gallery.embed, onnxruntime, 2 workers": 1.25},
-        **{"plain search, image by image": 1.0, "our search, onnxruntime": 20.0},
+        "gallery.embed, torch, 0 workers": 1.25,
+        "gallery.embed, torch, 2 workers": 1.25,
+        "gallery.embed, onnxruntime, 0 workers": 1.25,
+        "gallery.embed, onnxruntime, 2 workers": 1.25,
+        "plain search, image by image": 1.0,
+        "our search, onnxruntime": 20.0,
     }
     assert results["stage 1"]["gemm"] == pytest.approx(15 * 5e9 / 1e12)
     lines = capsys.readouterr().out.splitlines()
@@ -116,6 +128,28 @@ def test_without_the_quantizer_its_row_alone_says_so(pretended, monkeypatch, cap
     results = benchmark.main()
     assert "embedding, openvino" in results and "embedding, openvino-int8" not in results
     assert "left out, not installed: nncf; pip install nncf" in capsys.readouterr().out
+
+
+def test_a_peak_that_is_not_known_is_a_dash(pretended, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "resource", None)  # as on Windows
+    assert math.isnan(benchmark.peak_memory())
+    measured = benchmark.in_own_process
+
+    def without_peak(measure, *arguments):
+        found = measured(measure, *arguments)
+        return found | {"peak": benchmark.peak_memory()} if isinstance(found, dict) else found
+
+    monkeypatch.setattr(benchmark, "in_own_process", without_peak)
+    benchmark.main()
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("stage 1, frozen"))
+    assert line.split()[-8:] == ["40.0", "4.00", "2.0%", "-", "20%", "plain", "training", "loop"]
+
+
+@pytest.mark.parametrize("decimals", [0, 2])
+def test_memory_is_printed_in_the_unit_asked_for(decimals):
+    assert benchmark.memory_text(3 * 2**20, unit=2**20, decimals=decimals) == f"{3:.{decimals}f}"
+    assert benchmark.memory_text(math.nan, unit=2**20, decimals=decimals) == "-"
 
 
 def test_compiling_can_be_left_out(monkeypatch):
@@ -155,6 +189,11 @@ def test_the_plain_search_gives_a_speed(small):
     assert benchmark.plain_search(small, SETTINGS, 5)["images_per_second"][0] > 0
 
 
+def test_the_settings_can_be_sent_to_another_process():
+    for settings in (benchmark.current_settings(), benchmark_search.current_settings()):
+        assert pickle.loads(pickle.dumps(settings)) == settings
+
+
 def test_a_case_runs_in_a_process_of_its_own():
-    assert benchmark.in_own_process(abs, -3) == 3
+    assert benchmark.in_own_process(copy.copy, SETTINGS) == SETTINGS
     assert benchmark.in_own_process(os.getpid) != os.getpid()

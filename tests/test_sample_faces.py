@@ -9,8 +9,9 @@ from PIL import Image
 
 from common import UserError
 from distortions import DISTORTIONS
-from tools import sample_faces
-from tools.sample_faces import contact_sheet, draw_face, random_identity
+from tools import face_drawing, sample_faces
+from tools.face_drawing import draw_face, random_identity
+from tools.sample_faces import contact_sheet
 
 SMALL = {"IMAGE_SIDE": 64, "TRAIN_PERSONS": 2, "VAL_PERSONS": 1, "MIN_PHOTOS": 1, "MAX_PHOTOS": 3, "SHEET_CELL": 32}
 
@@ -187,9 +188,9 @@ def test_the_face_spans_about_half_of_the_frame_in_width_and_height():
     sizes = []
     for number in range(1, 21):
         identity = random_identity(np.random.default_rng((0, number)))
-        photo = sample_faces.random_photo(generator)
-        painter = sample_faces.Painter(Image.new("RGB", (100, 100)), photo, identity.head_width)
-        left, top, right, bottom = painter.mask(sample_faces.head_outline(identity, photo)).getbbox()
+        photo = face_drawing.random_photo(generator)
+        painter = face_drawing.Painter(Image.new("RGB", (100, 100)), photo, identity.head_width)
+        left, top, right, bottom = painter.mask(face_drawing.head_outline(identity, photo)).getbbox()
         hairline = top + 0.4 / 2.4 * (bottom - top)  # skull -1.3, hairline -0.9, chin 1.05
         sizes.append((right - left, bottom - hairline))
         assert abs((left + right) / 2 - 50) < 8 and abs((hairline + bottom) / 2 - 50) < 8
@@ -204,9 +205,9 @@ def test_a_photo_looks_the_same_at_another_size():
 def test_every_style_can_be_drawn_and_changes_the_picture():
     identity = random_identity(np.random.default_rng((0, 3)))
     for name, styles in (
-        ("hair_style", sample_faces.HAIR_STYLES),
-        ("beard", sample_faces.BEARDS),
-        ("glasses", sample_faces.GLASSES),
+        ("hair_style", face_drawing.HAIR_STYLES),
+        ("beard", face_drawing.BEARDS),
+        ("glasses", face_drawing.GLASSES),
     ):
         faces = {
             draw_face(dataclasses.replace(identity, **{name: style}), np.random.default_rng(0), 64).tobytes()

@@ -10,12 +10,13 @@ weights: speed does not depend on them.
 import concurrent.futures
 import csv
 import importlib.util
+import math
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,11 @@ from models import EMBEDDING_DIM, FaceNet
 from search import nearest
 from transforms import eval_transform, load_image
 
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
+
 BATCH_SIZE = 32  # photos per step, >= 2
 IMAGE_SIZE = 160  # pixels, 76..160
 STEPS = 8  # timed steps of each kind in each round, >= 3; one more goes before them, untimed
@@ -51,18 +57,29 @@ PHOTOS = 256  # embedded from files in those rows, BATCH_SIZE..(STEPS + 1) x BAT
 GALLERY_PERSONS = 10_000  # enrolled in the rows that search, >= 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The constants that the cases need, for a process of its own, which sees this file as it is on disk."""
+
+    batch_size: int
+    image_size: int
+    steps: int
+    persons: int
+
+
 def main() -> dict[str, dict]:
     """Measure, print the table; returns the figures of each case."""
     kinds = cases()
     skipped = {name: absent for name in kinds if (absent := missing(name))}
     kinds = {name: case for name, case in kinds.items() if name not in skipped}
+    settings = current_settings()
     rates = [in_own_process(gemm_rate)]
     found: dict[str, list[dict]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder) / "Task_B")
         for _ in range(ROUNDS):
             for name, (measure, arguments, _) in kinds.items():
-                found[name].append(in_own_process(measure, Path(folder) / "Task_B", settings(), *arguments))
+                found[name].append(in_own_process(measure, Path(folder) / "Task_B", settings, *arguments))
             rates.append(in_own_process(gemm_rate))
     gemm = max(rates)  # what the machine can do, a busy spell apart
     print(f"{torch.__version__}, {device_name()}, float32 GEMM {gemm / 1e9:.0f} GFLOP/s")
@@ -73,14 +90,18 @@ def main() -> dict[str, dict]:
         speed = statistics.median([value for of_round in rounds for value in of_round["images_per_second"]])
         loading = statistics.median([of_round["loading"] for of_round in rounds])
         peak = max(of_round["peak"] for of_round in rounds)
-        results[name] = {"images_per_second": speed, "loading": loading, "peak": peak}
         base = kinds[name][2]
-        results[name] |= {
-            "ratio": speed / results[base]["images_per_second"],
-            "gemm": rounds[0]["flops"] * speed / gemm,
+        base_speed = speed if base == name else results[base]["images_per_second"]
+        ratio, reached = speed / base_speed, rounds[0]["flops"] * speed / gemm
+        results[name] = {
+            "images_per_second": speed,
+            "loading": loading,
+            "peak": peak,
+            "ratio": ratio,
+            "gemm": reached,
         }
-        ratio, reached = results[name]["ratio"], results[name]["gemm"]
-        print(f"{name:<40}{speed:>9.1f}{ratio:>8.2f}{loading:>9.1%}{peak / 2**20:>10.0f}{reached:>9.0%}  {base}")
+        mib = memory_text(peak, unit=2**20, decimals=0)
+        print(f"{name:<40}{speed:>9.1f}{ratio:>8.2f}{loading:>9.1%}{mib:>10}{reached:>9.0%}  {base}")
     for name, absent in skipped.items():
         print(f"{name:<40}left out, not installed: {', '.join(absent)}; pip install {' '.join(absent)}")
     return results
@@ -117,9 +138,13 @@ def cases() -> dict[str, tuple]:
     return rows
 
 
-def settings() -> dict:
-    """The constants, for a process of its own, which sees this file as it is on disk."""
-    return {"batch_size": BATCH_SIZE, "image_size": IMAGE_SIZE, "steps": STEPS, "persons": PERSONS}
+def current_settings() -> Settings:
+    return Settings(
+        batch_size=BATCH_SIZE,
+        image_size=IMAGE_SIZE,
+        steps=STEPS,
+        persons=PERSONS,
+    )
 
 
 def in_own_process(measure, *arguments):
@@ -130,7 +155,7 @@ def in_own_process(measure, *arguments):
 
 
 def _as_here(start_method: str, measure, *arguments):
-    # A spawned process spawns: its loading processes would import everything anew, for seconds, as no script's do.
+    # A spawned process spawns: its loading processes would import everything again, for seconds, as no script's do.
     multiprocessing.set_start_method(start_method, force=True)
     return measure(*arguments)
 
@@ -146,97 +171,139 @@ def gemm_rate() -> float:
     return 2 * GEMM_SIZE**3 / min(seconds[2:])
 
 
-def plain_training(data_dir: Path, s: dict) -> dict:
+def plain_training(data_dir: Path, settings: Settings) -> dict:
     """torch as it comes: float32, NCHW, AdamW by default, images that already lie in memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = InceptionResnetV1(pretrained=None, dropout_prob=0.4).to(device).train()
-    head = ArcMarginProduct(EMBEDDING_DIM, s["persons"], s=32, m=0.5).to(device)
+    head = ArcMarginProduct(EMBEDDING_DIM, settings.persons, s=32, m=0.5).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 3e-4)
-    images = torch.randn(s["batch_size"], 3, s["image_size"], s["image_size"], device=device)
-    labels = torch.randint(s["persons"], (s["batch_size"],), device=device)
+    images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size, device=device)
+    labels = torch.randint(settings.persons, (settings.batch_size,), device=device)
 
     def step() -> None:
         optimizer.zero_grad()
         F.cross_entropy(head(model(images), labels), labels).backward()
         optimizer.step()
 
-    seconds = [timed(step, device) for _ in range(s["steps"] + 1)][1:]
-    return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=True))
+    seconds = [timed(step, device) for _ in range(settings.steps + 1)][1:]
+    return figures(
+        images_per_second=[settings.batch_size / t for t in seconds],
+        loading=0.0,
+        device=device,
+        flops_per_image=flops(settings.image_size, freeze_until=None, training=True),
+    )
 
 
-def stage1(data_dir: Path, s: dict, freeze_until: str | None) -> dict:
+def stage1(data_dir: Path, settings: Settings, freeze_until: str | None) -> dict:
     """train_stage1.main() itself, files and all, for one epoch."""
     with tempfile.TemporaryDirectory() as run_dir:
-        constants = {
-            **{"DATA_DIR": data_dir, "RUN_DIR": Path(run_dir), "RESUME": False, "CHECK_IMAGES": False, "EPOCHS": 1},
-            **{"PRETRAINED": None, "IMAGE_SIZE": s["image_size"], "BATCH_SIZE": s["batch_size"], "SAVE_EVERY": 0},
-            **{"HOLDOUT_PERSONS": 0, "FREEZE_UNTIL": freeze_until, "BACKBONE_LR": 1e-5},
-        }
-        set_constants(train_stage1, **constants)
+        set_constants(
+            train_stage1,
+            DATA_DIR=data_dir,
+            RUN_DIR=Path(run_dir),
+            RESUME=False,
+            CHECK_IMAGES=False,
+            EPOCHS=1,
+            PRETRAINED=None,
+            IMAGE_SIZE=settings.image_size,
+            BATCH_SIZE=settings.batch_size,
+            SAVE_EVERY=0,
+            HOLDOUT_PERSONS=0,
+            FREEZE_UNTIL=freeze_until,
+            BACKBONE_LR=1e-5,
+        )
         train_stage1.main()
         with open(Path(run_dir) / "steps.csv", newline="") as file:
             rows = list(csv.DictReader(file))[1:]
     speeds = [float(row["images_per_second"]) for row in rows]
     loading = statistics.mean(float(row["loading"]) for row in rows)
-    return figures(speeds, loading, common.pick_device(), flops(s["image_size"], freeze_until, training=True))
+    return figures(
+        images_per_second=speeds,
+        loading=loading,
+        device=common.pick_device(),
+        flops_per_image=flops(settings.image_size, freeze_until=freeze_until, training=True),
+    )
 
 
 @torch.inference_mode()
-def plain_embedding(data_dir: Path, s: dict) -> dict:
+def plain_embedding(data_dir: Path, settings: Settings) -> dict:
     """torch as it comes, images that already lie in memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = InceptionResnetV1(pretrained=None).to(device).eval()
-    images = torch.randn(s["batch_size"], 3, s["image_size"], s["image_size"], device=device)
-    seconds = [timed(lambda: model(images), device) for _ in range(s["steps"] + 1)][1:]
-    return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=False))
+    images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size, device=device)
+    seconds = [timed(lambda: model(images), device) for _ in range(settings.steps + 1)][1:]
+    return figures(
+        images_per_second=[settings.batch_size / t for t in seconds],
+        loading=0.0,
+        device=device,
+        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
+    )
 
 
 @torch.inference_mode()
-def our_embedding(data_dir: Path, s: dict, backend: str) -> dict:
+def our_embedding(data_dir: Path, settings: Settings, backend: str) -> dict:
     """What gallery.embed does to a batch, of images that already lie in memory."""
     device = common.pick_device()
-    images = torch.randn(s["batch_size"], 3, s["image_size"], s["image_size"])
-    model = accelerated(facenet(device), backend, s["image_size"], device, list(images))  # speed knows no ranges
+    images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size)
+    model = accelerated(facenet(device), backend, settings.image_size, device, list(images))  # speed knows no ranges
 
     def step() -> Tensor:
         return F.normalize(model(images.to(device, memory_format=torch.channels_last)).float()).cpu()
 
-    seconds = [timed(step, device) for _ in range(s["steps"] + 1)][1:]
-    return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=False))
+    seconds = [timed(step, device) for _ in range(settings.steps + 1)][1:]
+    return figures(
+        images_per_second=[settings.batch_size / t for t in seconds],
+        loading=0.0,
+        device=device,
+        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
+    )
 
 
-def session_embedding(data_dir: Path, s: dict) -> dict:
+def session_embedding(data_dir: Path, settings: Settings) -> dict:
     """onnxruntime as its users write it: the file of export_onnx.py, a session by default, a NumPy batch."""
     import onnxruntime
 
     device = torch.device("cpu")
-    content = to_onnx(facenet(device), s["image_size"], {})
+    content = to_onnx(facenet(device), settings.image_size, {})
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    images = np.random.default_rng(0).normal(size=(s["batch_size"], 3, s["image_size"], s["image_size"]))
+    images = np.random.default_rng(0).normal(size=(settings.batch_size, 3, settings.image_size, settings.image_size))
     images = images.astype(np.float32)
-    seconds = [timed(lambda: session.run(None, {INPUT: images}), device) for _ in range(s["steps"] + 1)][1:]
-    return figures([s["batch_size"] / t for t in seconds], 0.0, device, flops(s["image_size"], None, training=False))
+    seconds = [timed(lambda: session.run(None, {INPUT: images}), device) for _ in range(settings.steps + 1)][1:]
+    return figures(
+        images_per_second=[settings.batch_size / t for t in seconds],
+        loading=0.0,
+        device=device,
+        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
+    )
 
 
-def file_embedding(data_dir: Path, s: dict, backend: str, num_workers: int, photos: int) -> dict:
+def file_embedding(data_dir: Path, settings: Settings, backend: str, num_workers: int, photos: int) -> dict:
     """gallery.embed, files and all, with the start of its loading processes."""
     device = common.pick_device()
-    model = accelerated(facenet(device), backend, s["image_size"], device)
+    model = accelerated(facenet(device), backend, settings.image_size, device)
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[:photos]
-    transform = eval_transform(s["image_size"], 0.52)
-    options = {"batch_size": s["batch_size"], "num_workers": num_workers}
-    embed(model, paths[: s["batch_size"]], transform, device, batch_size=s["batch_size"])
-    seconds = timed(lambda: embed(model, paths, transform, device, **options), device)
-    return figures([len(paths) / seconds], 0.0, device, flops(s["image_size"], None, training=False))
+    transform = eval_transform(settings.image_size, 0.52)
+
+    def run(some: list[Path], workers: int) -> None:
+        embed(model, some, transform, device, batch_size=settings.batch_size, num_workers=workers)
+
+    run(paths[: settings.batch_size], workers=0)
+    seconds = timed(lambda: run(paths, workers=num_workers), device)
+    return figures(
+        images_per_second=[len(paths) / seconds],
+        loading=0.0,
+        device=device,
+        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
+    )
 
 
 @torch.inference_mode()
-def plain_search(data_dir: Path, s: dict, persons: int) -> dict:
+def plain_search(data_dir: Path, settings: Settings, persons: int) -> dict:
     """A photo at a time, and a call of cosine_similarity for each person enrolled."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = InceptionResnetV1(pretrained=None).to(device).eval()
-    paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: s["batch_size"]]
-    transform, gallery = eval_transform(s["image_size"], 0.52), torch.randn(persons, EMBEDDING_DIM, device=device)
+    paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: settings.batch_size]
+    transform, gallery = eval_transform(settings.image_size, 0.52), torch.randn(persons, EMBEDDING_DIM, device=device)
 
     def search(path: Path) -> int:
         embedding = model(transform(load_image(path))[None].to(device))
@@ -245,21 +312,33 @@ def plain_search(data_dir: Path, s: dict, persons: int) -> dict:
 
     search(paths[0])
     seconds = timed(lambda: [search(path) for path in paths], device)
-    return figures([len(paths) / seconds], 0.0, device, flops(s["image_size"], None, training=False))
+    return figures(
+        images_per_second=[len(paths) / seconds],
+        loading=0.0,
+        device=device,
+        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
+    )
 
 
-def our_search(data_dir: Path, s: dict, backend: str, persons: int) -> dict:
+def our_search(data_dir: Path, settings: Settings, backend: str, persons: int) -> dict:
     """gallery.embed in batches, then one product with the whole gallery."""
     device = common.pick_device()
-    model = accelerated(facenet(device), backend, s["image_size"], device)
-    paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: s["batch_size"]]
-    transform, gallery = eval_transform(s["image_size"], 0.52), F.normalize(torch.randn(persons, EMBEDDING_DIM))
+    model = accelerated(facenet(device), backend, settings.image_size, device)
+    paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: settings.batch_size]
+    transform, gallery = eval_transform(settings.image_size, 0.52), F.normalize(torch.randn(persons, EMBEDDING_DIM))
 
     def search() -> None:
-        nearest(embed(model, paths, transform, device, batch_size=s["batch_size"]), gallery)
+        embeddings = embed(model, paths, transform, device, batch_size=settings.batch_size)
+        nearest(embeddings, gallery)
 
     search()
-    return figures([len(paths) / timed(search, device)], 0.0, device, flops(s["image_size"], None, training=False))
+    seconds = timed(search, device)
+    return figures(
+        images_per_second=[len(paths) / seconds],
+        loading=0.0,
+        device=device,
+        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
+    )
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -278,13 +357,22 @@ def timed(work, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def figures(images_per_second: list[float], loading: float, device: torch.device, flops_per_image: float) -> dict:
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def figures(*, images_per_second: list[float], loading: float, device: torch.device, flops_per_image: float) -> dict:
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     return {"images_per_second": images_per_second, "loading": loading, "peak": peak, "flops": flops_per_image}
+
+
+def peak_memory() -> float:
+    """Bytes of main memory that this process has held at most; NaN, unknown, where Python has no `resource`."""
+    if resource is None:
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_text(count: float, *, unit: int, decimals: int) -> str:
+    """`count` bytes in units of `unit` bytes; "-" for NaN."""
+    return "-" if math.isnan(count) else f"{count / unit:.{decimals}f}"
 
 
 def flops(image_size: int, freeze_until: str | None, training: bool) -> float:

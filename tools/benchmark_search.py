@@ -7,10 +7,9 @@ its own template. Prints a row per kind of `search.build_index`, each measured i
 """
 
 import importlib.util
-import resource
 import statistics
-import sys
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ from torch import Tensor
 import common
 from common import UserError
 from search import KINDS, build_index
-from tools.benchmark import device_name, in_own_process
+from tools.benchmark import device_name, in_own_process, memory_text, peak_memory
 
 TEMPLATES = 1_000_000  # 2 KiB each at DIM = 512: 1.9 GiB
 QUERIES = 10_000  # asked all at once, of different templates
@@ -30,6 +29,21 @@ K = 1  # columns asked for, 1..TEMPLATES
 NPROBES = (64, 128, 256, 512)  # cells searched by faiss-ivf, of about sqrt(TEMPLATES)
 SEED = 0  # 0, 1, 2, ...
 BLOCK = 50_000  # templates drawn at a time: 98 MiB at DIM = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The constants that `measure` needs, for a process of its own, which sees this file as it is on disk."""
+
+    templates: int
+    queries: int
+    single: int
+    dim: int
+    cosine: float
+    k: int
+    nprobes: tuple[int, ...]
+    seed: int
+    block: int
 
 
 def main() -> list[dict]:
@@ -48,51 +62,64 @@ def main() -> list[dict]:
         kinds = ["exact"]
     rows, exact = [], None
     for kind in kinds:
-        for row in in_own_process(measure, settings(), kind):
+        for row in in_own_process(measure, current_settings(), kind):
             first = row.pop("first")  # (Q,) row of each query's first answer
             exact = first if exact is None else exact  # "exact" is the first of KINDS after "auto"
             row["recall"] = (first == exact).double().mean().item()
             rows.append(row)
+            gib = memory_text(row["peak"], unit=2**30, decimals=2)
             print(
                 f"{row['name']:<24}{row['build']:>9.1f}{row['search']:>10.2f}{QUERIES / row['search']:>11.0f}"
-                f"{1000 * row['single']:>9.1f}{row['peak'] / 2**30:>10.2f}{row['recall']:>10.4f}{row['top1']:>8.4f}",
+                f"{1000 * row['single']:>9.1f}{gib:>10}{row['recall']:>10.4f}{row['top1']:>8.4f}",
                 flush=True,
             )
     return rows
 
 
-def settings() -> dict:
-    """The constants, for a process of its own, which sees this file as it is on disk."""
-    return {
-        **{"templates": TEMPLATES, "queries": QUERIES, "single": SINGLE, "dim": DIM, "cosine": COSINE, "k": K},
-        **{"nprobes": NPROBES, "seed": SEED, "block": BLOCK},
-    }
+def current_settings() -> Settings:
+    return Settings(
+        templates=TEMPLATES,
+        queries=QUERIES,
+        single=SINGLE,
+        dim=DIM,
+        cosine=COSINE,
+        k=K,
+        nprobes=NPROBES,
+        seed=SEED,
+        block=BLOCK,
+    )
 
 
-def measure(s: dict, kind: str) -> list[dict]:
+def measure(settings: Settings, kind: str) -> list[dict]:
     """Figures of an index of `kind`, one dict per nprobe where it has that; seconds, bytes, shares 0..1."""
-    templates = make_templates(s["templates"], s["dim"], s["seed"], s["block"])
-    queries, truth = make_queries(templates, s["queries"], s["cosine"], s["seed"])
+    templates = make_templates(settings.templates, settings.dim, seed=settings.seed, block=settings.block)
+    queries, truth = make_queries(templates, settings.queries, cosine=settings.cosine, seed=settings.seed)
     started = time.perf_counter()
     index = build_index(templates, kind)
     build = time.perf_counter() - started
     found = []
-    for nprobe in s["nprobes"] if kind == "faiss-ivf" else (None,):
+    for nprobe in settings.nprobes if kind == "faiss-ivf" else (None,):
         index.nprobe = nprobe
-        index.search(queries[:1], s["k"])  # the first one starts the threads
+        index.search(queries[:1], settings.k)  # the first one starts the threads
         single = []
-        for query in queries[: s["single"]].split(1):
+        for query in queries[: settings.single].split(1):
             started = time.perf_counter()
-            index.search(query, s["k"])
+            index.search(query, settings.k)
             single.append(time.perf_counter() - started)
         started = time.perf_counter()
-        first = index.search(queries, s["k"])[0][:, 0]
+        first = index.search(queries, settings.k)[0][:, 0]
         seconds = time.perf_counter() - started
         found.append(
-            {"name": kind if nprobe is None else f"{kind}, nprobe {nprobe}", "build": build, "search": seconds}
+            {
+                "name": kind if nprobe is None else f"{kind}, nprobe {nprobe}",
+                "build": build,
+                "search": seconds,
+                "single": statistics.median(single),
+                "peak": peak_memory(),
+                "first": first,
+                "top1": (first == truth).double().mean().item(),
+            }
         )
-        found[-1] |= {"single": statistics.median(single), "peak": peak_memory(), "first": first}
-        found[-1]["top1"] = (first == truth).double().mean().item()
     return found
 
 
@@ -114,11 +141,6 @@ def make_queries(templates: Tensor, count: int, cosine: float, seed: int) -> tup
     noise = torch.randn(count, templates.shape[1], generator=generator)
     noise = F.normalize(noise - (noise * own).sum(1, keepdim=True) * own)  # at right angles to the template
     return F.normalize(cosine * own + (1 - cosine**2) ** 0.5 * noise), truth
-
-
-def peak_memory() -> int:
-    """Bytes this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":
