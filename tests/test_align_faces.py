@@ -421,7 +421,7 @@ def test_a_crop_that_cannot_be_finished_leaves_no_half_file(script, monkeypatch)
         raise OSError("no space left")
 
     monkeypatch.setattr(Image.Image, "save", fail_midway)
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(OSError, match="no space left"):
         script.main()
     assert photos_in(script.OUT_DIR) == []
 

@@ -10,7 +10,8 @@ from PIL import Image
 from common import UserError
 from distortions import DISTORTIONS
 from tools import face_drawing, sample_faces
-from tools.face_drawing import draw_face, random_identity
+from tools.face_drawing import draw_face
+from tools.face_identity import random_identity
 from tools.sample_faces import contact_sheet
 
 SMALL = {"IMAGE_SIDE": 64, "TRAIN_PERSONS": 2, "VAL_PERSONS": 1, "MIN_PHOTOS": 1, "MAX_PHOTOS": 3, "SHEET_CELL": 32}

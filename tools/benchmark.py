@@ -328,7 +328,7 @@ def our_search(data_dir: Path, settings: Settings, backend: str, persons: int) -
     transform, gallery = eval_transform(settings.image_size, 0.52), F.normalize(torch.randn(persons, EMBEDDING_DIM))
 
     def search() -> None:
-        embeddings = embed(model, paths, transform, device, batch_size=settings.batch_size)
+        embeddings = embed(model, paths, transform, device, batch_size=settings.batch_size).embeddings
         nearest(embeddings, gallery)
 
     search()

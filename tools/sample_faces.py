@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from common import UserError, run_script
 from distortions import DISTORTIONS
-from tools.face_drawing import draw_face, random_identity
+from tools.face_drawing import draw_face
+from tools.face_identity import random_identity
 
 # --- output ---
 OUT_DIR = Path("sample/Task_B")  # must not hold a train or val folder yet
