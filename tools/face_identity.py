@@ -1,4 +1,4 @@
-"""Who is drawn: an identity, which a person keeps in every photo, and a photo's pose, light and mood; drawn at random."""
+"""Who is drawn: an identity, kept in every photo of a person, and a photo's pose, light and mood; both at random."""
 
 from dataclasses import dataclass, field, fields
 
