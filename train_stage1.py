@@ -31,7 +31,7 @@ from gallery import check_template
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
 from samplers import ShuffledBatches
-from transforms import RandomDistortion, eval_transform, train_transform
+from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -105,15 +105,8 @@ def main() -> None:
     holdout = split_holdout([person.name for person in train_persons], HOLDOUT_PERSONS, SEED)
     val_persons = [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES)
     warn_shared_persons(train_persons, val_persons)
-    distort = RandomDistortion(
-        kinds={name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
-        probability=DISTORT,
-        most=DISTORT_MOST,
-        side=round(IMAGE_SIZE / FACE_CROP),
-    )
-    augment = train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort)
     train_set = FaceClassificationDataset(
-        train_dir, augment, exclude=holdout, skip_kinds=SKIP_KINDS, seed=SEED, check_images=CHECK_IMAGES
+        train_dir, augmentation(), exclude=holdout, skip_kinds=SKIP_KINDS, seed=SEED, check_images=CHECK_IMAGES
     )
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
@@ -125,16 +118,7 @@ def main() -> None:
     model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL).to(device, memory_format=torch.channels_last)
     head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     if CENTRES_FROM_MEANS and not RESUME:
-        means, labels = gallery.person_means(
-            model,
-            train_dir,
-            transform,
-            device,
-            persons=train_set.persons,
-            num_workers=NUM_WORKERS,
-            check_images=CHECK_IMAGES,
-        )
-        head.start_at(means, labels)
+        start_centres(head, model, train_dir, train_set.persons, transform, device)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": training.trainable(model), "lr": BACKBONE_LR},
@@ -147,28 +131,9 @@ def main() -> None:
     ddp_model, ddp_head = training.parallel(model), training.parallel(head)
 
     # Epochs; epoch 0 of the log is the network as loaded.
-    facts = {
-        "stage": 1,
-        "seed": SEED,
-        "batch_size": BATCH_SIZE,
-        "image_size": IMAGE_SIZE,
-        "face_crop": FACE_CROP,
-        "dropout": DROPOUT,
-        "pretrained": str(PRETRAINED),
-        "freeze_until": FREEZE_UNTIL,
-        "balance": BALANCE,
-        "skip_kinds": list(SKIP_KINDS),
-        "photos": len(train_set),
-        "distort": [DISTORT, DISTORT_MOST],
-        "persons": train_set.persons,
-        "holdout": holdout,
-        "template": TEMPLATE,
-        "chosen_by": gallery.CHOICE,
-        "data": files_digest(train_persons),
-    }
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=facts,
+        facts=checkpoint_facts(train_set, holdout, files_digest(train_persons)),
         networks={"model": model, "head": head},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -203,6 +168,61 @@ def main() -> None:
         train_one_epoch(run, ddp_model, ddp_head, head, device)
         run.finish_epoch(validate)
     run.report_best()
+
+
+def start_centres(
+    head: ArcMarginProduct,
+    model: FaceNet,
+    train_dir: Path,
+    persons: list[str],
+    transform: Transform,
+    device: torch.device,
+) -> None:
+    """Put each class centre at the mean of its person's clean embeddings."""
+    means, labels = gallery.person_means(
+        model,
+        train_dir,
+        transform,
+        device,
+        persons=persons,
+        num_workers=NUM_WORKERS,
+        check_images=CHECK_IMAGES,
+    )
+    head.start_at(means, labels)
+
+
+def augmentation() -> Transform:
+    """What a training photo goes through, from the image to the tensor."""
+    distort = RandomDistortion(
+        kinds={name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
+        probability=DISTORT,
+        most=DISTORT_MOST,
+        side=round(IMAGE_SIZE / FACE_CROP),
+    )
+    return train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort)
+
+
+def checkpoint_facts(train_set: FaceClassificationDataset, holdout: list[str], data: str) -> dict:
+    """What the checkpoints state beside the weights; a run is resumed only where all of it is the same."""
+    return {
+        "stage": 1,
+        "seed": SEED,
+        "batch_size": BATCH_SIZE,
+        "image_size": IMAGE_SIZE,
+        "face_crop": FACE_CROP,
+        "dropout": DROPOUT,
+        "pretrained": str(PRETRAINED),
+        "freeze_until": FREEZE_UNTIL,
+        "balance": BALANCE,
+        "skip_kinds": list(SKIP_KINDS),
+        "photos": len(train_set),
+        "distort": [DISTORT, DISTORT_MOST],
+        "persons": train_set.persons,
+        "holdout": holdout,
+        "template": TEMPLATE,
+        "chosen_by": gallery.CHOICE,
+        "data": data,
+    }
 
 
 def train_one_epoch(run: training.Run, model, ddp_head, head: ArcMarginProduct, device: torch.device) -> None:

@@ -22,13 +22,13 @@ import common
 import gallery
 import training
 from common import UserError
-from datasets import FacePairDataset, files_digest, scan_persons, warn_shared_persons
+from datasets import FacePairDataset, Person, files_digest, scan_persons, warn_shared_persons
 from distortions import DISTORTIONS
 from gallery import check_template, embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet
 from samplers import PersonBatches
-from transforms import RandomDistortion, eval_transform, train_transform
+from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -109,33 +109,14 @@ def main() -> None:
     image_size, share = face_size, face_crop
     if WIDE_WEIGHT:
         model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT))
-        image_size, share = round(face_size / face_crop), 1.0  # the frame whose centre is the face crop
+        image_size, share = frame_size(stage1), 1.0
 
     # Data: pairs of a clean photo and its distorted copy, of the persons that stage 1 trained on.
     train_dir, val_dir = DATA_DIR / "train", DATA_DIR / "val"
     train_persons = scan_persons(train_dir, check_images=CHECK_IMAGES)
-    warn_shared_persons(
-        train_persons,
-        [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES),
-    )
-    if PHOTOS_PER_PERSON % 2:
-        raise UserError(f"PHOTOS_PER_PERSON = {PHOTOS_PER_PERSON}: expected an even number, half clean, half distorted")
-    kinds = {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS}
-    train_set = FacePairDataset(
-        train_dir,
-        train_transform(image_size, share, CROP_ZOOM, CROP_SHIFT, mirror=False),
-        negatives=False,
-        copies=True,
-        clean=CLEAN,
-        anew=DISTORT,
-        distort=RandomDistortion(kinds, 1.0, DISTORT_MOST, side=round(face_size / face_crop)),
-        mirror=True,
-        often=OFTEN,
-        exclude=holdout,
-        skip_kinds=SKIP_KINDS,
-        seed=SEED,
-        check_images=CHECK_IMAGES,
-    )
+    check_data(train_persons, [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES))
+    augment = train_transform(image_size, share, CROP_ZOOM, CROP_SHIFT, mirror=False)
+    train_set = pair_dataset(train_dir, augment, holdout, side=frame_size(stage1))
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
@@ -160,31 +141,9 @@ def main() -> None:
     ddp_model = training.parallel(model)
 
     # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
-    facts = {
-        "stage": 2,
-        "seed": SEED,
-        "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON],
-        "image_size": image_size,
-        "face_crop": share,
-        "crops": model.crops and asdict(model.crops),
-        "dropout": DROPOUT,
-        "mirror": MIRROR,
-        "pretrained": stage1["pretrained"],
-        "teacher": str(TEACHER),
-        "freeze_until": FREEZE_UNTIL,
-        "skip_kinds": list(SKIP_KINDS),
-        "often": list(OFTEN),
-        "distort": [CLEAN, DISTORT, DISTORT_MOST],
-        "photos": len(train_set),
-        "persons": train_set.persons,
-        "holdout": holdout,
-        "template": TEMPLATE,
-        "chosen_by": gallery.CHOICE,
-        "data": files_digest(train_persons),
-    }
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=facts,
+        facts=checkpoint_facts(train_set, stage1, model.crops, files_digest(train_persons)),
         networks={"model": model},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -216,6 +175,64 @@ def main() -> None:
         train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
     run.report_best()
+
+
+def frame_size(stage1: dict) -> int:
+    """Pixels of the whole frame whose centre is stage 1's face crop."""
+    return round(stage1["image_size"] / stage1["face_crop"])
+
+
+def check_data(train_persons: list[Person], val_persons: list[Person]) -> None:
+    """Warn of persons in both splits. Raises UserError if a person's photos cannot be half clean, half distorted."""
+    if PHOTOS_PER_PERSON % 2:
+        raise UserError(f"PHOTOS_PER_PERSON = {PHOTOS_PER_PERSON}: expected an even number, half clean, half distorted")
+    warn_shared_persons(train_persons, val_persons)
+
+
+def pair_dataset(train_dir: Path, transform: Transform, holdout: list[str], side: int) -> FacePairDataset:
+    """Pairs of a clean photo and its distorted copy; photos distorted on the fly are shrunk to `side` pixels first."""
+    kinds = {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS}
+    return FacePairDataset(
+        train_dir,
+        transform,
+        negatives=False,
+        copies=True,
+        clean=CLEAN,
+        anew=DISTORT,
+        distort=RandomDistortion(kinds, 1.0, DISTORT_MOST, side=side),
+        mirror=True,
+        often=OFTEN,
+        exclude=holdout,
+        skip_kinds=SKIP_KINDS,
+        seed=SEED,
+        check_images=CHECK_IMAGES,
+    )
+
+
+def checkpoint_facts(train_set: FacePairDataset, stage1: dict, crops: Crops | None, data: str) -> dict:
+    """What the checkpoints state beside the weights; a run is resumed only where all of it is the same."""
+    return {
+        "stage": 2,
+        "seed": SEED,
+        "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON],
+        "image_size": stage1["image_size"] if crops is None else frame_size(stage1),
+        "face_crop": stage1["face_crop"] if crops is None else 1.0,
+        "crops": crops and asdict(crops),
+        "dropout": DROPOUT,
+        "mirror": MIRROR,
+        "pretrained": stage1["pretrained"],
+        "teacher": str(TEACHER),
+        "freeze_until": FREEZE_UNTIL,
+        "skip_kinds": list(SKIP_KINDS),
+        "often": list(OFTEN),
+        "distort": [CLEAN, DISTORT, DISTORT_MOST],
+        "photos": len(train_set),
+        "persons": train_set.persons,
+        "holdout": stage1["holdout"],
+        "template": TEMPLATE,
+        "chosen_by": gallery.CHOICE,
+        "data": data,
+    }
 
 
 class Losses:
