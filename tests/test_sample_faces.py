@@ -9,7 +9,7 @@ from PIL import Image
 
 from common import UserError
 from distortions import DISTORTIONS
-from tools import face_drawing, sample_faces
+from tools import face_identity, sample_faces
 from tools.face_drawing import draw_face
 from tools.face_identity import random_identity
 from tools.sample_faces import contact_sheet
@@ -206,9 +206,9 @@ def test_a_photo_looks_the_same_at_another_size():
 def test_every_style_can_be_drawn_and_changes_the_picture():
     identity = random_identity(np.random.default_rng((0, 3)))
     for name, styles in (
-        ("hair_style", face_drawing.HAIR_STYLES),
-        ("beard", face_drawing.BEARDS),
-        ("glasses", face_drawing.GLASSES),
+        ("hair_style", face_identity.HAIR_STYLES),
+        ("beard", face_identity.BEARDS),
+        ("glasses", face_identity.GLASSES),
     ):
         faces = {
             draw_face(dataclasses.replace(identity, **{name: style}), np.random.default_rng(0), 64).tobytes()
