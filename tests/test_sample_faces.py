@@ -9,7 +9,7 @@ from PIL import Image
 
 from common import UserError
 from distortions import DISTORTIONS
-from tools import face_identity, sample_faces
+from tools import face_drawing, face_identity, sample_faces
 from tools.face_drawing import draw_face
 from tools.face_identity import random_identity
 from tools.sample_faces import contact_sheet
@@ -189,7 +189,7 @@ def test_the_face_spans_about_half_of_the_frame_in_width_and_height():
     sizes = []
     for number in range(1, 21):
         identity = random_identity(np.random.default_rng((0, number)))
-        photo = face_drawing.random_photo(generator)
+        photo = face_identity.random_photo(generator)
         painter = face_drawing.Painter(Image.new("RGB", (100, 100)), photo, identity.head_width)
         left, top, right, bottom = painter.mask(face_drawing.head_outline(identity, photo)).getbbox()
         hairline = top + 0.4 / 2.4 * (bottom - top)  # skull -1.3, hairline -0.9, chin 1.05
