@@ -42,14 +42,14 @@ class Journal:
 
     def epoch(self, history: list[dict]) -> None:
         """Log the last row of `history`, one row per epoch so far."""
+        import plots  # matplotlib and scikit-learn take seconds, and only an epoch's end needs them
+
         self.flush()
         write_csv(self.run_dir / "log.csv", history)
         for name, value in history[-1].items():
             if name != "epoch":
                 self._open_events().add_scalar(f"epoch/{name}", value, history[-1]["epoch"])
         self._open_events().flush()
-        import plots  # matplotlib and scikit-learn take seconds, and only an epoch's end needs them
-
         with atomic_file(self.run_dir / "curves.png") as file:
             plots.curves(history, self.steps()).savefig(file, format="png")
 

@@ -143,7 +143,7 @@ def main() -> None:
     # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=checkpoint_facts(train_set, stage1, model.crops, files_digest(train_persons)),
+        facts=checkpoint_facts(train_set, stage1, model.crops, image_size, share, files_digest(train_persons)),
         networks={"model": model},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -209,14 +209,16 @@ def pair_dataset(train_dir: Path, transform: Transform, holdout: list[str], side
     )
 
 
-def checkpoint_facts(train_set: FacePairDataset, stage1: dict, crops: Crops | None, data: str) -> dict:
+def checkpoint_facts(
+    train_set: FacePairDataset, stage1: dict, crops: Crops | None, image_size: int, face_crop: float, data: str
+) -> dict:
     """What the checkpoints state beside the weights; a run is resumed only where all of it is the same."""
     return {
         "stage": 2,
         "seed": SEED,
         "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON],
-        "image_size": stage1["image_size"] if crops is None else frame_size(stage1),
-        "face_crop": stage1["face_crop"] if crops is None else 1.0,
+        "image_size": image_size,
+        "face_crop": face_crop,
         "crops": crops and asdict(crops),
         "dropout": DROPOUT,
         "mirror": MIRROR,

@@ -180,8 +180,8 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
 def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
     """Check what every run needs, before anything slow, and note the script's CAPITALS in `run_dir`/constants.json.
 
-    Raises FileExistsError if `run_dir` holds an earlier run and `resume` is off: nothing is overwritten silently;
-    ValueError for a constant out of range.
+    Raises UserError for a constant out of range, or if `run_dir` holds an earlier run and `resume` is off: nothing is
+    overwritten.
     """
     if not resume and any((run_dir / name).exists() for name in ("best.pt", "last.pt")):
         raise UserError(
