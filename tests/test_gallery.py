@@ -183,9 +183,9 @@ class Rating(MeanColour):
 
     rates = True
 
-    def forward(self, images, part="both"):
-        colour = super().forward(images)
-        return (colour, colour.sum(1)) if part == "rated" else colour
+    def rated(self, images):
+        colour = self(images)
+        return colour, colour.sum(1)
 
 
 def test_photos_are_rated_where_the_model_does_it_through_gallery_queries_and_answers(four_queries):

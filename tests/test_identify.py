@@ -103,11 +103,8 @@ class RatingNet(ColourNet):
 
     rates = True
 
-    def forward(self, images, part="both"):
-        colour = images.mean((2, 3))
-        ColourNet.embedded += len(images)
-        embedding = nn.functional.normalize(colour)
-        return (embedding, colour.norm(dim=1)) if part == "rated" else embedding
+    def rated(self, images):
+        return self(images), images.mean((2, 3)).norm(dim=1)
 
 
 def quality(colour) -> float:
