@@ -289,7 +289,7 @@ def test_the_script_writes_a_file_that_it_has_compared_with_torch(script, capsys
     cosine, absolute = script.main()
     assert cosine < 1e-6 and absolute < 1e-5
     printed = capsys.readouterr().out
-    assert "8 images in batches of 1, 2, 5" in printed and "(x - 127.5) / 128" in printed
+    assert "on 8 images in batches of 1, 2, 5" in printed and "(x - 127.5) / 128" in printed
     assert "the centre square of 0.8 of the photo's shorter side, resized to 80 x 80" in printed
     assert fast.OnnxFaceNet(script.OUT, SIZE).metadata["stage"] == "0"
 

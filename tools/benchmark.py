@@ -78,7 +78,7 @@ class Case:
 
 
 def main() -> dict[str, dict]:
-    """Measure, print the table; returns the figures of each row."""
+    """Measure, print the table and return the figures of each row."""
     kinds = cases()
     absent = {name: [p for p in case.needs if importlib.util.find_spec(p) is None] for name, case in kinds.items()}
     found: dict[str, list[dict]] = {name: [] for name in kinds if not absent[name]}
