@@ -1,14 +1,12 @@
 """Faster embedding: a copy of the network with fused layers, a compiled one, and ONNX files with their runtimes."""
 
 import copy
-import hashlib
 import importlib
 import io
 import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from common import UserError
-from models import EMBEDDING_DIM
+from models import FaceNet
 
 # Backends that run outside torch, on the CPU, and the optional packages that they need.
 PACKAGES = {
@@ -34,7 +32,7 @@ INPUT, OUTPUT, QUALITY = "images", "embeddings", "quality"  # names in the ONNX 
 
 
 def accelerated(
-    model: nn.Module,
+    model: FaceNet,
     backend: str,
     image_size: int,
     device: torch.device | str,
@@ -42,8 +40,8 @@ def accelerated(
 ) -> nn.Module:
     """`model` for embedding on `device`: the same embeddings but for rounding, in eval mode, without gradients.
 
-    "torch" returns `model` itself. The others return copies, which later training of `model` does not change, and whose
-    fingerprint differs from that of `model`.
+    "torch" returns `model` itself. The others return copies, which later training of `model` does not change; for a
+    gallery's made_by take the fingerprint of `model`.
     "fused": see `fused`. "compiled": that through torch.compile, which needs a C++ compiler and takes about a minute at
     the first batch, and again at the first batch of another size. On the CPU only: "onnxruntime", see OnnxFaceNet;
     "openvino", see OpenVinoFaceNet; "openvino-int8", see Int8FaceNet, which needs `photos` and whose embeddings differ.
@@ -62,8 +60,8 @@ def accelerated(
             _package(package)  # before the export, which takes seconds
         exported = to_onnx(model, image_size, metadata={})
         if backend == "openvino-int8":
-            return Int8FaceNet(exported, image_size, photos)
-        return OnnxFaceNet(exported, image_size) if backend == "onnxruntime" else OpenVinoFaceNet(exported, image_size)
+            return Int8FaceNet(exported, photos)
+        return OnnxFaceNet(exported) if backend == "onnxruntime" else OpenVinoFaceNet(exported)
     network = fused(model).to(device)
     if backend == "compiled":
         network.forward = torch.compile(network.forward)
@@ -74,7 +72,7 @@ def accelerated(
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
-def fused(model: nn.Module) -> nn.Module:
+def fused(model: FaceNet) -> FaceNet:
     """A copy of `model` in eval mode and channels_last, without gradients; each BatchNorm of an InceptionResnetV1 is
     folded into the layer before it.
 
@@ -83,9 +81,9 @@ def fused(model: nn.Module) -> nn.Module:
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, BasicConv2d) and not isinstance(module.bn, nn.Identity):
+        if isinstance(module, BasicConv2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
-        if isinstance(module, InceptionResnetV1) and not isinstance(module.last_bn, nn.Identity):
+        if isinstance(module, InceptionResnetV1):
             module.last_linear = fuse_linear_bn_eval(module.last_linear, module.last_bn)
             module.last_bn = nn.Identity()
     return model.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -94,37 +92,34 @@ def fused(model: nn.Module) -> nn.Module:
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -> bytes:
+def to_onnx(model: FaceNet, image_size: int, metadata: Mapping[str, object]) -> bytes:
     """`model`, fused, as the bytes of an ONNX file.
 
     Input "images": (B, 3, image_size, image_size) float32, any B >= 1, as transforms.eval_transform gives them: RGB,
-    (x - 127.5) / 128. Outputs "embeddings": (B, D) float32, rows of norm 1; and of a FaceNet "quality": (B,) float32,
-    see FaceNet.rated.
+    (x - 127.5) / 128. Outputs "embeddings": (B, D) float32, rows of norm 1, and "quality": (B,) float32, see
+    FaceNet.rated.
     metadata: fingerprint, face_crop and the like, kept as strings in metadata_props; image_size is added.
     Raises UserError if the package onnx is not installed.
     """
     onnx = _package("onnx")
     network = fused(model).cpu().to(memory_format=torch.contiguous_format)
     example, file = torch.zeros(2, 3, image_size, image_size), io.BytesIO()
-    dims, outputs = network(example).shape[1], [OUTPUT]
-    if getattr(model, "rates", False):
-        network, outputs = _Rated(network), [OUTPUT, QUALITY]
     with warnings.catch_warnings():
         # Deprecated, but the same in every torch since 2.5, and its successor needs another package, onnxscript.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            network,
+            _Rated(network),
             (example,),
             file,
             dynamo=False,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=outputs,
-            dynamic_axes={name: {0: "B"} for name in (INPUT, *outputs)},
+            output_names=[OUTPUT, QUALITY],
+            dynamic_axes={name: {0: "B"} for name in (INPUT, OUTPUT, QUALITY)},
         )
     graph = onnx.load_from_string(file.getvalue())
     columns = graph.graph.output[0].type.tensor_type.shape.dim[1]
-    columns.dim_value = dims  # the tracer loses it in the normalization
+    columns.dim_value = network(example).shape[1]  # the tracer loses it in the normalization
     props = {name: str(value) for name, value in metadata.items()} | {"image_size": str(image_size)}
     onnx.helper.set_model_props(graph, props)
     onnx.checker.check_model(graph)
@@ -132,9 +127,9 @@ def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -
 
 
 class _Rated(nn.Module):
-    """Both outputs of a FaceNet."""
+    """Both outputs of a FaceNet: the exporter calls forward()."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: FaceNet):
         super().__init__()
         self.network = network
 
@@ -143,103 +138,62 @@ class _Rated(nn.Module):
 
 
 class _Exported(nn.Module):
-    """An ONNX file of to_onnx, or its bytes, run outside torch: on the CPU, with as many threads as torch.
+    """What to_onnx returns, run outside torch: on the CPU, with as many threads as torch.
 
-    Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format -> embeddings (B, D) float32 of
-    norm 1, without gradients.
-    Raises UserError if it is no such file or one of another image size, or if the runtime is not installed.
+    Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format, B >= 1 -> embeddings (B, D) float32
+    of norm 1, without gradients. Raises UserError if the runtime is not installed.
     """
 
     memory_format = torch.contiguous_format  # what the runtimes take without a copy
+    rates = True  # has rated()
     package: str  # of the runtime
 
-    def __init__(self, source: Path | str | bytes, image_size: int):
+    def __init__(self, exported: bytes):
         super().__init__()
-        runtime = _package(self.package)
-        name = "these bytes" if isinstance(source, bytes) else str(source)
-        if not isinstance(source, bytes):
-            if not Path(source).is_file():
-                raise UserError(f"{name}: no such file; export_onnx.py writes it")
-            source = Path(source).read_bytes()
-        try:
-            ends = self._load(runtime, source)
-        except Exception as error:  # each runtime raises classes of its own
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"{name}: not an ONNX file that {self.package} can run ({reason}); export_onnx.py writes one"
-            ) from error
-        widths = ([EMBEDDING_DIM], [2 * EMBEDDING_DIM])  # without and with models.Crops
-        names = [name for name, _ in ends]
-        self.rates = names == [INPUT, OUTPUT, QUALITY]  # has rated(): files of earlier versions have no quality
-        if not (self.rates or names == [INPUT, OUTPUT]) or ends[1][1] not in widths:
-            raise UserError(f"{name}: an ONNX file, but not a FaceNet of export_onnx.py; found {ends}")
-        if ends[0][1] != [3, image_size, image_size]:
-            raise UserError(
-                f"{name}: takes images of {' x '.join(map(str, ends[0][1][1:]))} pixels, but the image size here is "
-                f"{image_size}; set that size, or export the file again"
-            )
-        self.dims, self.image_size = ends[1][1][0], image_size
-        # For models.fingerprint, since the weights lie in the runtime.
-        digest = bytearray(hashlib.sha256(source).digest())
-        self.register_buffer("digest", torch.frombuffer(digest, dtype=torch.uint8))
+        self._load(_package(self.package), exported)
 
-    def _load(self, runtime: ModuleType, exported: bytes) -> list[tuple[str, list]]:
-        """Load the network; returns name and shape, without the batch, of each input and output."""
+    def _load(self, runtime: ModuleType, exported: bytes) -> None:
         raise NotImplementedError
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
-        """Its outputs, in the order of the file."""
+        """Embeddings and quality."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
-        return self._outputs(images)[0]
+        return self.rated(images)[0]
 
     def rated(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As FaceNet.rated, where the file has a quality (`rates`)."""
-        embeddings, quality = self._outputs(images)
-        return embeddings, quality
-
-    def _outputs(self, images: Tensor) -> list[Tensor]:
-        if images.device.type != "cpu" or images.shape[1:] != (3, self.image_size, self.image_size):
-            raise UserError(
-                f"images of shape {tuple(images.shape)} on {images.device}: "
-                f"expected (B, 3, {self.image_size}, {self.image_size}) on the CPU"
-            )
-        if len(images) == 0:  # which the runtimes refuse
-            return [torch.empty(0, self.dims), torch.empty(0)]
-        return [torch.from_numpy(output) for output in self._run(images.detach().float().contiguous().numpy())]
+        """As FaceNet.rated."""
+        embeddings, quality = self._run(images.float().contiguous().numpy())
+        return torch.from_numpy(embeddings), torch.from_numpy(quality)
 
 
 class OnnxFaceNet(_Exported):
-    """An ONNX file run by onnxruntime, see _Exported. metadata: that of the file, strings by name."""
+    """A network run by onnxruntime, see _Exported."""
 
     package = "onnxruntime"
 
-    def _load(self, runtime: ModuleType, exported: bytes) -> list[tuple[str, list]]:
+    def _load(self, runtime: ModuleType, exported: bytes) -> None:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors only, and those are raised
         self.session = runtime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
-        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
-        return [(end.name, end.shape[1:]) for end in (*self.session.get_inputs(), *self.session.get_outputs())]
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
-        return self.session.run(None, {INPUT: images})
+        return self.session.run([OUTPUT, QUALITY], {INPUT: images})
 
 
 class OpenVinoFaceNet(_Exported):
-    """An ONNX file run by OpenVINO in float32, see _Exported."""
+    """A network run by OpenVINO in float32, see _Exported."""
 
     package = "openvino"
 
-    def _load(self, runtime: ModuleType, exported: bytes) -> list[tuple[str, list]]:
+    def _load(self, runtime: ModuleType, exported: bytes) -> None:
         core = runtime.Core()
         network = self._prepared(core.read_model(io.BytesIO(exported)))
         # By default it computes in bfloat16 on CPUs that can: three digits instead of seven.
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self.network = core.compile_model(network, "CPU", options)
-        ends = (*network.inputs, *network.outputs)
-        return [(end.any_name, [side.get_length() for side in list(end.partial_shape)[1:]]) for end in ends]
 
     def _prepared(self, network: object) -> object:
         """The openvino.Model that is run in place of `network`."""
@@ -247,22 +201,22 @@ class OpenVinoFaceNet(_Exported):
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         outputs = self.network(images)
-        return [outputs[end].copy() for end in self.network.outputs]  # the next call writes into the same memory
+        return [outputs[name].copy() for name in (OUTPUT, QUALITY)]  # the next call writes into the same memory
 
 
 class Int8FaceNet(OpenVinoFaceNet):
-    """An ONNX file run by OpenVINO in 8-bit integers, by NNCF's post-training quantization; see _Exported.
+    """A network run by OpenVINO in 8-bit integers, by NNCF's post-training quantization; see _Exported.
 
     Much faster, but the embeddings differ: measure what that costs. photos: some hundred images
     (3, image_size, image_size) like those that will be embedded, which the quantization is calibrated on.
     Raises UserError without photos.
     """
 
-    def __init__(self, source: Path | str | bytes, image_size: int, photos: Sequence[Tensor] | None):
+    def __init__(self, exported: bytes, photos: Sequence[Tensor] | None):
         if not photos:
             raise UserError("BACKEND = 'openvino-int8': needs photos to fit its ranges to, and got none")
         self._photos = photos
-        super().__init__(source, image_size)
+        super().__init__(exported)
 
     def _prepared(self, network: object) -> object:
         nncf = _package("nncf")

@@ -15,7 +15,7 @@ import checkpoints
 import common
 from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
-from models import fingerprint
+from models import EMBEDDING_DIM, fingerprint
 
 # --- what to export ---
 CHECKPOINT = Path("runs/stage2/best.pt")  # states its image size and crop; None: the PRETRAINED network
@@ -42,7 +42,7 @@ def main() -> tuple[float, float]:
     metadata = {name: facts[name] for name in stated if name in facts}
     metadata |= {"fingerprint": fingerprint(model), "standardization": "(x - 127.5) / 128"}
     written = to_onnx(model, size, metadata)
-    exported = OnnxFaceNet(written, size)
+    exported = OnnxFaceNet(written)
     cosine, absolute = differences(model, exported, size)
     if not cosine <= TOLERANCE:  # NaN too
         raise UserError(
@@ -53,10 +53,11 @@ def main() -> tuple[float, float]:
         file.write(written)
     print(f"{OUT}: {len(written) / 1e6:.0f} MB; on {sum(BATCHES)} images in batches of {', '.join(map(str, BATCHES))}")
     print(f"the greatest difference from torch is {cosine:.1e} (1 - cosine), {absolute:.1e} in one number")
+    dims = EMBEDDING_DIM if model.crops is None else 2 * EMBEDDING_DIM
     print(f"""
 crop     the centre square of {facts["face_crop"]:g} of the photo's shorter side, resized to {size} x {size}, bilinear
 input    "{INPUT}": float32 (batch, 3, {size}, {size}), channels R, G, B, each value (x - 127.5) / 128 of x in 0..255
-output   "{OUTPUT}": float32 (batch, {exported.dims}) of norm 1; the similarity of two is the sum of their products
+output   "{OUTPUT}": float32 (batch, {dims}) of norm 1; the similarity of two is the sum of their products
 output   "{QUALITY}": float32 (batch,), low where the network finds no face that it could know""")
     return cosine, absolute
 
