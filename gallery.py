@@ -94,7 +94,7 @@ def embed(
     memory_format = getattr(model, "memory_format", torch.channels_last)  # fast.OnnxFaceNet has another
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()
-    rates = getattr(model, "rates", False)
+    rates = hasattr(model, "rated")
     batches, qualities = [], []
     try:
         quiet = rank > 0 or len(loader) < 3

@@ -181,8 +181,6 @@ class DivergesOnWhite(MeanColour):
 class Rating(MeanColour):
     """Rates a photo by its brightness."""
 
-    rates = True
-
     def rated(self, images):
         colour = self(images)
         return colour, colour.sum(1)

@@ -101,8 +101,6 @@ def here(tmp_path, monkeypatch) -> Path:
 class RatingNet(ColourNet):
     """A ColourNet that rates: the norm of the mean colour, small where a photo is grey."""
 
-    rates = True
-
     def rated(self, images):
         return self(images), images.mean((2, 3)).norm(dim=1)
 
