@@ -13,8 +13,8 @@ import metrics
 import search
 from checkpoints import atomic_file
 from common import UserError, read_plain, warn_once
-from gallery import Gallery, Queries, _rated
-from metrics import TEMPLATES, TIE
+from gallery import Gallery, Queries, _rated, score
+from scores import TEMPLATES, TIE
 
 FORMAT = 2  # of the gallery files
 FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold", "quality")
@@ -130,9 +130,7 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
         queries = queries.subset((queries.quality >= least).nonzero()[:, 0])
         if not queries.paths:
             raise UserError(f"{source}: none of its {everybody} distorted photos is usable (REFUSE = {refuse:g})")
-    found = metrics.ranking(
-        queries.embeddings, queries.truth, queries.sources, gallery.weighted, gallery.labels, gallery.template
-    )
+    found = metrics.ranking(score(gallery, queries)[gallery.template])
     asked = len(found.rival)
     if asked * far < metrics.MIN_ERRORS:
         raise UserError(

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 import checkpoints
 import common
-import metrics
 from common import UserError
 from datasets import CLEAN, DISTORTION, Person, find_photos, find_unreadable, scan_persons
 from enrolment import calibrate, enroll, identify, load_gallery, remove, save_gallery
 from faces import Box, FaceDetector, crop_face
 from gallery import Gallery, build_gallery, check_template, embed, embed_queries, made_by
+from scores import person_scores
 from transforms import FaceCrop, eval_transform, load_image
 
 # --- who is asked for ---
@@ -462,11 +462,20 @@ def answers(gallery: Gallery, photos: Sequence[Path], reader: FaceReader) -> lis
 
 def ranked(gallery: Gallery, embeddings: Tensor) -> list[list[tuple[str, float]]]:
     """For each embedding the TOP most similar persons with their cosines; equals in the order of their names."""
-    nobody = torch.full((len(embeddings),), -1)
-    inputs = (embeddings, nobody, nobody, gallery.weighted, gallery.labels, gallery.template)
+    if not len(embeddings):
+        return []
+    none = torch.full((len(embeddings),), -1)
+    scores = person_scores(
+        queries=embeddings,
+        truth=none,
+        sources=none,
+        gallery=gallery.weighted,
+        labels=gallery.labels,
+        template=gallery.template,
+    )
     found = []
-    for _, scores in metrics.person_scores(*inputs):
-        values, labels = scores.sort(dim=1, descending=True, stable=True)
+    for block in scores.matrix.split(1024):
+        values, labels = block.sort(dim=1, descending=True, stable=True)
         for cosines, persons in zip(values[:, :TOP].tolist(), labels[:, :TOP].tolist(), strict=True):
             found.append([(gallery.persons[label], cosine) for label, cosine in zip(persons, cosines, strict=True)])
     return found

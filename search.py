@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common import UserError, warn_once
-from metrics import TIE
+from scores import TIE
 
 # FAISS is imported by `_faiss`, so after torch: on Linux it then shares torch's OpenMP threads, else it brings its own.
 
