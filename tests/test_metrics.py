@@ -12,7 +12,6 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 import metrics
-import scores
 from metrics import (
     FIGURES,
     Measured,
@@ -162,7 +161,7 @@ def test_average_precision_counted_by_hand():
 
 @pytest.mark.parametrize("block", [1, 300, 2**24])
 def test_average_precision_equals_sklearn_on_the_photos_without_the_source(monkeypatch, block):
-    monkeypatch.setattr(scores, "BLOCK_COSINES", block)
+    monkeypatch.setattr("scores.BLOCK_COSINES", block)
     gallery, labels, source = unit_rows(16, 5, seed=1), torch.arange(16) % 6, torch.arange(40) % 16
     queries, truth = F.normalize(gallery[source] + 0.7 * unit_rows(40, 5, seed=2)), labels[source].clone()
     truth[::5], source[::5], source[1::5] = -1, -1, -1

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import scores
 from metrics import average_precision
 from scores import TEMPLATES, Scores, mean_templates, person_scores, photo_cosines, templates
 
@@ -158,7 +157,7 @@ def test_scores_among_some_persons_equal_those_of_a_gallery_that_holds_only_them
 def test_cosines_with_photos_are_held_a_block_at_a_time_and_blocks_change_no_figure(monkeypatch, most):
     case = random_case(photos=(4, 5, 6), queries=100)
     whole, precision = case.scores("best"), case.average_precision()
-    monkeypatch.setattr(scores, "BLOCK_COSINES", most)
+    monkeypatch.setattr("scores.BLOCK_COSINES", most)
     blocks = list(photo_cosines(case.queries, case.sources, case.gallery))
     assert [row for block, _ in blocks for row in range(100)[block]] == list(range(100))
     assert all(cosines.numel() <= max(most, 15) for _, cosines in blocks)  # at least one query
