@@ -349,18 +349,19 @@ def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> 
         chosen = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
         found = queries.subset(chosen.nonzero()[:, 0])
     else:
-        rows = several[gallery.labels].nonzero()[:, 0]
-        found = Queries(
-            embeddings=gallery.embeddings[rows],
-            truth=gallery.labels[rows],
-            sources=rows,
-            paths=[gallery.paths[row] for row in rows.tolist()],
-            persons=[gallery.persons[label] for label in gallery.labels[rows].tolist()],
-            kinds=["clean"] * len(rows),
-            quality=_rated(gallery.quality, rows),
+        photos = Queries(
+            embeddings=gallery.embeddings,
+            truth=gallery.labels,
+            sources=torch.arange(len(gallery.labels)),
+            paths=gallery.paths,
+            persons=[gallery.persons[label] for label in gallery.labels.tolist()],
+            kinds=["clean"] * len(gallery.labels),
+            quality=gallery.quality,
         )
+        found = photos.subset(several[gallery.labels].nonzero()[:, 0])
     if not len(found.paths):
-        raise NoQueries(f"PROTOCOL {protocol!r}: no query; no person with a photo to match has a second clean photo")
+        who = "no person with a distorted photo" if protocol == "cross" else "no person"
+        raise NoQueries(f"PROTOCOL {protocol!r}: no query, as {who} has a second clean photo")
     return found
 
 
