@@ -171,7 +171,7 @@ def roc(scores: Scores) -> Roc:
     is_impostor = torch.ones_like(scores.matrix, dtype=torch.bool)
     is_impostor[rows, own] = False
     impostor = scores.matrix[is_impostor]
-    rising, edges = _spaced(genuine), torch.linspace(-1, 1, BINS + 1)
+    rising, edges = _spaced(genuine), (2 * torch.arange(BINS + 1) - BINS) / BINS  # linspace() misses 0 by rounding
     accepted = len(genuine) - torch.searchsorted(genuine.sort().values, rising)
     pairs, far = max(len(genuine), 1), max(len(impostor), 1)
     return Roc(

@@ -179,10 +179,6 @@ def _match_mean_faces(queries: Tensor, sources: Tensor, gallery: Tensor, labels:
 
 
 def _means_without(photos: Tensor, gallery: Tensor, labels: Tensor) -> Tensor:
-    """(N, D): the mean of each photo's person without that photo, photos (N,) being gallery rows.
-
-    0 where it is the person's only photo: the subtraction leaves rounding noise, which would point anywhere.
-    """
-    own = labels[photos]
-    rest = F.normalize(_sums(gallery, labels)[own] - gallery[photos])
-    return rest.masked_fill((torch.bincount(labels)[own] == 1)[:, None], 0)
+    """(N, D): the mean of each photo's person without that photo, photos (N,) being gallery rows. Rounding noise where
+    it is the person's only photo."""
+    return F.normalize(_sums(gallery, labels)[labels[photos]] - gallery[photos])

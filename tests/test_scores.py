@@ -244,7 +244,7 @@ def test_faces_are_averaged_and_frames_are_not(weight):
     labels = torch.arange(17) % 5
     faces += torch.randn(5, 512, generator=generator)[labels]
     faces[[2, 7, 12]] = 0  # person 2: burnt out in every photo
-    faces[3] = 0  # person 3: in one of three
+    faces[[3, 13]] = 0  # person 3: in all but the one that is a query's source
     query_faces[4] = 0
     case = Case(
         queries=joined(query_faces, query_frames, weight),
