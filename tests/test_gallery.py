@@ -154,14 +154,17 @@ class Rating(MeanColour):
 
 
 def test_quality_weights_the_gallery_and_goes_with_the_queries_and_their_answers(four_queries):
+    write(four_queries / "ann/clean/2.png", (0, 100, 0))
     gallery, queries = embed_split(Rating(), four_queries, as_float, "cpu", template="best")
-    assert gallery.quality.tolist() == [200, 200, 300]
-    assert torch.equal(gallery.weighted, gallery.embeddings * torch.tensor([[200.0], [200.0], [300.0]]))
+    assert gallery.quality.tolist() == [200, 100, 300]
+    assert torch.equal(gallery.weighted, gallery.embeddings * torch.tensor([[200.0], [100.0], [300.0]]))
     assert queries.quality.tolist() == [275, 210, 150, 110]
     assert select_queries(gallery, queries, "cross").quality.tolist() == [275, 210]  # bob has one photo
-    assert select_queries(gallery, None, "clean").quality.tolist() == [200, 200]
+    assert select_queries(gallery, None, "clean").quality.tolist() == [200, 100]
     same = select_queries(gallery, queries, "same")
     scores = score(gallery, same)
+    ann = torch.tensor([2.0, 1.0, 0.0]) / math.sqrt(5)  # the mean of her photos by their quality
+    torch.testing.assert_close(scores["mean"].matrix[:, 0], queries.embeddings @ ann)
     assert [query["quality"] for query in retrieve(gallery, same, scores)["per_query"]] == [275, 210, 150, 110]
     left = discard_curves(same, measure(gallery, same, scores, seed=0)["best"])
     assert {group: counts.tolist() for group, counts in left.items()} == {
