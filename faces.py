@@ -1,6 +1,6 @@
 """Faces in loose photos: found by MTCNN (Zhang et al. 2016, arXiv:1604.02878), cut out as squares, labelled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +10,15 @@ import torch
 from facenet_pytorch import MTCNN
 from facenet_pytorch.models.utils import detect_face
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
 from common import UserError
+from datasets import find_unreadable
+from transforms import load_image
 
 DETECT_SIDE = 1024  # px: a photo with a longer side than this is searched in a smaller copy, and cut from the original
 WHICH = ("largest", "central")  # which face of a photo that shows several
+NO_FACE, UNREADABLE = "no face", "unreadable"  # why a photo gives no face
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; may reach beyond the image
 
@@ -118,6 +122,56 @@ def crop_face(image: Image.Image, box: Box, margin: float, size: int | None = No
     pixels = np.asarray(inside)[np.ix_(rows - rows[0], columns - columns[0])]
     crop = Image.fromarray(pixels)
     return crop if size is None else crop.resize((size, size), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A face in a photo; or, with a `status`, a photo or a face that is not used.
+
+    reason: of the status. box: in pixels of the upright photo, where faces are searched for. file: the image that the
+    network sees. quality: as the network rates it.
+    """
+
+    photo: Path
+    status: str | None = None
+    reason: str | None = None
+    box: Box | None = None
+    file: Path | None = None
+    quality: float | None = None
+
+
+def read_faces(
+    photos: Sequence[Path],
+    folder: Path,
+    *,
+    detector: FaceDetector | None,
+    crop: Callable[[Image.Image], Image.Image],
+    margin: float,
+    most: int | None = None,
+) -> list[Reading]:
+    """The faces of each photo, largest first and at most `most` of them, or a reading with NO_FACE or UNREADABLE.
+
+    `crop` is applied to the square of `crop_face`, and the result written to `folder`. Without a detector (None) each
+    photo is one face, and is its own file.
+    """
+    unreadable = find_unreadable(photos)
+    readings = []
+    quiet = detector is None or len(photos) < 3
+    for number, photo in enumerate(tqdm(photos, desc="faces", unit="photo", leave=False, disable=quiet)):
+        if photo in unreadable:
+            readings.append(Reading(photo, UNREADABLE, reason=unreadable[photo]))
+        elif detector is None:
+            readings.append(Reading(photo, file=photo))
+        else:
+            image = load_image(photo)
+            found = detector.find(image)[:most]
+            for index, face in enumerate(found):
+                file = folder / f"{number}_{index}.png"
+                crop(crop_face(image, face.box, margin)).save(file)
+                readings.append(Reading(photo, box=face.box, file=file))
+            if not found:
+                readings.append(Reading(photo, NO_FACE))
+    return readings
 
 
 @dataclass(frozen=True)
