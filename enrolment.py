@@ -99,9 +99,9 @@ def _warn_other_names(rows: Tensor, names: Sequence[str], paths: Sequence[Path],
 def remove(gallery: Gallery, person: str) -> Gallery:
     """`gallery` without that person. Raises UserError if it holds no such person, or nobody else."""
     if person not in gallery.persons:
-        raise UserError(f"{person!r} is not in the gallery{did_you_mean(person, gallery.persons)}")
+        raise UserError(f"cannot remove {person!r}: not in the gallery{did_you_mean(person, gallery.persons)}")
     if len(gallery.persons) == 1:
-        raise UserError(f"{person!r} is the last person in the gallery; delete its file instead")
+        raise UserError(f"cannot remove {person!r}, the last person in the gallery; delete the gallery's file instead")
     names = names_of(gallery)
     return _select(
         gallery,
