@@ -1,6 +1,6 @@
 """Damaged files of every kind that the scripts read: each is read or refused in a sentence that names it; none runs.
 
-Galleries are damaged in test_kept_gallery.py.
+Galleries are damaged in test_enrolment.py.
 """
 
 import io
