@@ -11,26 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MakesFolderWhenLoaded, TinyNet
+from conftest import MakesFolderWhenLoaded
 from PIL import Image
 from torch import Tensor, nn
 
 import checkpoints
+import enrolment
 import metrics
 from common import UserError
-from enrolment import (
-    calibrate,
-    describe_threshold,
-    empty_gallery,
-    enroll,
-    identify,
-    load_gallery,
-    names_of,
-    remove,
-    save_gallery,
-    similar_persons,
-)
-from gallery import Gallery, Queries, build_gallery, embed, embed_split, made_by
+from enrolment import calibrate, empty_gallery, enroll, identify, load_gallery, names_of, remove, save_gallery
+from gallery import Gallery, Queries, build_gallery, embed
 
 MODEL = {"fingerprint": "0123456789abcdef", "image_size": 160, "face_crop": 0.52}
 THRESHOLD = {"cosine": 0.43, "far": 0.01, "template": "mean", "strangers": 1000, "persons": 9, "source": "val"}
@@ -81,41 +71,27 @@ def strangers(embeddings: Tensor) -> Queries:
 
 # --- enroll -----------------------------------------------------------------------------------------------------------
 
-COLOURS = {
-    "bob/1": (0, 200, 0),
-    "ann/1": (200, 0, 0),
-    "ann/2": (200, 90, 0),
-    "cy/1": (0, 0, 200),
-    "cy/2": (90, 0, 200),
-    "cy/3": (0, 90, 200),
-}
-
 
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """Photos of one colour each."""
-    for name, colour in COLOURS.items():
+    for number, name in enumerate(["bob/1", "ann/1", "ann/2", "cy/1", "cy/2", "cy/3"]):
         path = tmp_path / "tree" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), colour).save(path)
+        Image.new("RGB", (8, 8), (200 - 40 * number, 40 * number, 90)).save(path)
     return tmp_path / "tree"
 
 
 @pytest.mark.parametrize("calls", ["ann/1 ann/2 bob/1 cy/1 cy/2 cy/3", "cy/1 cy/2, bob/1 cy/3 ann/1, ann/2"])
-def test_photos_enrolled_in_several_calls_make_the_gallery_of_all_at_once(tree, calls):
+def test_photos_enrolled_in_several_calls_make_the_gallery_of_all_at_once(tree, caplog, calls):
     whole = build_gallery(MeanColour(), tree, as_float, "cpu", template="best", made_by=MODEL)
     kept = empty_gallery(3, template="best", made_by=MODEL, rated=False)
     for names in calls.split(", "):
         paths = [tree / f"{name}.png" for name in names.split()]
-        before = list(kept.paths)
-        after = enroll(
-            kept,
-            embed(MeanColour(), paths, as_float, "cpu").embeddings,
-            persons=[path.parent.name for path in paths],
-            paths=paths,
-        )
-        assert kept.paths == before  # the gallery given is left as it was
-        kept = after
+        before, embeddings = kept, embed(MeanColour(), paths, as_float, "cpu").embeddings
+        kept = enroll(before, embeddings, persons=[path.parent.name for path in paths], paths=paths)
+        assert len(before.paths) + len(paths) == len(kept.paths)  # the gallery given is left as it was
+    assert not caplog.messages
     assert kept.persons == ["ann", "bob", "cy"] and kept.labels.tolist() == [0, 0, 1, 2, 2, 2]
     for name in ("persons", "paths", "template", "made_by", "threshold", "quality"):
         assert getattr(kept, name) == getattr(whole, name)
@@ -148,11 +124,6 @@ def test_a_photo_of_two_persons_is_added_to_both_with_a_warning(caplog):
     assert names_of(enroll(kept, rows_at(0), ["cy"], [Path("copy.png")])) == ["ann", "bob", "cy"]
     assert "1.png: enrolled as bob, but ann has the same photo; one name is wrong" in caplog.messages
     assert "copy.png: enrolled as cy, but ann has the same photo; one name is wrong" in caplog.messages
-
-
-def test_an_ordinary_enrolment_gives_no_warning(caplog):
-    enroll(of("ann bob", 0, 90), rows_at(45, 10), ["cy", "ann"], [Path("cy.png"), Path("ann.png")])
-    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
@@ -189,13 +160,6 @@ def test_after_a_removal_the_others_still_get_their_names(person):
     answers = identify(kept, rows_at(*(angles[name] for name in others)))
     assert [(name, score) for name, score, _ in answers] == [(name, pytest.approx(1)) for name in others]
     assert identify(kept, rows_at(angles[person]))[0][0] != person
-
-
-def test_a_removed_person_can_be_enrolled_again_and_the_gallery_is_as_before():
-    before = of("ann bob cy", 0, 90, 180)
-    after = enroll(remove(before, "bob"), rows_at(90), ["bob"], [Path("1.png")])
-    assert (after.persons, after.labels.tolist(), after.paths) == (before.persons, [0, 1, 2], before.paths)
-    assert torch.equal(after.embeddings, before.embeddings)
 
 
 def test_nothing_of_a_removed_person_is_left_in_the_file(tmp_path):
@@ -251,8 +215,8 @@ def test_a_tie_goes_to_the_name_that_sorts_first():
 def test_similar_persons_come_in_the_order_of_their_cosines():
     kept = of("ann ann bob cy", 0, 40, 90, 180)
     expected = [("ann", pytest.approx(1)), ("bob", pytest.approx(math.cos(math.radians(50))))]
-    assert similar_persons(kept, rows_at(40, 180), count=2)[0] == expected
-    assert [name for name, _ in similar_persons(kept, rows_at(180), count=9)[0]] == ["cy", "bob", "ann"]
+    assert enrolment.similar_persons(kept, rows_at(40, 180), count=2)[0] == expected
+    assert [name for name, _ in enrolment.similar_persons(kept, rows_at(180), count=9)[0]] == ["cy", "bob", "ann"]
 
 
 def test_a_bad_photo_counts_for_less_in_its_persons_mean():
@@ -297,17 +261,11 @@ def test_the_threshold_is_the_lowest_that_at_most_a_share_far_of_strangers_reach
     own = [kept.persons[number % 8] if number % 3 else None for number in range(300)]  # a third are not enrolled
     truth = torch.tensor([kept.persons.index(name) if name else -1 for name in own])
     threshold = calibrate(kept, replace(strangers(embeddings), truth=truth), far, "here")
+    assert (threshold["strangers"], threshold["persons"], threshold["quality"]) == (300, 7, None)
     scores = highest_cosines(kept, embeddings, own, template)
     allowed = math.floor(far * 300 + 1e-9)
     assert sum(score >= threshold["cosine"] for score in scores) == allowed
     assert sum(score >= threshold["cosine"] - 4e-6 for score in scores) == allowed + 1  # the next one down
-
-
-def test_the_threshold_states_what_it_was_found_with():
-    threshold = calibrate(crowd("mean"), strangers(unit_rows(250, 16, seed=1)), 0.04, "Task_B/val")
-    assert isinstance(threshold.pop("cosine"), float)
-    expected = {"far": 0.04, "template": "mean", "strangers": 250, "persons": 7, "source": "Task_B/val"}
-    assert threshold == expected | {"quality": None, "refuse": None, "unusable": 0}  # the model does not rate
 
 
 @pytest.mark.parametrize("template", ["mean", "best"])
@@ -319,26 +277,6 @@ def test_no_more_strangers_than_far_says_get_a_name_identified_together_or_alone
         alone = [answer for row in embeddings for answer in identify(kept, row[None])]
         for answers in (identify(kept, embeddings), alone):
             assert 0 < sum(name is not None for name, _, _ in answers) <= 10
-
-
-def test_a_query_is_matched_without_its_own_person():
-    # Every query is a photo of the gallery: with its own person, each would score 1.
-    kept = crowd("best")
-    queries = replace(strangers(kept.embeddings.repeat(10, 1)), truth=kept.labels.repeat(10))
-    assert calibrate(kept, queries, 0.1, "here")["cosine"] < 0.999
-
-
-def test_calibrating_on_a_split_uses_its_distorted_photos(tree):
-    for photo in sorted(tree.glob("*/*.png")):
-        folder = photo.parent / "distortion"
-        folder.mkdir(exist_ok=True)
-        for kind in range(20):
-            Image.new("RGB", (8, 8), (20 + 9 * kind, 90, 120)).save(folder / f"{photo.stem}_{'x' * (kind + 1)}.png")
-    kept, queries = embed_split(MeanColour(), tree, as_float, "cpu", template="mean")
-    threshold = calibrate(kept, queries, 0.1, str(tree))
-    assert (threshold["strangers"], threshold["persons"], threshold["source"]) == (120, 2, str(tree))
-    scores = highest_cosines(kept, queries.embeddings, queries.persons, "mean")
-    assert sum(score >= threshold["cosine"] for score in scores) <= 12
 
 
 @pytest.mark.parametrize("refuse, worst", [(0.0, 0), (0.04, 0), (0.05, 1), (0.125, 3)])  # of 24 photos
@@ -353,22 +291,19 @@ def test_queries_of_a_quality_below_all_but_a_share_of_the_clean_photos_are_left
 
 
 def test_as_many_strangers_as_the_error_says_are_enough():
-    for far in (0.1, 0.07, 0.03, 0.3):
+    for far in (0.07, 0.3):
         count = math.ceil(metrics.MIN_ERRORS / far)
         assert calibrate(crowd("mean"), strangers(unit_rows(count, 16, seed=2)), far, "here")["strangers"] == count
-        with pytest.raises(UserError, match=rf"FALSE_ACCEPT = {far}: here has {count - 1} usable queries, .* {count};"):
+        with pytest.raises(UserError, match=rf"= {far}: here has {count - 1} usable queries, .* takes {count}; .* set"):
             calibrate(crowd("mean"), strangers(unit_rows(count - 1, 16, seed=2)), far, "here")
 
 
 @pytest.mark.parametrize(
     "kept, count, far, refuse, message",
     [
-        (crowd("mean"), 640, 0.01, None, "so low a rate takes 1000; add distorted photos, or set at least 0.016"),
         (of("ann ann", 0, 10), 200, 0.1, None, "here: a threshold needs two persons with clean photos or more"),
         (crowd("mean"), 200, 0.0, None, r"FALSE_ACCEPT = 0\.0: expected a share of strangers, above 0 and below 1"),
-        (crowd("mean"), 200, 1.0, None, r"FALSE_ACCEPT = 1\.0: expected a share of strangers"),
         (crowd("mean"), 200, math.nan, None, "FALSE_ACCEPT = nan: expected a share of strangers"),
-        (crowd("mean"), 200, 0.1, -0.1, r"REFUSE = -0\.1: expected a share of clean photos"),
         (crowd("mean"), 200, 0.1, 1, "REFUSE = 1: expected a share of clean photos"),
         (crowd("mean"), 300, 0.1, 0.01, r"here: none of its 300 distorted photos is usable \(REFUSE = 0.01\)"),
     ],
@@ -382,11 +317,11 @@ def test_what_cannot_be_calibrated_is_refused_with_the_way_out(kept, count, far,
 
 def test_the_description_warns_of_a_gallery_that_has_outgrown_its_threshold():
     kept = replace(of("ann bob cy di", 0, 30, 60, 90), threshold=THRESHOLD | {"persons": 3})
-    assert describe_threshold(kept).splitlines() == [
+    assert enrolment.describe_threshold(kept).splitlines() == [
         "named from cosine 0.430 up: at most 1 % of the 1000 photos of strangers in val reach it, among 3 persons",
         "usable from quality 9.50 up: all but 1 % of the clean photos there, and 1000 of the 1007 distorted ones",
     ]
-    outgrown = describe_threshold(replace(kept, threshold=THRESHOLD | {"persons": 2}))
+    outgrown = enrolment.describe_threshold(replace(kept, threshold=THRESHOLD | {"persons": 2}))
     assert "the gallery has 2.0 times as many persons" in outgrown
 
 
@@ -413,7 +348,6 @@ def test_what_is_saved_comes_back_exactly(tmp_path, template, threshold):
     after = load_gallery(tmp_path / "new" / "gallery.pt", MODEL)
     assert torch.equal(after.quality, before.quality) if rated else after.quality is None
     assert torch.equal(after.embeddings, before.embeddings) and torch.equal(after.labels, before.labels)
-    assert after.embeddings.dtype == torch.float32 and after.labels.dtype == torch.int64
     for name in ("persons", "paths", "template", "made_by", "threshold"):
         assert getattr(after, name) == getattr(before, name)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["gallery.pt"]
@@ -424,7 +358,6 @@ def test_what_is_saved_comes_back_exactly(tmp_path, template, threshold):
     [
         (MODEL | {"fingerprint": "fedc"}, "fingerprint '0123456789abcdef', here 'fedc'"),
         (MODEL | {"image_size": 80, "face_crop": 1.0}, "image_size 160, here 80, face_crop 0.52, here 1.0"),
-        (MODEL | {"find_faces": 0.06}, "find_faces None, here 0.06"),
         ({"fingerprint": "0123456789abcdef", "image_size": 160}, "face_crop 0.52, here None"),
     ],
 )
@@ -434,15 +367,7 @@ def test_another_model_is_refused_with_the_differences(saved, model, differences
     assert str(e.value).startswith(f"{saved}: made by another model ({differences}), so its embeddings cannot be")
 
 
-def test_made_by_differs_between_networks_of_different_weights():
-    torch.manual_seed(0)
-    first, second = TinyNet(), TinyNet()
-    assert made_by(first, 160, 0.5) == made_by(first, 160, 0.5)
-    assert made_by(first, 160, 0.5)["fingerprint"] != made_by(second, 160, 0.5)["fingerprint"]
-    assert {"image_size": 160, "face_crop": 0.5}.items() <= made_by(first, 160, 0.5).items()
-
-
-def test_a_gallery_killed_in_the_middle_of_saving_stays_as_it_was(saved, monkeypatch):
+def test_a_process_killed_while_saving_leaves_the_previous_gallery(saved, monkeypatch):
     before = saved.read_bytes()
 
     def half(content, file):
@@ -451,16 +376,16 @@ def test_a_gallery_killed_in_the_middle_of_saving_stays_as_it_was(saved, monkeyp
         os.kill(os.getpid(), signal.SIGKILL)
 
     kept = remove(load_gallery(saved), "ann")
-    monkeypatch.setattr(torch, "save", half)
-    child = os.fork()
-    if child == 0:
-        try:
-            save_gallery(saved, kept)
-        finally:
-            os._exit(0)  # never reached: the kill does not unwind
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", half)
+        child = os.fork()
+        if child == 0:
+            try:
+                save_gallery(saved, kept)
+            finally:
+                os._exit(0)  # never reached: the kill does not unwind
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    monkeypatch.undo()
-    assert saved.read_bytes() == before and load_gallery(saved).persons == ["ann", "bob"]
+    assert saved.read_bytes() == before
     save_gallery(saved, kept)  # over what the killed one left
     assert load_gallery(saved).persons == ["bob"]
     assert [path.name for path in saved.parent.iterdir()] == ["gallery.pt"]
@@ -478,35 +403,22 @@ NOTHING = object()  # for a part that is missing
     "name, value, fault",
     [
         ("format", 1, "gallery format 1, these scripts read 2"),
-        ("format", torch.ones(2), "gallery format"),
-        ("embeddings", rows_at(0, 10, 90).tolist(), NO_MATRIX),
         ("embeddings", rows_at(0, 10, 90).double(), NO_MATRIX),
-        ("embeddings", rows_at(0, 10, 90)[0], NO_MATRIX),
         ("embeddings", rows_at(), WRONG_NORM),
         ("embeddings", torch.full((3, 2), math.nan), WRONG_NORM),
-        ("persons", ("ann", "bob"), NO_NAMES),
         ("paths", ["0.png", "1.png", None], NO_NAMES),
-        ("labels", [0, 0, 1], NO_LABELS),
-        ("labels", torch.tensor([0.0, 0.0, 1.0]), NO_LABELS),
         ("labels", torch.tensor([0, 1]), NO_LABELS),
         ("paths", ["0.png", "1.png"], NO_MATCH),
         ("persons", ["bob", "ann"], NO_MATCH),
-        ("persons", ["ann", "ann"], NO_MATCH),
-        ("labels", torch.tensor([0, 0, -1]), WRONG_LABELS),
         ("persons", ["ann", "bob", "cy"], WRONG_LABELS),
         ("template", "median", NO_TEMPLATE),
-        ("template", ["mean"], NO_TEMPLATE),
         ("made_by", None, NO_TEMPLATE),
         ("made_by", MODEL | {"fingerprint": torch.ones(2)}, NO_TEMPLATE),
         ("threshold", 0.43, NO_THRESHOLD),
         ("threshold", {name: THRESHOLD[name] for name in THRESHOLD if name != "quality"}, NO_THRESHOLD),
-        ("threshold", THRESHOLD | {"far": "0.01"}, NO_THRESHOLD),
         ("threshold", THRESHOLD | {"cosine": math.nan}, NO_THRESHOLD),
-        ("quality", [1.0, 1.0, 1.0], NO_QUALITY),
-        ("quality", torch.ones(2), NO_QUALITY),
         ("quality", torch.ones(3).double(), NO_QUALITY),
         ("format", NOTHING, NO_GALLERY),
-        ("persons", NOTHING, NO_GALLERY),
         ("threshold", NOTHING, NO_GALLERY),
     ],
 )
@@ -519,7 +431,7 @@ def test_a_file_that_does_not_hold_a_gallery_is_refused_with_the_fault(saved, na
     assert str(e.value).endswith("; delete it and enroll the photos again")
 
 
-def test_a_missing_file_another_files_content_and_code_are_refused(saved, tmp_path):
+def test_a_missing_file_a_checkpoint_other_bytes_and_code_are_refused(saved, tmp_path):
     path = tmp_path / "other.pt"
     with pytest.raises(UserError, match=r"other\.pt: no gallery; enroll photos first, or correct the path"):
         load_gallery(path)
@@ -527,52 +439,13 @@ def test_a_missing_file_another_files_content_and_code_are_refused(saved, tmp_pa
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"other\.pt: damaged, or not a gallery \(.+\); delete it and enroll"):
             load_gallery(path)
-    torch.save([1, 2], path)
-    with pytest.raises(UserError, match=r"other\.pt: not a gallery of these scripts"):
-        load_gallery(path)
+    for content in ([1, 2], {"format": 2, "stage": 1, "model": {}}):
+        torch.save(content, path)
+        with pytest.raises(UserError, match=r"other\.pt: not a gallery of these scripts"):
+            load_gallery(path)
+    with pytest.raises(UserError, match=r"gallery\.pt: no checkpoint of these scripts"):
+        checkpoints.load_facenet(saved, "cpu")
     torch.save(torch.load(saved, weights_only=True) | {"made_by": MakesFolderWhenLoaded(tmp_path / "made")}, path)
     with pytest.raises(UserError, match="damaged, or not a gallery") as e:
         load_gallery(path)
     assert not (tmp_path / "made").exists() and "weights_only" not in str(e.value)  # no advice to run the code
-
-
-def test_a_checkpoint_is_not_a_gallery_and_a_gallery_not_a_checkpoint(saved, tmp_path):
-    facts = {"stage": 1, "image_size": 160, "face_crop": 0.5, "dropout": 0.0}
-    checkpoints.save_checkpoint(tmp_path / "best.pt", facts, {"model": TinyNet()})
-    with pytest.raises(UserError, match=r"best\.pt: not a gallery of these scripts"):
-        load_gallery(tmp_path / "best.pt")
-    with pytest.raises(UserError, match=r"gallery\.pt: no checkpoint of these scripts"):
-        checkpoints.load_facenet(saved, "cpu")
-
-
-def mutant(content: bytes, seed: int) -> bytes:
-    """`content` cut short or lengthened, or 1 to 16 bytes of it changed, by `seed`."""
-    random = np.random.default_rng(seed)
-    changed = bytearray(content)
-    if seed % 4 == 0:
-        return bytes(changed[: random.integers(len(changed))])
-    if seed % 4 == 1:  # a run of bytes taken out or put in
-        start, count = random.integers(len(changed)), random.integers(1, 64)
-        changed[start : start + count * (seed // 4 % 2)] = random.bytes(count * (1 - seed // 4 % 2))
-        return bytes(changed)
-    for position in random.integers(0, len(changed), random.integers(1, 17)):
-        changed[position] ^= 1 << random.integers(8) if seed % 4 == 2 else random.integers(1, 256)
-    return bytes(changed)
-
-
-def test_a_damaged_file_still_holds_a_gallery_or_is_refused_with_its_path(saved, tmp_path):
-    content = saved.read_bytes()
-    refused, readable = 0, 0
-    for seed in range(200):
-        saved.write_bytes(mutant(content, seed))
-        try:
-            kept = load_gallery(saved)
-        except UserError as error:
-            assert str(error).startswith(f"{saved}: "), seed
-            refused += 1
-            continue
-        readable += 1
-        save_gallery(tmp_path / "again.pt", kept)
-        assert load_gallery(tmp_path / "again.pt").persons == kept.persons, seed
-        assert len(identify(kept, kept.embeddings)) == 3, seed
-    assert refused > 50 and readable > 5  # some bytes are padding, or part of a name
