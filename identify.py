@@ -184,12 +184,14 @@ class FaceReader:
     """
 
     def __init__(self, device: torch.device):
-        self.model, facts = checkpoints.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
+        self.model, facts = checkpoints.load_model(
+            CHECKPOINT, pretrained=PRETRAINED, image_size=IMAGE_SIZE, face_crop=FACE_CROP, device=device
+        )
         size, fraction = facts["image_size"], facts["face_crop"]
         self.device, self.detector = device, None
         if FIND_FACES:
             torch.backends.cudnn.benchmark = False  # the photos that the detector sees differ in shape
-            self.detector, fraction = FaceDetector(device, MIN_FACE, MIN_PROBABILITY), 1.0
+            self.detector, fraction = FaceDetector(device, min_face=MIN_FACE, min_probability=MIN_PROBABILITY), 1.0
         self.crop, self.transform = FaceCrop(size, fraction), eval_transform(size, fraction)
         self.made_by = made_by(self.model, size, fraction) | {"find_faces": MARGIN if FIND_FACES else None}
 
