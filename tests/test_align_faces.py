@@ -63,13 +63,12 @@ def script(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def three_persons(script):
+def three_persons(script) -> None:
     """ann, bob and cy with a face each and a distorted photo that hides it, and a photo of bob without a face."""
     for person in ("ann", "bob", "cy"):
         write(script.IN_DIR / person / "a.png")
         write(script.IN_DIR / person / "distortion" / "a_foggy.png", None)
     write(script.IN_DIR / "bob" / "none.png", None)
-    return script
 
 
 def rows_of(script) -> dict[str, dict]:
@@ -239,8 +238,7 @@ def test_the_sheet_shows_each_photo_with_its_box_beside_the_crop(script):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_processes_no_photo_again_and_the_originals_stay_unchanged(three_persons, capsys):
-    script = three_persons
+def test_a_second_run_processes_no_photo_again_and_the_originals_stay_unchanged(script, three_persons, capsys):
     originals, first = tree(script.IN_DIR), script.main()
     crops = tree(script.OUT_DIR)
     times = {name: (script.OUT_DIR / name).stat().st_mtime_ns for name in crops_in(script.OUT_DIR)}
@@ -252,9 +250,8 @@ def test_a_second_run_processes_no_photo_again_and_the_originals_stay_unchanged(
 
 
 def test_an_interrupted_run_continues_where_it_stopped_and_ends_as_if_uninterrupted(
-    three_persons, monkeypatch, tmp_path
+    script, three_persons, monkeypatch, tmp_path
 ):
-    script = three_persons
     script.main()
     expected = {name: content for name, content in tree(script.OUT_DIR).items() if name != "align_faces.json"}
     monkeypatch.setattr(align_faces, "OUT_DIR", tmp_path / "again")
@@ -281,7 +278,7 @@ def test_an_interrupted_run_continues_where_it_stopped_and_ends_as_if_uninterrup
     assert {name: content for name, content in tree(script.OUT_DIR).items() if name != "align_faces.json"} == expected
 
 
-def test_a_crop_that_cannot_be_finished_leaves_no_half_file(three_persons, monkeypatch):
+def test_a_crop_that_cannot_be_finished_leaves_no_half_file(script, three_persons, monkeypatch):
     save = Image.Image.save
 
     def fail_midway(self, file, format, **settings):
@@ -290,12 +287,11 @@ def test_a_crop_that_cannot_be_finished_leaves_no_half_file(three_persons, monke
 
     monkeypatch.setattr(Image.Image, "save", fail_midway)
     with pytest.raises(OSError, match="no space left"):
-        three_persons.main()
-    assert crops_in(three_persons.OUT_DIR) == []
+        script.main()
+    assert crops_in(script.OUT_DIR) == []
 
 
-def test_a_replaced_clean_photo_is_cut_again_together_with_its_distorted_ones(three_persons):
-    script = three_persons
+def test_a_replaced_clean_photo_is_cut_again_together_with_its_distorted_ones(script, three_persons):
     script.main()
     write(script.IN_DIR / "ann/a.png", (5, 5, 15, 15), ground=(1, 2, 3))
     (script.OUT_DIR / "cy/clean/a.png").unlink()
@@ -306,8 +302,7 @@ def test_a_replaced_clean_photo_is_cut_again_together_with_its_distorted_ones(th
     assert [opened(script.OUT_DIR / name).size for name in names] == [(10, 10), (10, 10), (20, 20)]
 
 
-def test_a_crop_is_deleted_when_its_photo_no_longer_shows_a_face(three_persons):
-    script = three_persons
+def test_a_crop_is_deleted_when_its_photo_no_longer_shows_a_face(script, three_persons):
     script.main()
     write(script.IN_DIR / "ann/a.png", None, ground=(1, 2, 3))
     (script.IN_DIR / "cy/a.png").write_text("broken")
@@ -316,8 +311,7 @@ def test_a_crop_is_deleted_when_its_photo_no_longer_shows_a_face(three_persons):
     assert crops_in(script.OUT_DIR) == ["bob/clean/a.png", "bob/distortion/a_foggy.png"]
 
 
-def test_a_crop_whose_photo_is_gone_is_reported_until_it_is_deleted(three_persons, capsys):
-    script = three_persons
+def test_a_crop_whose_photo_is_gone_is_reported_until_it_is_deleted(script, three_persons, capsys):
     script.main()
     (script.IN_DIR / "bob/a.png").unlink()
     for _ in range(2):
@@ -330,8 +324,7 @@ def test_a_crop_whose_photo_is_gone_is_reported_until_it_is_deleted(three_person
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_another_constant_or_another_files_in_out_dir_are_refused(three_persons, monkeypatch, tmp_path):
-    script = three_persons
+def test_another_constant_or_another_files_in_out_dir_are_refused(script, three_persons, monkeypatch, tmp_path):
     script.main()
     before = tree(script.OUT_DIR)
     monkeypatch.setattr(align_faces, "MARGIN", 0.4)
@@ -346,11 +339,11 @@ def test_another_constant_or_another_files_in_out_dir_are_refused(three_persons,
 
 
 @pytest.mark.parametrize("out", [".", "photos", "photos/cut", "photos/../photos"])
-def test_an_out_dir_in_or_around_in_dir_is_refused(three_persons, monkeypatch, tmp_path, out):
+def test_an_out_dir_in_or_around_in_dir_is_refused(script, three_persons, monkeypatch, tmp_path, out):
     before = tree(tmp_path)
     monkeypatch.setattr(align_faces, "OUT_DIR", tmp_path / out)
     with pytest.raises(UserError, match=r"OUT_DIR = .* one is the other or lies inside it, .* choose another OUT_DIR"):
-        three_persons.main()
+        script.main()
     assert tree(tmp_path) == before
 
 
@@ -358,12 +351,12 @@ def test_an_out_dir_in_or_around_in_dir_is_refused(three_persons, monkeypatch, t
     "name, value",
     [("MARGIN", float("nan")), ("SIZE", 160.0), ("MIN_FACE", 5), ("SHEET_CELL", True), ("WHICH", "smallest")],
 )
-def test_a_constant_out_of_range_ends_the_script_with_one_sentence(three_persons, monkeypatch, name, value):
+def test_a_constant_out_of_range_ends_the_script_with_one_sentence(script, three_persons, monkeypatch, name, value):
     monkeypatch.setattr(align_faces, name, value)
     with pytest.raises(SystemExit) as stop:
-        common.run_script(three_persons.main)
+        common.run_script(script.main)
     assert str(stop.value).startswith(f"error: {name} = {value!r}: expected ")
-    assert not three_persons.OUT_DIR.exists()
+    assert not script.OUT_DIR.exists()
 
 
 def test_an_in_dir_that_is_empty_or_missing_is_refused(script, monkeypatch, tmp_path):
@@ -372,9 +365,6 @@ def test_an_in_dir_that_is_empty_or_missing_is_refused(script, monkeypatch, tmp_
     monkeypatch.setattr(align_faces, "IN_DIR", tmp_path / "nowhere")
     with pytest.raises(UserError, match="no such folder; set IN_DIR"):
         script.main()
-
-
-# --- the real detector ------------------------------------------------------------------------------------------------
 
 
 def test_drawn_faces_are_cut_with_the_real_detector(script, monkeypatch):
