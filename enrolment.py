@@ -97,7 +97,7 @@ def _warn_other_names(rows: Tensor, names: Sequence[str], paths: Sequence[Path],
 
 
 def remove(gallery: Gallery, person: str) -> Gallery:
-    """`gallery` without that person. Raises UserError if it holds no such person, or nobody else."""
+    """`gallery` without that person. Raises UserError if it holds no such person, or no other one."""
     if person not in gallery.persons:
         raise UserError(f"cannot remove {person!r}: not in the gallery{did_you_mean(person, gallery.persons)}")
     if len(gallery.persons) == 1:
@@ -260,11 +260,9 @@ def similar_persons(gallery: Gallery, embeddings: Tensor, count: int) -> list[li
 
     By the gallery's template; equal cosines in the order of the names.
     """
-    nobody = torch.full((len(embeddings),), -1)  # no query's own person or photo is left out
+    none = torch.full((len(embeddings),), -1)  # no person or photo is left out
     found = []
-    for _, scores in metrics.person_scores(
-        embeddings, nobody, nobody, gallery.weighted, gallery.labels, gallery.template
-    ):
+    for _, scores in metrics.person_scores(embeddings, none, none, gallery.weighted, gallery.labels, gallery.template):
         values, labels = scores.sort(dim=1, descending=True, stable=True)
         for cosines, persons in zip(values[:, :count].tolist(), labels[:, :count].tolist(), strict=True):
             found.append([(gallery.persons[label], cosine) for label, cosine in zip(persons, cosines, strict=True)])

@@ -354,7 +354,7 @@ def check_removals(persons: Sequence[Person], gallery: Gallery | None) -> None:
 
 
 def remove_persons(gallery: Gallery) -> Gallery:
-    """`gallery` without the persons in REMOVE. Raises UserError if nobody else is left."""
+    """`gallery` without the persons in REMOVE. Raises UserError if no person would be left."""
     for name in REMOVE:
         if name in gallery.persons:
             gallery = enrolment.remove(gallery, name)

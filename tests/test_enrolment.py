@@ -419,7 +419,6 @@ NOTHING = object()  # for a part that is missing
         ("threshold", THRESHOLD | {"cosine": math.nan}, NO_THRESHOLD),
         ("quality", torch.ones(3).double(), NO_QUALITY),
         ("format", NOTHING, NO_GALLERY),
-        ("threshold", NOTHING, NO_GALLERY),
     ],
 )
 def test_a_file_that_does_not_hold_a_gallery_is_refused_with_the_fault(saved, name, value, fault):

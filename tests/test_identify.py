@@ -91,7 +91,6 @@ def here(tmp_path, monkeypatch, constants) -> Path:
     val/ with 4 others and 24 distorted photos of them; identify set to these."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "FaceNet", ColourNet)
-    monkeypatch.setattr(ColourNet, "embedded", 0)
     write("people/ann/clean/ann_1.png", ANN)
     write("people/ann/clean/ann_2.png", shade(ANN, 9))
     write("people/ann/distortion/ann_1_foggy.png", DI)  # never enrolled
