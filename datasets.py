@@ -151,15 +151,16 @@ def folder_of(persons: Sequence[Person]) -> Path:
     return next((folder.parent for folder in photo.parents if folder.name == person.name), photo.parent)
 
 
-def select_persons(persons: Sequence[Person], names: Collection[str]) -> list[Person]:
-    """Those of `persons` in `names`. Raises UserError for a name that is not among them."""
-    missing = sorted(set(names) - {person.name for person in persons})
+def split_persons(persons: Sequence[Person], holdout: Collection[str]) -> tuple[list[Person], list[Person]]:
+    """Those to train on, and those named in `holdout`. Raises UserError for a name that is not among `persons`."""
+    missing = sorted(set(holdout) - {person.name for person in persons})
     if missing:
         raise UserError(
-            f"{folder_of(persons)}: {len(missing)} of the {len(names)} held-out persons have no readable photo there, "
-            f"{missing[0]!r} first; bring their folders back, or train stage 1 again"
+            f"{folder_of(persons)}: {len(missing)} of the {len(holdout)} held-out persons have no readable photo "
+            f"there, {missing[0]!r} first; bring their folders back, or train stage 1 again"
         )
-    return [person for person in persons if person.name in names]
+    train = [person for person in persons if person.name not in holdout]
+    return train, [person for person in persons if person.name in holdout]
 
 
 def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Person]:
