@@ -14,8 +14,8 @@ import search
 from checkpoints import atomic_file
 from common import UserError, read_plain, warn_once
 from datasets import Person
-from gallery import Gallery, Queries
-from metrics import TEMPLATES, TIE
+from gallery import Gallery, Queries, score
+from scores import TEMPLATES, TIE, person_scores
 
 FORMAT = 2  # of the gallery files
 FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold", "quality")
@@ -88,11 +88,11 @@ def _warn_other_names(rows: Tensor, names: Sequence[str], paths: Sequence[Path],
     if enrolled == len(rows) or len(rows) < 2:
         return
     nearest, cosine = search.nearest(rows[enrolled:], rows, k=2)  # one of the two is the photo itself, or an equal one
-    for path, name, twins, scores in zip(
+    for path, name, twins, cosines in zip(
         paths[enrolled:], names[enrolled:], nearest.tolist(), cosine.tolist(), strict=True
     ):
-        for twin, score in zip(twins, scores, strict=True):
-            if score > 1 - TIE and names[twin] != name:
+        for twin, value in zip(twins, cosines, strict=True):
+            if value > 1 - TIE and names[twin] != name:
                 warn_once(f"{path}: enrolled as {name}, but {names[twin]} has the same photo; one name is wrong")
 
 
@@ -190,9 +190,7 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
         queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
         if not queries.paths:
             raise UserError(f"{source}: none of its {total} distorted photos is usable (REFUSE = {refuse:g})")
-    found = metrics.ranking(
-        queries.embeddings, queries.truth, queries.sources, gallery.weighted, gallery.labels, gallery.template
-    )
+    found = metrics.ranking(score(gallery, queries)[gallery.template])
     used = len(found.rival)
     if used * far < metrics.MIN_ERRORS:
         raise UserError(
@@ -260,10 +258,18 @@ def similar_persons(gallery: Gallery, embeddings: Tensor, count: int) -> list[li
 
     By the gallery's template; equal cosines in the order of the names.
     """
-    none = torch.full((len(embeddings),), -1)  # no person or photo is left out
     found = []
-    for _, scores in metrics.person_scores(embeddings, none, none, gallery.weighted, gallery.labels, gallery.template):
-        values, labels = scores.sort(dim=1, descending=True, stable=True)
+    for block in embeddings.split(1024) if len(embeddings) else ():  # a block's scores are held at a time
+        none = torch.full((len(block),), -1)  # no person or photo is left out
+        scores = person_scores(
+            queries=block,
+            truth=none,
+            sources=none,
+            gallery=gallery.weighted,
+            labels=gallery.labels,
+            template=gallery.template,
+        )
+        values, labels = scores.matrix.sort(dim=1, descending=True, stable=True)
         for cosines, persons in zip(values[:, :count].tolist(), labels[:, :count].tolist(), strict=True):
             found.append([(gallery.persons[label], cosine) for label, cosine in zip(persons, cosines, strict=True)])
     return found

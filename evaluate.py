@@ -27,16 +27,17 @@ from gallery import (
     Queries,
     build_gallery,
     check_protocol,
-    check_template,
     discard_curves,
     embed_queries,
     made_by,
     measure,
     retrieve,
+    score,
     select_queries,
 )
 from report import comparison_table, figures_table
 from results import Evaluated, discard_summary, missing_figures, told, write_report, write_results
+from scores import check_template, mean_templates
 from transforms import FaceCrop, Transform, eval_transform, load_image
 
 # --- what to evaluate ---
@@ -171,7 +172,11 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
             f"{root}: {unknown} of {len(distorted.paths)} queries have no source photo in the gallery by their name, "
             "<clean photo's name>_<kind>: under 'cross' they ask against all photos"
         )
-    measured = {protocol: measure(gallery, of_protocol, SEED) for protocol, of_protocol in queries.items()}
+    details, measured = {}, {}
+    for protocol, of_protocol in queries.items():
+        scores = score(gallery, of_protocol)
+        details[protocol] = retrieve(gallery, of_protocol, scores)
+        measured[protocol] = measure(gallery, of_protocol, scores, SEED)
     return Evaluated(
         title,
         str(checkpoint or PRETRAINED),
@@ -179,7 +184,7 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
         facts,
         gallery,
         queries,
-        {protocol: retrieve(gallery, of_protocol) for protocol, of_protocol in queries.items()},
+        details,
         measured,
         {protocol: discard_curves(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
     )
@@ -266,7 +271,7 @@ def embedding_pictures(gallery: Gallery, queries: Queries) -> dict[str, Figure]:
         embeddings = torch.cat([gallery.embeddings[of_gallery], asking])
         pictures["tsne"] = plots.tsne(embeddings, gallery.labels[of_gallery].tolist() + labels, is_query, persons, SEED)
     if labels:
-        templates = metrics.mean_templates(gallery.weighted, gallery.labels)[:shown]
+        templates = mean_templates(gallery.weighted, gallery.labels)[:shown]
         pictures["similarity"] = plots.similarity_matrix(asking @ templates.T, labels, persons, templates)
     return pictures
 

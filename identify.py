@@ -26,7 +26,8 @@ import enrolment
 from common import UserError
 from datasets import Person, find_photos, scan_persons
 from faces import NO_FACE, UNREADABLE, Box, FaceDetector, Label, Reading, draw_labels, read_faces
-from gallery import Gallery, check_template, embed, embed_split, made_by
+from gallery import Gallery, embed, embed_split, made_by
+from scores import check_template
 from transforms import FaceCrop, eval_transform, load_image
 
 # --- the photos to identify ---

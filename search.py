@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common import UserError, warn_once
-from metrics import TIE
+from scores import TIE
 
 # `_faiss` imports FAISS, so torch comes first: on Linux FAISS then shares torch's OpenMP threads instead of its own.
 
