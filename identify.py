@@ -231,8 +231,7 @@ def rate(reading: Reading, quality: float, bound: float) -> Reading:
     """`reading` with its quality; not usable below `bound`."""
     if quality >= bound:
         return replace(reading, quality=quality)
-    reason = f"quality {quality:.2f}, below {bound:.2f}"
-    return replace(reading, quality=quality, status=UNUSABLE, reason=reason)
+    return replace(reading, quality=quality, status=UNUSABLE, reason=f"quality {quality:.2f}, below {bound:.2f}")
 
 
 # --- the gallery ------------------------------------------------------------------------------------------------------
