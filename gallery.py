@@ -324,7 +324,7 @@ def retrieve(gallery: Gallery, queries: Queries) -> dict:
         template, top1 {"mean", "best"}      which template counts; the share of right answers under each
         persons, photos, queries             sizes of the gallery and number of queries
         not_enrolled                         queries whose person has no clean photo: counted as wrong
-        silent                               persons of the gallery who ask nothing: there to be mistaken for
+        persons_without_query                persons of the gallery that can only be wrong answers
         per_kind {kind: {queries, top1}}     by the suffix of the file's name
         per_person {name: {queries, top1}}
         per_query [{path, kind, person, quality, mean: {predicted, score, rank}, best: {...}}]   score: cosine; quality:
@@ -364,7 +364,7 @@ def retrieve(gallery: Gallery, queries: Queries) -> dict:
         "photos": len(gallery.paths),
         "queries": len(per_query),
         "not_enrolled": int((queries.truth == -1).sum()),
-        "silent": len(set(gallery.persons) - set(queries.persons)),
+        "persons_without_query": len(set(gallery.persons) - set(queries.persons)),
         "per_kind": by(queries.kinds),
         "per_person": by(queries.persons),
         "per_query": per_query,
