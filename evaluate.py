@@ -17,7 +17,7 @@ import fast
 import metrics
 import report
 from common import UserError, warn_once
-from datasets import PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
+from datasets import Person, PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
 from gallery import (
     NoQueries,
     build_gallery,
@@ -77,10 +77,10 @@ def main() -> dict:
     warn_shared_persons([], persons)
     warn_duplicate_photos(persons)
 
-    after = evaluated(CHECKPOINT, device)
+    after = evaluated(CHECKPOINT, persons, device)
     before = None
     if COMPARE_WITH is not None:
-        before = evaluated(None if COMPARE_WITH == "pretrained" else COMPARE_WITH, device)
+        before = evaluated(None if COMPARE_WITH == "pretrained" else COMPARE_WITH, persons, device)
         if before.title == after.title:
             before = replace(before, title=f"{before.title}, before")
     comparison = compared(before, after) if before else {}
@@ -103,7 +103,7 @@ def main() -> dict:
     return next(iter(after.details.values()))
 
 
-def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
+def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torch.device) -> Evaluated:
     """Embed gallery and queries, ask and measure by every protocol that has queries.
 
     Raises ValueError if none has.
@@ -118,10 +118,18 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
             print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS chooses on persons of train instead")
     transform = eval_transform(facts["image_size"], facts["face_crop"])
     facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"])
-    options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
     photos = int8_photos(transform) if BACKEND == "openvino-int8" else None
     model = fast.accelerated(model, BACKEND, facts["image_size"], device, photos)
-    gallery = build_gallery(model, root, transform, device, template=TEMPLATE, made_by=facts["made_by"], **options)
+    gallery = build_gallery(
+        model,
+        persons,
+        transform,
+        device,
+        template=TEMPLATE,
+        made_by=facts["made_by"],
+        batch_size=BATCH_SIZE,
+        num_workers=NUM_WORKERS,
+    )
     if known := set(facts.get("persons", ())) & set(gallery.persons):
         print(
             f"  {len(known)} of {len(gallery.persons)} persons in {root} were trained on: not a test of unseen persons"
@@ -130,7 +138,9 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
         warn_once(f"{root}: the gallery holds one person, whom every query is answered: the figures say nothing")
     distorted = None
     if set(PROTOCOLS) != {"clean"}:
-        distorted = embed_queries(model, gallery, root, transform, device, **options)
+        distorted = embed_queries(
+            model, gallery, persons, transform, device, batch_size=BATCH_SIZE, num_workers=NUM_WORKERS
+        )
 
     queries = {}
     for protocol in PROTOCOLS:

@@ -31,7 +31,7 @@ from common import UserError
 from datasets import CLEAN, DISTORTION, Person, find_photos, find_unreadable, scan_persons
 from enrolment import calibrate, enroll, identify, load_gallery, remove, save_gallery
 from faces import Box, FaceDetector, crop_face
-from gallery import Gallery, build_gallery, check_template, embed, embed_queries, made_by
+from gallery import Gallery, check_template, embed, embed_split, made_by
 from transforms import FaceCrop, eval_transform, load_image
 
 # --- who is asked for ---
@@ -357,11 +357,16 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
             f"CALIBRATE_ON = {CALIBRATE_ON}: no distorted photo that could ask; expected "
             f"{CALIBRATE_ON}/<person>/distortion/*.jpg"
         )
-    options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS}
     with tempfile.TemporaryDirectory() as folder:
-        root = cut_faces(persons, Path(folder), reader) if FIND_FACES else CALIBRATE_ON
-        others = build_gallery(reader.model, root, reader.transform, reader.device, template=TEMPLATE, **options)
-        queries = embed_queries(reader.model, others, root, reader.transform, reader.device, **options)
+        others, queries = embed_split(
+            reader.model,
+            cut_faces(persons, Path(folder), reader) if FIND_FACES else persons,
+            reader.transform,
+            reader.device,
+            template=TEMPLATE,
+            batch_size=BATCH_SIZE,
+            num_workers=NUM_WORKERS,
+        )
     with error_prefix("CALIBRATE_ON: "):
         return calibrate(others, queries, FALSE_ACCEPT, str(CALIBRATE_ON), REFUSE)
 
