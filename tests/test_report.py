@@ -69,7 +69,7 @@ def evaluated(tmp_path_factory) -> report.Evaluated:
         queries={"cross": queries},
         details={"cross": details},
         measured={"cross": {"mean": groups, "best": groups}},
-        discard_curves={"cross": {"all": torch.tensor([2.0, 1, 1, 0]), "foggy": torch.tensor([0.0, 0])}},
+        discard_curves={"cross": {"rainy": torch.tensor([2.0, 1, 0]), "all": torch.tensor([2.0, 1, 1, 0])}},
     )
 
 
@@ -108,7 +108,7 @@ def test_results_are_printed_with_intervals_dashes_for_missing_figures_and_stars
     assert lines[2].split()[:7] == ["%", "queries", "rank-1", "95", "%", "interval", "rank-5"]
     assert lines[5].split() == ["all", "3", "33.3", "[25.0,", "87.5]", *"-" * (len(metrics.FIGURES) - 1)]
     assert lines[6] == "rank-1 of all by template: mean 33.3, best 33.3"
-    assert lines[7].endswith("refusing the 20 % of the queries of lowest quality: all 100 (of 2; ideal: 100)")
+    assert lines[7].endswith("refusing the 20 % of the queries of lowest quality: rainy 100, all 100 (of 2; ideal: 100)")
     assert lines[8] == "cross: TAR@FAR=0.01 is not reported: 8 impostor pairs, 1000 needed"
     assert lines[12] == "cross: DIR@FPIR=0.1 is not reported: 3 queries, 200 needed"
     assert lines[-1].split() == ["cross", "33.33", "3", "2"]
@@ -137,7 +137,7 @@ def test_figures_queries_persons_and_differences_are_written_as_csv_and_json(eva
     assert written["comparison"][3] == "cross,all,DIR@FPIR=0.01,0.5,,"
     saved = json.loads((tmp_path / "figures.json").read_text())
     assert saved["model"] == saved["compared_with"] and "weights" not in saved["model"]
-    assert saved["protocols"]["cross"]["wrong_left"] == {"all": 1.0, "foggy": None}
+    assert saved["protocols"]["cross"]["wrong_left"] == {"rainy": 1.0, "all": 1.0}
     assert saved["protocols"]["cross"]["figures"]["best"]["rainy"]["rank-1"]["value"] == 0.0
 
 
@@ -150,6 +150,8 @@ def test_pictures_are_drawn_where_there_is_enough_to_show(evaluated):
     pictures = drawn(evaluated)
     assert set(pictures) == expected | {"tsne"}
     assert pictures["scores_cross"].legends[0].get_texts()[-1].get_text() == "threshold 0.500 (FAR 1e-2)"
+    together, kinds = pictures["discard_cross"].axes
+    assert together.lines[0].get_label().startswith("all ") and kinds.lines[0].get_label().startswith("rainy ")
     alone = {"cross": {"mean": {"foggy": measured([1]), "all": measured([1], impostor_pairs=0)}}}
     few = replace(evaluated, measured=alone, discard_curves={"cross": {}})
     assert set(drawn(few)) == expected - {"roc_cross", "scores_cross", "discard_cross"} | {"tsne"}
