@@ -83,10 +83,10 @@ def evaluation(per_kind: dict[str, tuple[int, int, int]]) -> dict:
 def test_the_top1_table_has_a_row_per_kind_one_of_all_but_sunny_and_one_of_all():
     before = evaluation({"blurred": (8, 2, 4), "foggy": (2, 2, 2), "sunny": (10, 0, 1)})
     after = evaluation({"blurred": (8, 8, 7), "foggy": (2, 1, 0), "sunny": (10, 3, 3)})
-    lines = report.top1_table({"pretrained": before, "stage 1": after}).splitlines()
+    lines = report.top1_table({"pretrained": before, "stage 1, averaged weights": after}).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [" ".join(line.split()) for line in lines] == [
-        "top-1, % queries pretrained stage 1",
+        "top-1, % queries pretrained stage 1, averaged weights",
         "template mean best mean best",
         "blurred 8 25.0 50.0 100.0 87.5",
         "foggy 2 100.0 100.0 50.0 0.0",
@@ -108,7 +108,7 @@ def test_results_are_printed_with_intervals_dashes_for_missing_figures_and_stars
     assert lines[2].split()[:7] == ["%", "queries", "rank-1", "95", "%", "interval", "rank-5"]
     assert lines[5].split() == ["all", "3", "33.3", "[25.0,", "87.5]", *"-" * (len(metrics.FIGURES) - 1)]
     assert lines[6] == "rank-1 of all by template: mean 33.3, best 33.3"
-    assert lines[7].endswith("refusing the 20 % of the queries of lowest quality: rainy 100, all 100 (of 2; ideal: 100)")
+    assert lines[7].endswith("the 20 % of the queries of lowest quality: rainy 100, all 100 (of 2; ideal: 100)")
     assert lines[8] == "cross: TAR@FAR=0.01 is not reported: 8 impostor pairs, 1000 needed"
     assert lines[12] == "cross: DIR@FPIR=0.1 is not reported: 3 queries, 200 needed"
     assert lines[-1].split() == ["cross", "33.33", "3", "2"]
