@@ -54,12 +54,10 @@ OTHER_MODES = {  # image, transparent colour for the PNG file, its first pixel a
     "RGBA, opaque": (Image.new("RGBA", (8, 8), (100, 50, 0, 255)), None, (100, 50, 0)),
     "RGBA, transparent": (Image.new("RGBA", (8, 8), (100, 50, 0, 0)), None, (255, 255, 255)),
     "RGBA, 20 % black": (Image.new("RGBA", (8, 8), (0, 0, 0, 51)), None, (204, 204, 204)),
-    "LA, opaque": (Image.new("LA", (8, 8), (77, 255)), None, (77, 77, 77)),
     "LA, transparent": (Image.new("LA", (8, 8), (77, 0)), None, (255, 255, 255)),
     "1": (Image.new("1", (8, 8), 1), None, (255, 255, 255)),
     "I;16, grey": (grey16(32768), None, (128, 128, 128)),
     "I;16, black": (grey16(255), None, (0, 0, 0)),
-    "I;16, white": (grey16(65535), None, (255, 255, 255)),
 }
 
 
@@ -85,7 +83,6 @@ def test_a_cmyk_jpeg_becomes_rgb(tmp_path):
     [
         (200, 160, 0.5, slice(40, 120), slice(60, 140)),
         (160, 200, 0.5, slice(60, 140), slice(40, 120)),
-        (80, 120, 1.0, slice(20, 100), slice(0, 80)),
         (320, 320, 0.25, slice(120, 200), slice(120, 200)),
     ],
 )
@@ -140,11 +137,9 @@ def test_a_crop_fits_into_photos_of_any_size():
     "size, fraction, zoom, shift, message",
     [
         (160, 0, 0, 0, "FACE_CROP = 0: expected a share"),
-        (160, 1.1, 0, 0, "FACE_CROP = 1.1: expected a share"),
         (160, math.nan, 0, 0, "FACE_CROP = nan: expected a share"),
         (75, 0.5, 0, 0, "IMAGE_SIZE = 75: expected at least 76 pixels"),
         (160, 0.5, 1.0, 0, "CROP_ZOOM = 1.0: expected a share"),
-        (160, 0.5, 0, -0.1, "CROP_SHIFT = -0.1: expected a share"),
         (160, 0.5, 0, 0.6, "CROP_SHIFT = 0.6: expected a share"),
     ],
 )
@@ -212,10 +207,10 @@ class Recorder:
 
         return distort
 
-    def calls(self, times: int, *, probability: float = 1, most: int = 1, size=(8, 8)) -> list[list[tuple]]:
-        """What each of `times` calls passed to the kinds, by the seed 0."""
+    def calls(self, times: int, *, probability=1.0, most=1, size=(8, 8), seed=0) -> list[list[tuple]]:
+        """What each of `times` calls passed to the kinds."""
         distort = RandomDistortion(self.kinds, probability, most, side=100)
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         calls = []
         for _ in range(times):
             self.seen = []
@@ -297,23 +292,10 @@ def test_a_shrunk_photo_shows_the_same_scene():
     assert np.asarray(small)[25, ::10, 0] == pytest.approx(ramp[200, 4::80, 0], abs=4)
 
 
-def test_distortions_follow_torchs_seed_and_nothing_else():
-    image = Image.fromarray(noise(80, 60))
-    distort = RandomDistortion(DISTORTIONS, probability=0.8, most=3, side=50)
-
-    def draws(seed: int, numpy_seed: int) -> list[bytes]:
-        torch.manual_seed(seed)
-        np.random.seed(numpy_seed)
-        return [distort(image).tobytes() for _ in range(10)]
-
-    first = draws(0, 0)
-    assert draws(0, 1) == first
-    assert len(set(first)) > 5
-    assert not set(draws(1, 0)) & (set(first) - {image.tobytes()})
-
-
-def test_the_order_in_which_kinds_are_listed_changes_no_draw():
-    assert Recorder("abc").calls(20, most=3) == Recorder("cab").calls(20, most=3)
+def test_distortions_follow_torchs_seed_and_neither_numpys_nor_the_order_of_the_kinds():
+    first = Recorder("abc").calls(20, most=3)
+    np.random.seed(1)
+    assert Recorder("cab").calls(20, most=3) == first != Recorder("abc").calls(20, most=3, seed=1)
 
 
 @pytest.mark.parametrize("probability, most", [(-0.1, 1), (1.1, 1), (math.nan, 1), (0.5, 0), (0.5, 8)])
