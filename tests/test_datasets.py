@@ -88,18 +88,11 @@ def test_a_scan_finds_the_photos_of_each_person_and_warns_once(tmp_path, caplog,
     assert caplog.messages == ([f"{tmp_path}: {warning}"] if warning else [])
 
 
-@pytest.mark.parametrize(
-    "root, message",
-    [
-        ("missing", "no such folder; set DATA_DIR to the folder that holds train/ and val/"),
-        ("ann/1.jpg", "no such folder; set DATA_DIR to the folder that holds train/ and val/"),
-        ("ann", "no person with a photo; expected "),
-        (".", "no person with a photo; expected "),  # a broken one
-    ],
-)
-def test_a_root_without_persons_is_refused_with_what_is_expected(tmp_path, root, message):
+@pytest.mark.parametrize("root", ["missing", "ann/1.jpg", "ann", "."])  # the only photo is broken
+def test_a_root_without_persons_is_refused_with_what_is_expected(tmp_path, root):
     (tmp_path / "ann").mkdir()
     (tmp_path / "ann/1.jpg").write_bytes(b"")
+    message = "no person with a photo; expected " if (tmp_path / root).is_dir() else "no such folder; set DATA_DIR to "
     with pytest.raises(UserError, match=f"^{tmp_path / root}: {message}"):
         scan_persons(tmp_path / root)
 
@@ -204,8 +197,7 @@ def test_a_split_is_given_as_a_folder_or_as_the_persons_scanned_there(task_b):
     assert persons_of(task_b / "train") == persons_of(str(task_b / "train")) == persons_of(persons) == persons
     some = FaceClassificationDataset(persons[1:3], pil_to_tensor)
     assert some.persons == ["bob", "cy"] and some.label2idx == {"bob": 0, "cy": 1}
-    everybody = FaceClassificationDataset(task_b / "train", pil_to_tensor)
-    assert [path for path, _ in some.samples] == [path for path, label in everybody.samples if label in (1, 2)]
+    assert [path for path, _ in some.samples] == [*persons[1].photos, *persons[2].photos]
 
 
 @pytest.mark.parametrize("photo", ["ann/1.png", "ann/clean/1.png", "ann/distortion/1_foggy.png"])
@@ -251,19 +243,16 @@ def test_the_digest_of_files_changes_with_names_and_persons_not_with_their_folde
     assert len({digest("ann", "train/1.png"), digest("bob", "train/1.png"), digest("ann", "train/2.png")}) == 3
 
 
-def test_the_holdout_is_a_sorted_draw_by_seed_whatever_the_order_of_the_names():
+def test_the_holdout_is_a_sorted_draw_by_seed_and_leaves_two_persons():
     names = [f"p{number:02d}" for number in range(30)]
     held_out = split_holdout(names, 5, seed=0)
     assert len(set(held_out)) == 5 and set(held_out) < set(names) and held_out == sorted(held_out)
     assert split_holdout(names[::-1], 5, seed=0) == held_out
     assert len({tuple(split_holdout(names, 5, seed)) for seed in range(5)}) == 5
     assert split_holdout(names, 0, seed=0) == [] and len(split_holdout(names, 28, seed=0)) == 28
-
-
-@pytest.mark.parametrize("count", [-1, 9, 11])
-def test_a_holdout_that_leaves_fewer_than_two_persons_is_refused(count):
-    with pytest.raises(UserError, match=f"HOLDOUT_PERSONS = {count}: 10 persons are there, and two must stay"):
-        split_holdout([f"p{number}" for number in range(10)], count, seed=0)
+    for count in (-1, 29, 31):
+        with pytest.raises(UserError, match=f"HOLDOUT_PERSONS = {count}: 30 persons are there, and two must stay"):
+            split_holdout(names, count, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -309,10 +298,8 @@ PHOTOS = {
     "cy/clean/cy_0.png": (2, 0, 0),
     "cy/clean/cy_1.png": (2, 1, 0),  # no copy of its own
     "cy/distortion/cy_0_foggy.png": (2, 0, 1),
-    "cy/distortion/cy_0_rainy.png": (2, 0, 2),
     "dee/clean/dee_0.png": (3, 0, 0),
-    "dee/distortion/photo_7_foggy.png": (3, 99, 1),  # copies of a photo that is not there
-    "dee/distortion/photo_7_rainy.png": (3, 99, 2),
+    "dee/distortion/photo_7_foggy.png": (3, 99, 1),  # of a photo that is not there
 }
 ANCHORS = [(1, 1, 0), (1, 10, 0), (2, 0, 0), (2, 1, 0), (3, 0, 0)]
 
@@ -419,7 +406,7 @@ def test_a_validation_split_that_does_not_fit_the_training_set_is_refused(tree):
 
 
 def positives(dataset: FacePairDataset, epochs: int) -> list[set[tuple]]:
-    """All that come for each anchor, as pixels."""
+    """All positives of each anchor, as pixels."""
     drawn = ([item[1] for item in items(dataset, epoch)] for epoch in range(epochs))
     return [set(of_anchor) for of_anchor in zip(*drawn, strict=True)]
 
@@ -435,17 +422,16 @@ def test_an_item_is_anchor_positive_label_and_index_of_the_anchor(tree, caplog):
         shown = anchor if origin(anchor, positive) == "on the fly" else positive
         assert [load_image(path).getpixel((0, 0)) for path in files] == [anchor, shown]
     *_, labels, indices = next(iter(DataLoader(dataset, 5)))
-    assert labels.tolist() == [1, 1, 2, 2, 3] and indices.tolist() == [0, 1, 2, 3, 4]
-    assert labels.dtype == indices.dtype == torch.int64
+    assert torch.equal(labels, torch.tensor([1, 1, 2, 2, 3])) and torch.equal(indices, torch.arange(5))
 
 
 def test_positives_are_all_copies_of_the_anchor_or_of_the_persons_other_photos_if_it_has_none(tree):
     assert positives(FacePairDataset(tree, pil_to_tensor), epochs=60) == [
         {(1, 1, 1), (1, 1, 2)},  # bob_1, and nothing of bob_1_10
         {(1, 10, 1), (1, 10, 2), (1, 10, 3)},
-        {(2, 0, 1), (2, 0, 2)},
-        {(2, 0, 1), (2, 0, 2)},  # cy_1: cy_0's
-        {(3, 99, 1), (3, 99, 2)},
+        {(2, 0, 1)},
+        {(2, 0, 1)},  # cy_1: cy_0's
+        {(3, 99, 1)},
     ]
     some = FacePairDataset(without_kinds(scan_persons(tree), ("rainy",)), pil_to_tensor)
     assert positives(some, epochs=20)[::2] == [{(1, 1, 1)}, {(2, 0, 1)}, {(3, 99, 1)}]
@@ -469,13 +455,9 @@ def origin(anchor: tuple, positive: tuple) -> str:
     return "file"
 
 
-def unexpected(image: Image.Image) -> Image.Image:
-    pytest.fail("a photo was distorted although the share is 0")
-
-
 @pytest.mark.parametrize(
     "clean, on_the_fly, distort",
-    [(0.0, 0.0, unexpected), (1.0, 0.0, unexpected), (0.4, 0.0, unexpected), (0.0, 1.0, marked), (0.1, 0.5, marked)],
+    [(0.0, 0.0, None), (1.0, 0.0, None), (0.4, 0.0, None), (0.0, 1.0, marked), (0.1, 0.5, marked)],
 )
 def test_positives_are_the_anchor_itself_or_distorted_on_the_fly_in_the_given_shares(tree, clean, on_the_fly, distort):
     dataset = FacePairDataset(tree, pil_to_tensor, clean=clean, on_the_fly=on_the_fly, distort=distort)

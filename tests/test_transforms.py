@@ -75,7 +75,7 @@ def test_a_cmyk_jpeg_becomes_rgb(tmp_path):
     assert loaded.mode == "RGB" and loaded.getpixel((8, 8)) == pytest.approx((0, 255, 255), abs=8)
 
 
-# --- crop -------------------------------------------------------------------------------------------------------------
+# --- crop and transforms ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,18 +137,17 @@ def test_a_crop_fits_into_photos_of_any_size():
     "size, fraction, zoom, shift, message",
     [
         (160, 0, 0, 0, "FACE_CROP = 0: expected a share"),
+        (160, 1.1, 0, 0, "FACE_CROP = 1.1: expected a share"),
         (160, math.nan, 0, 0, "FACE_CROP = nan: expected a share"),
         (75, 0.5, 0, 0, "IMAGE_SIZE = 75: expected at least 76 pixels"),
         (160, 0.5, 1.0, 0, "CROP_ZOOM = 1.0: expected a share"),
+        (160, 0.5, 0, -0.1, "CROP_SHIFT = -0.1: expected a share"),
         (160, 0.5, 0, 0.6, "CROP_SHIFT = 0.6: expected a share"),
     ],
 )
 def test_a_crop_out_of_range_is_refused_by_the_name_of_its_constant(size, fraction, zoom, shift, message):
     with pytest.raises(UserError, match=message):
         FaceCrop(size, fraction, zoom=zoom, shift=shift)
-
-
-# --- transforms -------------------------------------------------------------------------------------------------------
 
 
 def test_eval_transform_scales_pixels_as_facenet_does():
@@ -160,7 +159,7 @@ def test_eval_transform_scales_pixels_as_facenet_does():
 
 
 @pytest.mark.parametrize("mirror, fewest, most", [(True, 160, 240), (False, 0, 0)])  # 200 +- 4 deviations of 10
-def test_without_jitter_training_sees_what_evaluation_sees_half_of_it_mirrored_if_wanted(mirror, fewest, most):
+def test_train_transform_is_the_eval_transform_plus_jitter_and_mirroring(mirror, fewest, most):
     image = Image.fromarray(noise(90, 90))
     plain = eval_transform(76, 1.0)(image)
     augment = train_transform(76, 1.0, zoom=0.0, shift=0.0, mirror=mirror)
@@ -169,12 +168,8 @@ def test_without_jitter_training_sees_what_evaluation_sees_half_of_it_mirrored_i
     mirrored = sum(torch.equal(draw, plain.flip(2)) for draw in draws)
     assert mirrored + sum(torch.equal(draw, plain) for draw in draws) == 400
     assert fewest <= mirrored <= most
-
-
-def test_training_images_are_jittered_without_mirroring_too():
-    augment = train_transform(76, 0.8, zoom=0.1, shift=0.03, mirror=False)
-    image = Image.fromarray(noise(90, 90))
-    assert not torch.equal(augment(image), augment(image))
+    jittered = train_transform(76, 0.8, zoom=0.1, shift=0.03, mirror=mirror)
+    assert len({round(jittered(image).mean().item(), 5) for _ in range(5)}) == 5
 
 
 def test_train_transform_distorts_the_whole_photo_before_the_crop():
