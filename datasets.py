@@ -139,10 +139,7 @@ def distortion_kind(path: Path) -> str:
 
 
 def persons_of(root: Split) -> list[Person]:
-    """The persons of a folder, scanned now; persons that `scan_persons` found earlier are returned as they are.
-
-    Raises what `scan_persons` raises; UserError for an empty list of persons.
-    """
+    """The persons of a folder, or those already scanned. Raises what `scan_persons` raises; UserError if none is left."""
     if isinstance(root, (Path, str)):
         return scan_persons(root)
     folder_of(root)  # raises if no person is left
@@ -157,15 +154,16 @@ def folder_of(persons: Sequence[Person]) -> Path:
     raise UserError("no person is left; if all of them are held out, lower HOLDOUT_PERSONS and train stage 1 again")
 
 
-def select_persons(persons: Sequence[Person], names: Collection[str]) -> list[Person]:
-    """The persons called `names`. Raises UserError if one of them is missing."""
-    missing = sorted(set(names) - {person.name for person in persons})
+def split_persons(persons: Sequence[Person], holdout: Collection[str]) -> tuple[list[Person], list[Person]]:
+    """The persons to train on, and those named in `holdout`. Raises UserError if one of the latter is missing."""
+    missing = sorted(set(holdout) - {person.name for person in persons})
     if missing:
         raise UserError(
-            f"{folder_of(persons)}: {len(missing)} of the {len(names)} held-out persons have no readable photo there, "
-            f"{missing[0]!r} first; bring their folders back, or train stage 1 again"
+            f"{folder_of(persons)}: {len(missing)} of the {len(holdout)} held-out persons have no readable photo "
+            f"there, {missing[0]!r} first; bring their folders back, or train stage 1 again"
         )
-    return [person for person in persons if person.name in names]
+    train = [person for person in persons if person.name not in holdout]
+    return train, [person for person in persons if person.name in holdout]
 
 
 def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Person]:

@@ -24,8 +24,8 @@ from datasets import (
     Person,
     files_digest,
     scan_persons,
-    select_persons,
     split_holdout,
+    split_persons,
     warn_shared_persons,
     without_kinds,
 )
@@ -106,8 +106,9 @@ def main() -> None:
     # Data: the persons of train/, perhaps less some that the best epoch is chosen on.
     everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)
     holdout = split_holdout([person.name for person in everybody], HOLDOUT_PERSONS, SEED)
-    train_persons = [person for person in everybody if person.name not in holdout]
-    val_persons = validation_persons(everybody, holdout)
+    train_persons, val_persons = split_persons(everybody, holdout)
+    if not holdout:
+        val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     warn_shared_persons(train_persons, val_persons)
     train_set = FaceClassificationDataset(without_kinds(train_persons, SKIP_KINDS), augmentation(), seed=SEED)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
@@ -170,13 +171,6 @@ def main() -> None:
         train_one_epoch(run, ddp_model, ddp_head, head, device)
         run.finish_epoch(validate)
     run.report_best()
-
-
-def validation_persons(everybody: list[Person], holdout: list[str]) -> list[Person]:
-    """The persons that the best epoch is chosen on: those held out of train/, or those of val/."""
-    if holdout:
-        return select_persons(everybody, holdout)
-    return scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
 
 
 def augmentation() -> Transform:

@@ -9,6 +9,7 @@ curves.png, tensorboard/ and constants.json. Several GPUs: torchrun --nproc_per_
 """
 
 import copy
+import functools
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from datasets import (
     Person,
     files_digest,
     scan_persons,
-    select_persons,
+    split_persons,
     warn_shared_persons,
     without_kinds,
 )
@@ -109,40 +110,29 @@ def main() -> None:
     check_template(TEMPLATE)
 
     # Model: what stage 1 left, and what its checkpoint knows.
-    model, stage1 = checkpoints.load_facenet(
-        STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
-    )
-    if stage1["stage"] != 1:
-        raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
-    face_size, face_crop, holdout = stage1["image_size"], stage1["face_crop"], stage1["holdout"]
-    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR).to(device)
-    teacher = teacher.to(memory_format=torch.channels_last)
-    image_size, share = face_size, face_crop
-    if WIDE_WEIGHT:
-        model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT))
-        image_size, share = frame_size(stage1), 1.0
+    model, teacher, stage1 = load_networks(device)
+    holdout, face_transform = stage1["holdout"], eval_transform(stage1["image_size"], stage1["face_crop"])
+    image_size, crop = (frame_size(stage1), 1.0) if WIDE_WEIGHT else (stage1["image_size"], stage1["face_crop"])
 
     # Data: pairs of a clean photo and its distorted copy, of the persons that stage 1 trained on.
     everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)
-    train_persons = [person for person in everybody if person.name not in holdout]
-    val_persons = validation_persons(everybody, holdout)
+    train_persons, val_persons = split_persons(everybody, holdout)
+    if not holdout:
+        val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     check_data(train_persons, val_persons)
-    augment = train_transform(image_size, share, CROP_ZOOM, CROP_SHIFT, mirror=False)
+    augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False)
     train_set = pair_dataset(train_persons, augment, side=frame_size(stage1))
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
-    transform = eval_transform(image_size, share)
 
     # The bank: the clean photos as the teacher sees them.
     paths = [path for path, _ in train_set.anchors]
-    teaching = embed(teacher, paths, eval_transform(face_size, face_crop), device, num_workers=NUM_WORKERS)
-    bank = teaching.embeddings.clone().to(device)  # a clone: embed()'s own tensors know no autograd
-    bank_labels = torch.tensor(labels, device=device)
+    bank = embed(teacher, paths, face_transform, device, num_workers=NUM_WORKERS).embeddings
     del teacher
 
     # Losses and optimizer.
-    losses = Losses(bank, bank_labels)
+    losses = Losses(bank.clone().to(device), torch.tensor(labels, device=device))  # embed()'s tensors know no autograd
     groups = [{"name": "backbone", "params": training.trainable(model.backbone), "lr": BACKBONE_LR}]
     if WIDE_WEIGHT:
         groups.append({"name": "wide", "params": training.trainable(model.wide), "lr": WIDE_LR})
@@ -155,7 +145,7 @@ def main() -> None:
     # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=checkpoint_facts(train_set, stage1, model.crops, image_size, share, files_digest(everybody)),
+        facts=checkpoint_facts(train_set, stage1, model.crops, image_size, crop, files_digest(everybody)),
         networks={"model": model},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -165,18 +155,15 @@ def main() -> None:
         wrapped=(ddp_model,),
     )
 
-    def validate(network: torch.nn.Module) -> tuple[float, dict]:
-        """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
-        return validation.validate(
-            network,
-            val_persons,
-            transform,
-            device,
-            template=TEMPLATE,
-            quick=QUICK_VALIDATION,
-            num_workers=NUM_WORKERS,
-        )
-
+    validate = functools.partial(
+        validation.validate,
+        root=val_persons,
+        transform=eval_transform(image_size, crop),
+        device=device,
+        template=TEMPLATE,
+        quick=QUICK_VALIDATION,
+        num_workers=NUM_WORKERS,
+    )
     if RESUME:
         run.resume()
     else:
@@ -186,6 +173,22 @@ def main() -> None:
         train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
     run.report_best()
+
+
+def load_networks(device: torch.device) -> tuple[FaceNet, FaceNet, dict]:
+    """The network to train, its frozen teacher, and what the checkpoint of stage 1 knows.
+
+    Raises UserError if STAGE1_CHECKPOINT is not of stage 1, or what `load_facenet` and `FaceNet` raise.
+    """
+    model, stage1 = checkpoints.load_facenet(
+        STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
+    )
+    if stage1["stage"] != 1:
+        raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
+    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR).to(device)
+    if WIDE_WEIGHT:
+        model.widen(Crops(stage1["face_crop"], WIDE_SIZE, WIDE_WEIGHT))
+    return model, teacher.to(memory_format=torch.channels_last), stage1
 
 
 def frame_size(stage1: dict) -> int:
@@ -198,13 +201,6 @@ def check_data(train_persons: list[Person], val_persons: list[Person]) -> None:
     if PHOTOS_PER_PERSON % 2:
         raise UserError(f"PHOTOS_PER_PERSON = {PHOTOS_PER_PERSON}: expected an even number, half clean, half distorted")
     warn_shared_persons(train_persons, val_persons)
-
-
-def validation_persons(everybody: list[Person], holdout: list[str]) -> list[Person]:
-    """The persons that the best epoch is chosen on: those that stage 1 held out of train/, or those of val/."""
-    if holdout:
-        return select_persons(everybody, holdout)
-    return scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
 
 
 def pair_dataset(train_persons: list[Person], transform: Transform, side: int) -> FacePairDataset:
