@@ -1,7 +1,4 @@
-"""Damaged files of every kind that the scripts read: each one loads or is refused with a message that names it.
-
-Galleries are damaged in test_kept_gallery.py.
-"""
+"""Damaged files of every kind that the scripts read: each one loads or is refused with a message that names it."""
 
 import io
 import warnings
@@ -16,6 +13,7 @@ from facenet_pytorch import InceptionResnetV1
 from PIL import Image
 
 import checkpoints
+import enrolment
 import models
 from common import UserError
 from datasets import find_unreadable
@@ -167,3 +165,20 @@ def test_a_damaged_onnx_file_is_refused_or_it_loads(tmp_path):
     assert read_or_refused(tmp_path / "whole.onnx", whole, read)
     taken = sum(read_or_refused(tmp_path / "damaged.onnx", damaged(whole, seed), read) for seed in range(200))
     assert taken < 150
+
+
+def test_a_damaged_gallery_is_refused_or_it_identifies(tmp_path):
+    empty = enrolment.empty_gallery(2, template="mean", made_by={"image_size": 160}, rated=True)
+    persons, paths = ["ann", "ann", "bob"], [Path("1.png"), Path("2.png"), Path("3.png")]
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    enrolment.save_gallery(tmp_path / "whole.pt", enrolment.enroll(empty, rows, persons, paths, torch.ones(3)))
+    whole = (tmp_path / "whole.pt").read_bytes()
+
+    def read(path: Path) -> None:
+        gallery = enrolment.load_gallery(path)
+        assert len(enrolment.identify(gallery, gallery.embeddings)) == 3
+        enrolment.save_gallery(tmp_path / "again.pt", gallery)
+        assert enrolment.load_gallery(tmp_path / "again.pt").persons == gallery.persons
+
+    taken = sum(read_or_refused(tmp_path / "damaged.pt", damaged(whole, seed), read) for seed in range(200))
+    assert 0 < taken < 150
