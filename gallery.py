@@ -365,8 +365,8 @@ def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> 
     return found
 
 
-class NoQueries(ValueError):
-    """A protocol has no query in this data."""
+class NoQueries(UserError):
+    """The data holds no query of a protocol."""
 
 
 def check_protocol(protocol: str) -> None:
