@@ -100,7 +100,7 @@ def embed(
         quiet = rank > 0 or len(loader) < 3
         for images in tqdm(loader, desc=description, unit="batch", leave=False, disable=quiet):
             images = images.to(device, non_blocking=True, memory_format=memory_format)
-            found, quality = model(images, "rated") if rates else (model(images), None)
+            found, quality = model.rated(images) if rates else (model(images), None)
             batches.append(F.normalize(found.float()).cpu())
             if rates:
                 qualities.append(quality.float().cpu())

@@ -138,9 +138,6 @@ class Rating(MeanColour):
 
     rates = True
 
-    def forward(self, images, part="both"):
-        return self.rated(images) if part == "rated" else super().forward(images)
-
     def rated(self, images):
         colour = self(images)
         return colour, colour.sum(1)
