@@ -43,8 +43,8 @@ class Gallery:
 
     @property
     def weighted(self) -> Tensor:
-        """(G, D): the embeddings times their quality, if they are rated, as `metrics` takes them: in the mean of a
-        person's photos a bad one counts for less."""
+        """(G, D): the embeddings times their quality, if they are rated: in the mean of a person's photos a bad one
+        counts for less."""
         return self.embeddings if self.quality is None else self.embeddings * self.quality.clamp(min=1e-6)[:, None]
 
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
