@@ -136,7 +136,7 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
             f"  {len(known)} of {len(gallery.persons)} persons in {root} were trained on: not a test of unseen persons"
         )
     if len(gallery.persons) == 1:
-        warn_once(f"{root}: the gallery holds one person, whom every query is answered: the figures say nothing")
+        warn_once(f"{root}: the gallery holds one person, who is the answer to every query, so the figures say nothing")
     distorted = None
     if set(PROTOCOLS) != {"clean"}:
         distorted = embed_queries(
@@ -147,7 +147,7 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
     for protocol in PROTOCOLS:
         try:
             queries[protocol] = select_queries(gallery, distorted, protocol)
-        except NoQueries as error:  # nobody has a second photo: said, the other protocols still tell something
+        except NoQueries as error:  # no second photo in the split: the other protocols still say something
             if len(PROTOCOLS) == 1:
                 raise
             warn_once(str(error))
