@@ -139,7 +139,7 @@ def distortion_kind(path: Path) -> str:
 
 
 def persons_of(root: Split) -> list[Person]:
-    """The persons of a folder, or those already scanned. Raises what `scan_persons` raises, or UserError for none."""
+    """The persons of a folder, or those scanned before. Raises what `scan_persons` raises, UserError for no person."""
     if isinstance(root, (Path, str)):
         return scan_persons(root)
     folder_of(root)  # raises if no person is left
@@ -365,7 +365,7 @@ class FacePairDataset(_SeededDataset):
     The positive is a distorted copy of the anchor (see source_photo), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
     `distort(anchor)`, for example a RandomDistortion. Kinds in `often` are drawn twice as often as others.
-    Every second item on average is mirrored, both photos alike: `transform` would mirror each of them on its own.
+    Each item is mirrored with probability 0.5, both photos alike: `transform` would mirror each on its own.
     Index i + n * len(self) is anchor i again, with random draws of its own (see PersonBatches).
     root as in FaceClassificationDataset; persons without clean or without distorted photos are counted in a warning.
     Raises what `persons_of` raises; UserError if fewer than two persons have pairs, or for a share outside 0..1.
