@@ -8,7 +8,7 @@ from torch import nn
 
 from common import warn_once
 from datasets import Person, Split, distortion_kind, folder_of, persons_of
-from gallery import Gallery, NoQueries, Queries, embed_split, retrieve, select_queries
+from gallery import Gallery, NoQueries, Queries, embed_split, retrieve, score, select_queries
 from transforms import Transform
 
 CHOICE = "mean of same and cross"  # of the best epoch, by `validate`; kept in checkpoints
@@ -46,11 +46,11 @@ def validate(
             template=template,
             num_workers=num_workers,
         )
-    details = retrieve(gallery, select_queries(gallery, queries, "same"))
+    details = _answers(gallery, queries, "same")
     same, row = details["top1"][template], summary(details)
     for protocol in ("cross", "clean"):
         with contextlib.suppress(NoQueries):
-            row[f"top1_{protocol}"] = retrieve(gallery, select_queries(gallery, queries, protocol))["top1"][template]
+            row[f"top1_{protocol}"] = _answers(gallery, queries, protocol)["top1"][template]
     row |= copy_cosines(gallery, queries)
     if "top1_cross" in row:
         return (same + row["top1_cross"]) / 2, row
@@ -59,6 +59,12 @@ def validate(
         "chosen by how well photos are found again, which says little about recognising people"
     )
     return same, row
+
+
+def _answers(gallery: Gallery, queries: Queries, protocol: str) -> dict:
+    """`retrieve`'s details under one protocol."""
+    chosen = select_queries(gallery, queries, protocol)
+    return retrieve(gallery, chosen, score(gallery, chosen))
 
 
 def thinned(persons: Sequence[Person], stride: int) -> list[Person]:
@@ -103,8 +109,8 @@ def copy_cosines(gallery: Gallery, queries: Queries) -> dict[str, float]:
 
 
 def summary(details: dict) -> dict[str, float]:
-    """`gallery.evaluate`'s details as one flat row: top1_mean, top1_best, and top1_<kind> by the chosen template."""
+    """One flat row of `retrieve`'s details: top1_mean, top1_best, and top1_<kind> under the gallery's template."""
     chosen = details["template"]
     overall = {f"top1_{template}": value for template, value in details["top1"].items()}
     kinds = {f"top1_{kind}": figures["top1"][chosen] for kind, figures in details["per_kind"].items()}
-    return overall | kinds | overall  # a kind called "mean" does not take the place of the mean
+    return overall | kinds | overall  # a kind called "mean" does not replace the mean

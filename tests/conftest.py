@@ -139,3 +139,19 @@ class MakesFolderWhenLoaded:
 def same_tensors(a: dict, b: dict) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Relative path -> bytes of every file under `folder`."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def made_with_seeds(script, monkeypatch, folder: Path, seeds: tuple[int, ...]) -> list[dict[str, bytes]]:
+    """The files that `script` writes to an OUT_DIR of its own for each SEED."""
+    made = []
+    for run, seed in enumerate(seeds):
+        monkeypatch.setattr(script, "OUT_DIR", folder / str(run))
+        monkeypatch.setattr(script, "SEED", seed)
+        script.main()
+        made.append(files_in(folder / str(run)))
+    return made
