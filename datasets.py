@@ -139,7 +139,7 @@ def distortion_kind(path: Path) -> str:
 
 
 def persons_of(root: Split) -> list[Person]:
-    """The persons of a folder, or those scanned before. Raises what `scan_persons` raises, UserError for no person."""
+    """The persons of a folder, or those already scanned. Raises what `scan_persons` raises, or UserError for none."""
     if isinstance(root, (Path, str)):
         return scan_persons(root)
     folder_of(root)  # raises if no person is left
