@@ -22,15 +22,16 @@ from gallery import (
     NoQueries,
     build_gallery,
     check_protocol,
-    check_template,
     discard_curves,
     embed_queries,
     made_by,
     measure,
     retrieve,
+    score,
     select_queries,
 )
 from report import Evaluated
+from scores import check_template
 from transforms import Transform, eval_transform
 
 # --- what to evaluate ---
@@ -155,7 +156,11 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
             f"{root}: {unknown} of {len(distorted.paths)} queries have no source photo in the gallery by their name, "
             "<clean photo's name>_<kind>: under 'cross' they ask against all photos"
         )
-    measured = {protocol: measure(gallery, of_protocol, SEED) for protocol, of_protocol in queries.items()}
+    details, measured = {}, {}
+    for protocol, of_protocol in queries.items():
+        scores = score(gallery, of_protocol)
+        details[protocol] = retrieve(gallery, of_protocol, scores)
+        measured[protocol] = measure(gallery, of_protocol, scores, SEED)
     return Evaluated(
         title,
         str(checkpoint or PRETRAINED),
@@ -163,7 +168,7 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
         facts,
         gallery,
         queries,
-        {protocol: retrieve(gallery, of_protocol) for protocol, of_protocol in queries.items()},
+        details,
         measured,
         {protocol: discard_curves(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
     )

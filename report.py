@@ -16,7 +16,8 @@ from torch import Tensor
 import checkpoints
 import metrics
 import plots
-from gallery import TEMPLATES, Gallery, Queries
+from gallery import Gallery, Queries
+from scores import TEMPLATES, mean_templates
 from transforms import FaceCrop, load_image
 
 # What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
@@ -362,7 +363,7 @@ def embedding_pictures(gallery: Gallery, queries: Queries, persons: int, seed: i
         is_query = [False] * len(of_gallery) + [True] * len(of_query)
         pictures["tsne"] = plots.tsne(points, labels, is_query, names, seed)
     if truth:
-        templates = metrics.mean_templates(gallery.weighted, gallery.labels)[: len(names)]
+        templates = mean_templates(gallery.weighted, gallery.labels)[: len(names)]
         pictures["similarity"] = plots.similarity_matrix(embeddings @ templates.T, truth, names, templates)
     return pictures
 

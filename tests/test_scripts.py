@@ -154,7 +154,7 @@ def test_evaluate_leaves_out_a_protocol_that_nobody_can_ask_in(trained, monkeypa
     assert set(strict_json(trained / "figures.json")["protocols"]) == {"same"}
     assert "PROTOCOL 'cross': no query" in caplog.text and "PROTOCOL 'clean': no query" in caplog.text
     monkeypatch.setattr(evaluate, "PROTOCOLS", ("cross",))
-    with pytest.raises(ValueError, match="nobody who has a second clean photo"):
+    with pytest.raises(ValueError, match="no person with a distorted photo has a second clean photo"):
         evaluate.main()
 
 
