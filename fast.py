@@ -145,6 +145,7 @@ class _Exported(nn.Module):
     """
 
     memory_format = torch.contiguous_format  # what the runtimes take without a copy
+    rates = True  # has rated()
     package: str  # of the runtime
 
     def __init__(self, exported: bytes):

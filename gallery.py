@@ -14,8 +14,8 @@ from tqdm import tqdm
 import metrics
 from common import UserError, rank_and_world, warn_once
 from datasets import Person, PhotoList, distortion_kind, folder_of, persons_of, source_photo
-from metrics import TEMPLATES, check_template
 from models import fingerprint
+from scores import TEMPLATES, Scores, check_template, mean_templates, person_scores, templates
 from transforms import Transform
 
 PROTOCOLS = ("same", "cross", "clean")  # see select_queries
@@ -43,13 +43,13 @@ class Gallery:
 
     @property
     def weighted(self) -> Tensor:
-        """(G, D): the embeddings times their quality, if they are rated, as `metrics` takes them: in the mean of a
-        person's photos a bad one counts for less."""
+        """(G, D): the embeddings times their quality, if they are rated: in the mean of a person's photos a bad one
+        counts for less."""
         return self.embeddings if self.quality is None else self.embeddings * self.quality.clamp(min=1e-6)[:, None]
 
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
-        """(T, D) rows of norm 1 to match against, and (T,) their labels; see metrics.templates."""
-        return metrics.templates(self.weighted, self.labels, template)
+        """(T, D) rows of norm 1 to match against, and (T,) their labels; see scores.templates."""
+        return templates(self.weighted, self.labels, template)
 
 
 def _rated(quality: Tensor | None, rows: Tensor | list[int] | slice) -> Tensor | None:
@@ -94,7 +94,7 @@ def embed(
     memory_format = getattr(model, "memory_format", torch.channels_last)  # fast.OnnxFaceNet has another
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()
-    rates = hasattr(model, "rated")
+    rates = getattr(model, "rates", False)
     batches, qualities = [], []
     try:
         quiet = rank > 0 or len(loader) < 3
@@ -196,18 +196,18 @@ def person_means(
     photo are left out. Raises what `build_gallery` raises."""
     gallery = build_gallery(model, persons, transform, device, num_workers=num_workers)
     place = {person.name: index for index, person in enumerate(persons)}
-    means = metrics.mean_templates(gallery.embeddings, gallery.labels)
+    means = mean_templates(gallery.embeddings, gallery.labels)
     return means, torch.tensor([place[name] for name in gallery.persons])
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Photos that ask a gallery, in the order of `paths`, by what `metrics` needs.
+    """Photos to be matched against a gallery.
 
     embeddings: (Q, D) float32, rows of norm 1; truth: (Q,) int64, index into the gallery's persons, -1 for a person
-    outside it; sources: (Q,) int64, gallery row of the photo that must not be compared with, -1 for none.
-    persons: Q names, as the folders say; kinds: Q kinds of distortion, "clean" for a photo of the gallery.
-    quality: (Q,) float32, as the model rates them; None where it does not.
+    outside it; sources: (Q,) int64, gallery row of the photo that the query must not be compared with, -1 for none.
+    paths: Q photos; persons: Q names, those of their folders; kinds: Q kinds of distortion, "clean" for a photo of the
+    gallery. quality: (Q,) float32, as the model rates them; None for a model that does not.
     """
 
     embeddings: Tensor
@@ -220,21 +220,28 @@ class Queries:
 
     def subset(self, chosen: Tensor) -> "Queries":
         """Those at the indices `chosen` (N,) int64."""
-        lists = ([of[i] for i in chosen.tolist()] for of in (self.paths, self.persons, self.kinds))
-        tensors = (self.embeddings[chosen], self.truth[chosen], self.sources[chosen])
-        return Queries(*tensors, *lists, _rated(self.quality, chosen))
+        indices = chosen.tolist()
+        return Queries(
+            embeddings=self.embeddings[chosen],
+            truth=self.truth[chosen],
+            sources=self.sources[chosen],
+            paths=[self.paths[i] for i in indices],
+            persons=[self.persons[i] for i in indices],
+            kinds=[self.kinds[i] for i in indices],
+            quality=_rated(self.quality, chosen),
+        )
 
     def groups(self) -> dict[str, Tensor]:
-        """Name -> indices: each kind, "without sunny" where there is a sunny among others, and "all"."""
+        """Name -> indices: each kind, "without sunny" where there are sunny queries and others, and "all"."""
         kinds = sorted(set(self.kinds))
         of = {kind: torch.tensor([i for i, other in enumerate(self.kinds) if other == kind]) for kind in kinds}
         everything = torch.arange(len(self.kinds))
-        if "sunny" in of and len(of) > 1:  # what a tight crop cannot see at all drags the overall figure down
+        if "sunny" in of and len(of) > 1:  # faces that are burnt out white drag the overall figure down
             of["without sunny"] = everything[torch.tensor([kind != "sunny" for kind in self.kinds])]
         return of | {"all": everything}
 
     def person_index(self) -> Tensor:
-        """(Q,) int64: whom each query shows, enrolled or not, to resample by."""
+        """(Q,) int64: a number for each query's person, enrolled or not, to resample by."""
         index = {name: i for i, name in enumerate(sorted(set(self.persons)))}
         return torch.tensor([index[name] for name in self.persons])
 
@@ -327,33 +334,39 @@ def embed_split(
 
 
 def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> Queries:
-    """Who asks what: the queries of one of PROTOCOLS, from those of `embed_queries` (not needed for "clean").
+    """The queries of one of PROTOCOLS, from those of `embed_queries` (not needed for "clean").
 
-    same: all of them, against all photos. cross: none is compared with the photo that it was made from; those whose
-    person has no other photo do not ask, and their person stays in the gallery. clean: each photo of the gallery
-    whose person has another one asks, itself left out.
-    Raises NobodyAsks, or ValueError for another `protocol`.
+    same: all of them, against all photos. cross: each against all photos but the one that it was made from; queries
+    whose person has no other photo are left out, the person stays in the gallery. clean: each photo of the gallery
+    whose person has another one, against all photos but itself.
+    Raises NoQueries if none is left, UserError for an unknown `protocol`.
     """
     check_protocol(protocol)
     several = torch.bincount(gallery.labels, minlength=len(gallery.persons)) > 1
-    if protocol == "clean":
-        rows = several[gallery.labels].nonzero()[:, 0]
-        names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
-        paths = [gallery.paths[row] for row in rows.tolist()]
-        tensors = (gallery.embeddings[rows], gallery.labels[rows], rows)
-        found = Queries(*tensors, paths, names, ["clean"] * len(rows), _rated(gallery.quality, rows))
-    elif protocol == "cross":
-        asks = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
-        found = queries.subset(asks.nonzero()[:, 0])
-    else:
+    if protocol == "same":
         return replace(queries, sources=torch.full_like(queries.sources, -1))
+    if protocol == "cross":
+        chosen = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
+        found = queries.subset(chosen.nonzero()[:, 0])
+    else:
+        photos = Queries(
+            embeddings=gallery.embeddings,
+            truth=gallery.labels,
+            sources=torch.arange(len(gallery.labels)),
+            paths=gallery.paths,
+            persons=[gallery.persons[label] for label in gallery.labels.tolist()],
+            kinds=["clean"] * len(gallery.labels),
+            quality=gallery.quality,
+        )
+        found = photos.subset(several[gallery.labels].nonzero()[:, 0])
     if not len(found.paths):
-        raise NoQueries(f"PROTOCOL {protocol!r}: no query, for nobody who has a second clean photo asks")
+        who = "no person with a distorted photo" if protocol == "cross" else "no person"
+        raise NoQueries(f"PROTOCOL {protocol!r}: no query, as {who} has a second clean photo")
     return found
 
 
-class NoQueries(ValueError):
-    """A protocol has no query in this data."""
+class NoQueries(UserError):
+    """The data holds no query of a protocol."""
 
 
 def check_protocol(protocol: str) -> None:
@@ -361,20 +374,38 @@ def check_protocol(protocol: str) -> None:
         raise UserError(f"PROTOCOL {protocol!r}: expected one of {', '.join(map(repr, PROTOCOLS))}")
 
 
-def retrieve(gallery: Gallery, queries: Queries) -> dict:
-    """The gallery's answers to the queries of `select_queries`.
+def score(gallery: Gallery, queries: Queries) -> dict[str, Scores]:
+    """Template -> scores of the queries of `select_queries`, which `retrieve` and `measure` read. Memory: see Scores.
 
-        template, top1 {"mean", "best"}      which template counts; the share of right answers under each
+    Raises ValueError if there is no query.
+    """
+    return {
+        template: person_scores(
+            queries=queries.embeddings,
+            truth=queries.truth,
+            sources=queries.sources,
+            gallery=gallery.weighted,
+            labels=gallery.labels,
+            template=template,
+        )
+        for template in TEMPLATES
+    }
+
+
+def retrieve(gallery: Gallery, queries: Queries, scores: dict[str, Scores]) -> dict:
+    """The gallery's answers to the queries of `select_queries`, by their `score`.
+
+        template, top1 {"mean", "best"}      the template that counts; the share of right answers under each
         persons, photos, queries             sizes of the gallery and number of queries
         not_enrolled                         queries whose person has no clean photo: counted as wrong
-        silent                               persons of the gallery who ask nothing: there to be mistaken for
+        persons_without_query                persons of the gallery who are in no query
         per_kind {kind: {queries, top1}}     by the suffix of the file's name
         per_person {name: {queries, top1}}
         per_query [{path, kind, person, quality, mean: {predicted, score, rank}, best: {...}}]   score: cosine; quality:
-                                             see models.FaceNet, None where the model does not tell it
+                                             see models.FaceNet, None for a model that gives none
         embeddings                           (Q, D) Tensor in the order of per_query
 
-    A tie goes to the person that sorts first, be it the right one or not.
+    A tie goes to the person that sorts first, right or wrong.
     """
     quality = [None] * len(queries.paths) if queries.quality is None else queries.quality.tolist()
     per_query = [
@@ -382,23 +413,21 @@ def retrieve(gallery: Gallery, queries: Queries) -> dict:
         for path, kind, name, rating in zip(queries.paths, queries.kinds, queries.persons, quality, strict=True)
     ]
     right = {}
-    for template in TEMPLATES:
-        found = metrics.ranking(
-            queries.embeddings, queries.truth, queries.sources, gallery.weighted, gallery.labels, template
-        )
+    for template, of_template in scores.items():
+        found = metrics.ranking(of_template)
         right[template] = found.rank == 1
         answers = zip(found.predicted.tolist(), found.score.tolist(), found.rank.tolist(), strict=True)
-        for query, (label, score, rank) in zip(per_query, answers, strict=True):
-            query[template] = {"predicted": gallery.persons[label], "score": score, "rank": rank}
+        for query, (label, cosine, rank) in zip(per_query, answers, strict=True):
+            query[template] = {"predicted": gallery.persons[label], "score": cosine, "rank": rank}
+
+    def share(of: Sequence[int] | slice) -> dict[str, float]:
+        return {template: hits[of].double().mean().item() for template, hits in right.items()}
 
     def by(names: list[str]) -> dict[str, dict]:
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             rows.setdefault(name, []).append(i)
         return {name: {"queries": len(rows[name]), "top1": share(rows[name])} for name in sorted(rows)}
-
-    def share(of: Sequence[int] | slice) -> dict[str, float]:
-        return {template: hits[of].double().mean().item() for template, hits in right.items()}
 
     return {
         "template": gallery.template,
@@ -407,7 +436,7 @@ def retrieve(gallery: Gallery, queries: Queries) -> dict:
         "photos": len(gallery.paths),
         "queries": len(per_query),
         "not_enrolled": int((queries.truth == -1).sum()),
-        "silent": len(set(gallery.persons) - set(queries.persons)),
+        "persons_without_query": len(set(gallery.persons) - set(queries.persons)),
         "per_kind": by(queries.kinds),
         "per_person": by(queries.persons),
         "per_query": per_query,
@@ -415,24 +444,39 @@ def retrieve(gallery: Gallery, queries: Queries) -> dict:
     }
 
 
-def measure(gallery: Gallery, queries: Queries, seed: int) -> dict[str, dict[str, metrics.Measured]]:
-    """template -> group of `Queries.groups` -> its figures."""
+def measure(
+    gallery: Gallery, queries: Queries, scores: dict[str, Scores], seed: int
+) -> dict[str, dict[str, metrics.Measured]]:
+    """template -> group of `Queries.groups` -> its figures, by the queries' `score`."""
     groups, persons = queries.groups(), queries.person_index()
+    precision = metrics.average_precision(
+        queries=queries.embeddings,
+        truth=queries.truth,
+        sources=queries.sources,
+        gallery=gallery.weighted,
+        labels=gallery.labels,
+    )
     measured: dict[str, dict[str, metrics.Measured]] = {}
-    for template in TEMPLATES:
-        measured[template] = {}
-        enrolled = (gallery.weighted, gallery.labels, template)
-        opened = metrics.open_rates(queries.embeddings, queries.truth, queries.sources, *enrolled, seed)
-        for name, rows in groups.items():
-            inputs = (queries.embeddings[rows], queries.truth[rows], queries.sources[rows])
-            measured[template][name] = metrics.measure(*inputs, *enrolled, persons[rows], seed, opened=opened.of(rows))
+    for template, of_template in scores.items():
+        opened = metrics.open_rates(of_template, seed)
+        measured[template] = {
+            group: metrics.measure(
+                scores=of_template.subset(rows),
+                precision=precision[rows],
+                persons=persons[rows],
+                opened=opened.subset(rows),
+                seed=seed,
+            )
+            for group, rows in groups.items()
+        }
     return measured
 
 
 def discard_curves(queries: Queries, measured: dict[str, metrics.Measured]) -> dict[str, Tensor]:
     """Group -> metrics.wrong_left of its queries, those of lowest quality refused first; {} where none is rated.
 
-    measured: of one template, of `measure`."""
+    measured: group -> figures, of one template of `measure`.
+    """
     if queries.quality is None:
         return {}
     return {
@@ -457,7 +501,8 @@ def evaluate(
     `retrieve` found. Raises what `embed_queries` raises.
     """
     queries = embed_queries(model, gallery, root, transform, device, batch_size=batch_size, num_workers=num_workers)
-    details = retrieve(gallery, select_queries(gallery, queries, "same"))
+    queries = select_queries(gallery, queries, "same")
+    details = retrieve(gallery, queries, score(gallery, queries))
     return details["top1"][gallery.template], details
 
 

@@ -100,6 +100,8 @@ class FaceNet(nn.Module):
     Raises UserError for a dropout or a block out of range, and what load_pretrained raises.
     """
 
+    rates = True  # has rated()
+
     def __init__(
         self,
         pretrained: str | Path | None,

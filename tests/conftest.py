@@ -33,6 +33,13 @@ def write_photo(path: Path, colour, seed: int, side: int = 40) -> None:
     Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
 
 
+def write_plain(path: Path, colour=(90, 90, 90), size=(8, 8)) -> Path:
+    """A photo of exactly one colour, which identifies it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, tuple(colour)).save(path)
+    return path
+
+
 def write_person(folder: Path, colour, photos: int, layout: str = "clean") -> None:
     """`photos` clean photos with their distorted copies, in FACECOM's layout "flat" or in "clean"."""
     for number in range(1, photos + 1):
