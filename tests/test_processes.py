@@ -20,7 +20,7 @@ import torch
 from conftest import COLOURS, write_person
 
 TESTS = Path(__file__).parent
-SPEEDS = ("images_per_second", "loading")  # the only figures that differ from run to run
+SPEEDS = ("images_per_second", "loading", "training", "validation", "saving", "seconds")
 
 # What a child runs: the jobs of a JSON file, one after the other, in one common.run_script.
 SCRIPT = '''
@@ -32,7 +32,7 @@ sys.modules["sklearn.manifold"] = types.SimpleNamespace(TSNE=None)  # a second t
 import torch
 from matplotlib.figure import Figure
 
-import checkpoints, common, datasets, gallery, plots, train_stage1, train_stage2, training, transforms
+import checkpoints, common, datasets, distributed, gallery, plots, train_stage1, train_stage2, training, transforms
 from conftest import TinyNet
 
 out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
@@ -46,8 +46,8 @@ defaults = {module: dict(vars(module)) for module in (train_stage1, train_stage2
 step, get_item, save = training.Run.step, datasets.FaceClassificationDataset.__getitem__, torch.save
 
 
-def hooked_step(run, loss, **values):
-    step(run, loss, **values)
+def hooked_step(run, loss, values):
+    step(run, loss, values)
     if run.updates == job.get("kill_at"):
         os.kill(os.getpid(), signal.SIGKILL)
     if run.updates == job.get("wait_at"):
@@ -104,8 +104,8 @@ def mixed_gradient():
     layer.bias.data = torch.randn(2, generator=generator)
     rank, world = common.rank_and_world()
     mine = slice(5 * rank // world, 5 * (rank + 1) // world)
-    network = training.parallel(layer)
-    whole, labels = training.gather(network(rows[mine]), torch.arange(5)[mine])
+    network = distributed.parallel(layer)
+    whole, labels = distributed.gather(network(rows[mine]), torch.arange(5)[mine])
     (torch.tanh(whole @ whole.T) * torch.arange(25.0).view(5, 5)).mean().backward()
     return {"weight": layer.weight.grad, "bias": layer.bias.grad, "rows": whole.detach(), "labels": labels}
 
@@ -136,7 +136,7 @@ def main():
 
             def noting(run, *args, **options):
                 init(run, *args, **options)
-                networks.append(run.networks)
+                networks.append(run.learner.networks)
 
             training.Run.__init__ = noting
             script.main()
@@ -176,7 +176,7 @@ class Child:
     def printed(self, name: str) -> str:
         """What job `name` printed, less its speed."""
         lines = self.stdout.partition(f"# {name}\n")[2].partition("\n# ")[0]
-        return re.sub(r"  \d+ images/s", "", lines).strip()
+        return re.sub(r"  \d+ images/s|\ntime: .*", "", lines).strip()
 
 
 @contextmanager

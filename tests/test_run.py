@@ -22,6 +22,7 @@ import checkpoints
 import common
 import datasets
 import journal
+import optimisation
 import plots
 import samplers
 import train_stage1
@@ -31,8 +32,9 @@ from common import UserError
 
 CPU = torch.device("cpu")
 FACTS = {"stage": 1, "seed": 0, "image_size": 160, "face_crop": 0.52, "dropout": 0.0, "persons": [], "holdout": []}
+FACTS |= {"selected_on": "val"}
 REAL_CURVES = plots.curves
-CLOCK = ("images_per_second", "loading")
+CLOCK = ("images_per_second", "loading", "training", "validation", "saving", "seconds")
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +131,7 @@ def squared(model, images, targets):
 
 def fit(run: training.Run, loss=squared, validate=lambda network: (0.0, {}), after_step=lambda: None) -> None:
     """The loop of both scripts. loss: (model, *batch) -> scalar."""
-    model = run.networks["model"]
+    model = run.learner.networks["model"]
     if not run.history:
         run.finish_epoch(validate)
     for _ in run.epochs():
@@ -159,7 +161,7 @@ def gradient_bad_at(*steps: int):
 
 def state(run: training.Run) -> dict:
     """Everything that a skipped step must leave alone."""
-    parts = {name: copy.deepcopy(part.state_dict()) for name, part in run._parts().items()}
+    parts = {name: copy.deepcopy(part.state_dict()) for name, part in run.learner.parts().items()}
     # A count of forward passes, which nothing reads where BatchNorm has a momentum.
     for part in parts.values():
         for name in [name for name in part if name.endswith("num_batches_tracked")]:
@@ -310,7 +312,7 @@ def test_a_photo_of_nan_leaves_no_trace_in_the_batchnorm_statistics(tmp_path, ca
     run.loader.dataset.inputs[6] = math.nan
     fit(run)
     assert told_files(caplog) == [[f"item_{i}.png" for i in (4, 5, 6, 7)]]
-    assert all(value.isfinite().all() for value in run.networks["model"].state_dict().values())
+    assert all(value.isfinite().all() for value in run.learner.networks["model"].state_dict().values())
 
 
 def test_a_skipped_update_is_of_all_its_accumulated_batches_and_names_the_files_of_them_all(tmp_path, caplog):
@@ -357,7 +359,7 @@ def test_three_bad_steps_in_a_row_stop_the_run_and_keep_the_last_checkpoint(tmp_
     assert (tmp_path / "last.pt").read_bytes() == kept[0]
     last = checkpoints.read_checkpoint(tmp_path / "last.pt")
     assert last["epoch"] == 1 and last["bad_in_a_row"] == sum(step <= 4 for step in bad)
-    for weights in (last["model"], run.networks["model"].state_dict()):
+    for weights in (last["model"], run.learner.networks["model"].state_dict()):
         assert all(value.isfinite().all() for value in weights.values())
     assert len(told_files(caplog)) == 3
     assert signal.getsignal(signal.SIGINT) is earlier
@@ -489,7 +491,7 @@ def test_stage_1_updates_once_for_each_group_of_batches_begun(tiny_runs, trained
     last = trained(stage1, "run", EPOCHS=1, ACCUMULATE=accumulate)  # 21 photos, 6 batches
     assert last["updates"] == len(column(stage1.RUN_DIR, "update")) == updates
     assert last["scheduler"]["last_epoch"] == updates
-    assert runs[0].optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)  # the schedule came to its end
+    assert runs[0].learner.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)  # the schedule came to its end
 
 
 # --- the average of the weights ---------------------------------------------------------------------------------------
@@ -499,7 +501,7 @@ def test_stage_1_updates_once_for_each_group_of_batches_begun(tiny_runs, trained
 def test_the_average_follows_its_formula(decay):
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     model[0].weight.data.fill_(1.0)
-    average = training.moving_average(model, decay)
+    average = optimisation.moving_average(model, decay)
     expected = 1.0
     for n, new in enumerate((5.0, -3.0, 2.0, 7.0), start=1):
         model[0].weight.data.fill_(new)
@@ -516,7 +518,7 @@ def test_the_average_follows_its_formula(decay):
 
 def test_a_run_averages_after_each_update_that_counts_and_no_other(tmp_path):
     run = small_run(tmp_path, batches=6, ema_decay=0.25, accumulate=2)
-    model, weights = run.networks["model"], []
+    model, weights = run.learner.networks["model"], []
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
     watched = lambda: weights.append({n: v.detach().clone() for n, v in model.named_parameters()})  # noqa: E731
     fit(run, bad_at(3), after_step=watched)
@@ -524,7 +526,7 @@ def test_a_run_averages_after_each_update_that_counts_and_no_other(tmp_path):
         for n, after in ((1, weights[1]), (2, weights[5])):  # the update of batches 3 and 4 was skipped
             d = min(0.25, (1 + n) / (10 + n))
             expected = d * expected + (1 - d) * after[name]
-        assert torch.allclose(run.ema.module.get_parameter(name), expected, atol=1e-6)
+        assert torch.allclose(run.learner.ema.module.get_parameter(name), expected, atol=1e-6)
 
 
 def rising(monkeypatch, script, top1=lambda call: call / 100) -> list[float]:
@@ -545,9 +547,9 @@ def test_the_best_average_is_a_checkpoint_of_its_own(tiny_runs, trained, runs, m
     told = rising(monkeypatch, stage1)
     last = trained(stage1, "run", EMA_DECAY=0.9)
     model, saved = checkpoints.load_facenet(stage1.RUN_DIR / "best_ema.pt", CPU)
-    assert same_tensors(model.state_dict(), runs[0].ema.module.state_dict())
+    assert same_tensors(model.state_dict(), runs[0].learner.ema.module.state_dict())
     best = checkpoints.read_checkpoint(stage1.RUN_DIR / "best.pt")
-    assert same_tensors(best["model"], runs[0].networks["model"].state_dict())
+    assert same_tensors(best["model"], runs[0].learner.networks["model"].state_dict())
     assert not torch.equal(model.backbone[6].weight, best["model"]["backbone.6.weight"])
     assert (saved["epoch"], saved["top1"], saved["ema_decay"]) == (2, told[-1], 0.9)
     assert last["best_ema"] == {"epoch": 2, "top1": told[-1]} and last["best"]["top1"] == told[-2]
@@ -564,7 +566,7 @@ def test_the_best_average_is_a_checkpoint_of_its_own(tiny_runs, trained, runs, m
 def test_best_and_best_average_are_chosen_each_on_its_own(tmp_path):
     run = small_run(tmp_path, epochs=2, ema_decay=0.9)
     of_model, of_average = iter([0.5, 0.75, 0.25]), iter([0.4, 0.6])
-    fit(run, validate=lambda net: (next(of_average) if net is run.ema.module else next(of_model), {}))
+    fit(run, validate=lambda net: (next(of_average) if net is run.learner.ema.module else next(of_model), {}))
     best, best_ema = (checkpoints.read_checkpoint(tmp_path / name) for name in ("best.pt", "best_ema.pt"))
     assert (best["epoch"], best["top1"]) == (1, 0.75)
     assert (best_ema["epoch"], best_ema["top1"]) == (2, 0.6)
@@ -573,7 +575,7 @@ def test_best_and_best_average_are_chosen_each_on_its_own(tmp_path):
 def test_an_average_that_forgot_is_not_kept_either(tmp_path):
     run = small_run(tmp_path, epochs=1, ema_decay=0.9, max_clean_drop=2.0)
     rows = iter([0.9, 0.9, 0.8])  # as loaded, then the model, then its average
-    fit(run, validate=lambda net: (1.0 if net is run.ema.module else run.epoch / 2, {"top1_clean": next(rows)}))
+    fit(run, validate=lambda net: (1.0 if net is run.learner.ema.module else run.epoch / 2, {"top1_clean": next(rows)}))
     epochs = [checkpoints.read_checkpoint(tmp_path / name)["epoch"] for name in ("best.pt", "best_ema.pt")]
     assert epochs == [1, 0]
 
@@ -590,14 +592,14 @@ def test_a_resumed_run_equals_a_whole_one_averages_and_journal_included(tiny_run
     constants = {"EMA_DECAY": 0.9, "ACCUMULATE": 2, "SAVE_EVERY": 2, "BATCH_SIZE": 3, "CHECK_IMAGES": False}
     whole = trained(stage1, "whole", **constants)  # 7 batches, 4 updates an epoch
     rows = without_clock(read_csv(stage1.RUN_DIR / "steps.csv"))
-    averages = copy.deepcopy(runs[-1].ema.state_dict())
+    averages = copy.deepcopy(runs[-1].learner.ema.state_dict())
     killed_after(13, stage1, "killed", **constants)
     between = checkpoints.read_checkpoint(stage1.RUN_DIR / "last.pt")
     assert (between["epoch"], between["batch"], between["updates"]) == (1, 4, 6)
     resumed = trained(stage1, "killed", RESUME=True, **constants)
     for part in ("model", "head", "optimizer", "scheduler", "ema", "best", "best_ema", "updates"):
         assert_same(resumed[part], whole[part])
-    assert same_tensors(runs[-1].ema.state_dict(), averages) and int(averages["n_averaged"]) == 1 + 8
+    assert same_tensors(runs[-1].learner.ema.state_dict(), averages) and int(averages["n_averaged"]) == 1 + 8
     assert without_clock(resumed["history"]) == without_clock(whole["history"])
     assert without_clock(read_csv(stage1.RUN_DIR / "steps.csv")) == rows
     assert [row["update"] for row in rows] == [str(i) for i in range(1, 9)]
@@ -626,7 +628,7 @@ def test_patience_stops_a_run_that_does_not_improve(tmp_path, capsys, patience, 
 
 def test_an_average_that_improves_keeps_a_patient_run_going(tmp_path):
     run, averages = small_run(tmp_path, batches=1, epochs=6, patience=2, ema_decay=0.9), iter(range(1, 9))
-    fit(run, validate=lambda network: (0.5 + next(averages) / 100 if network is run.ema.module else 0.5, {}))
+    fit(run, validate=lambda network: (0.5 + next(averages) / 100 if network is run.learner.ema.module else 0.5, {}))
     assert run.epoch == 6
 
 
@@ -668,7 +670,7 @@ def test_save_every_reaches_stage_1(tiny_runs, trained, monkeypatch, every, batc
 
 
 def free(monkeypatch, size: float) -> None:
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**15, free=size))
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**15, free=size))
 
 
 def test_too_little_free_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
@@ -852,31 +854,31 @@ def test_a_resumed_run_has_each_update_once_in_table_and_events(tiny_runs, train
 
 @pytest.mark.parametrize("amp, dtype", [("auto", None), (None, None), ("bf16", torch.bfloat16)])
 def test_precision_on_the_cpu(amp, dtype):
-    assert training.precision(CPU, amp) is dtype
-    with training.autocast(CPU, amp):
+    assert optimisation.precision(CPU, amp) is dtype
+    with optimisation.autocast(CPU, amp):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)
 
 
 def test_float16_on_the_cpu_is_refused():
     with pytest.raises(ValueError, match="AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU"):
-        training.precision(CPU, "fp16")
+        optimisation.precision(CPU, "fp16")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("amp", ["float16", "FP16", "", True, False, 16])
 def test_an_unknown_precision_is_refused(device, amp):
     with pytest.raises(ValueError, match=f"AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None"):
-        training.precision(torch.device(device), amp)
+        optimisation.precision(torch.device(device), amp)
 
 
 @pytest.mark.parametrize("supported, auto", [(True, torch.bfloat16), (False, torch.float16)])
 def test_precision_on_a_gpu_is_bfloat16_where_it_has_that(monkeypatch, supported, auto):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: supported)
     gpu = torch.device("cuda")
-    assert training.precision(gpu, "auto") is auto
-    assert training.precision(gpu, "bf16") is torch.bfloat16
-    assert training.precision(gpu, "fp16") is torch.float16
-    assert training.precision(gpu, None) is None
+    assert optimisation.precision(gpu, "auto") is auto
+    assert optimisation.precision(gpu, "bf16") is torch.bfloat16
+    assert optimisation.precision(gpu, "fp16") is torch.float16
+    assert optimisation.precision(gpu, None) is None
 
 
 @pytest.fixture
@@ -1025,7 +1027,7 @@ def test_compile_is_called_once_where_it_is_asked_for(tiny_runs, trained, monkey
     for script in tiny_runs:
         compiled.clear()
         trained(script, script.RUN_DIR.name, EPOCHS=1, COMPILE=wanted)
-        assert [network is runs[-1].networks["model"] for network in compiled] == [True] * wanted
+        assert [network is runs[-1].learner.networks["model"] for network in compiled] == [True] * wanted
 
 
 def test_a_compiled_network_trains_as_any_and_its_checkpoint_has_the_usual_names(tiny_runs, trained, monkeypatch):
@@ -1056,7 +1058,7 @@ def test_resume_with_another_constant_is_refused_by_its_name(tiny_runs, trained,
     stage1, _ = tiny_runs
     trained(stage1, "run", EPOCHS=1)
     files = {p: p.read_bytes() for p in stage1.RUN_DIR.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=f"last.pt: cannot be resumed, {told}; start a run of another RUN_DIR"):
+    with pytest.raises(ValueError, match=f"last.pt: cannot be resumed, {told}; set it back"):
         trained(stage1, "run", RESUME=True, **constants)
     assert {p: p.read_bytes() for p in stage1.RUN_DIR.rglob("*") if p.is_file()} == files
 
@@ -1078,7 +1080,7 @@ def test_resume_of_stage_2_with_another_constant_is_refused_by_its_name(tiny_run
     trained(stage1, "stage1", EPOCHS=1)
     usual = {"WIDE_WEIGHT": 0.5, "CLEAN": 0.0}
     trained(stage2, "stage2", EPOCHS=1, **usual)
-    with pytest.raises(ValueError, match=f"last.pt: cannot be resumed, {told}; start a run of another RUN_DIR"):
+    with pytest.raises(ValueError, match=f"last.pt: cannot be resumed, {told}; set it back"):
         trained(stage2, "stage2", RESUME=True, **(usual | constants))
 
 
@@ -1108,7 +1110,7 @@ def test_a_weight_of_0_leaves_the_whole_frame_out_of_stage_2(tiny_runs, trained,
     forwards.clear()
     last = trained(stage2, "stage2", EPOCHS=1, WIDE_WEIGHT=0.0)
     assert {(seen.part, *seen.images.shape[1:]) for seen in forwards} == {("face", 3, 76, 76)}
-    assert runs[-1].networks["model"].wide is None and not any("wide" in name for name in last["model"])
+    assert runs[-1].learner.networks["model"].wide is None and not any("wide" in name for name in last["model"])
     assert "instance_loss" not in last["history"][1] and "contrastive_loss" in last["history"][1]
 
 
@@ -1251,13 +1253,13 @@ def test_both_stages_use_a_fused_optimizer_and_images_in_channels_last(tiny_runs
     for script in tiny_runs:
         forwards.clear()
         trained(script, script.RUN_DIR.name, EPOCHS=1)
-        assert runs[-1].optimizer.defaults["fused"] is True
-        assert all(group["fused"] is True for group in runs[-1].optimizer.param_groups)
+        assert runs[-1].learner.optimizer.defaults["fused"] is True
+        assert all(group["fused"] is True for group in runs[-1].learner.optimizer.param_groups)
         assert len(forwards) > 1
         for seen in forwards:
             assert seen.images.is_contiguous(memory_format=torch.channels_last)
             assert not seen.images.is_contiguous()
-        network = runs[-1].networks["model"]
+        network = runs[-1].learner.networks["model"]
         for layers in (network.backbone, network.wide) if network.crops else (network.backbone,):
             weight = layers[0].weight
             assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -20,6 +20,7 @@ import common
 import datasets
 import gallery
 import journal
+import optimisation
 import samplers
 import training
 import transforms
@@ -28,7 +29,7 @@ from common import UserError
 REPO = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 FACTS = {"stage": 1, "seed": 0, "image_size": 160, "face_crop": 0.52, "dropout": 0.4}
-FACTS |= {"persons": ["ann", "bob"], "holdout": [], "epoch": 1, "selected_on": "val"}
+FACTS |= {"persons": ["ann", "bob"], "holdout": [], "selected_on": "val"}
 
 
 def linear(*weights: float) -> nn.Linear:
@@ -57,7 +58,7 @@ def small_run(run_dir: Path, *models: nn.Linear, rows, seed: int = 0, **options)
     loader = training.train_loader(dataset, samplers.ShuffledBatches([0] * len(dataset), 2, seed), 0, CPU)
     groups = [{"name": f"part{i}", "params": model.parameters()} for i, model in enumerate(models)]
     optimizer = torch.optim.SGD(groups, lr=1.0)
-    scheduler = training.warmup_cosine(optimizer, 0, settings.epochs * len(loader))
+    scheduler = optimisation.warmup_cosine(optimizer, 0, settings.epochs * len(loader))
     networks = {"model": models[0]} | {f"part{i}": model for i, model in enumerate(models) if i}
     return training.Run(
         run_dir, FACTS | {"seed": seed}, networks, optimizer, scheduler, loader, device=CPU, settings=settings
@@ -210,23 +211,23 @@ def test_an_epoch_draws_the_same_batches_whether_or_not_one_went_before_and_for_
 
 
 def product_type(amp: str | None) -> torch.dtype:
-    with training.autocast(CPU, amp):
+    with optimisation.autocast(CPU, amp):
         return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
 
 
 @pytest.mark.parametrize("amp", ["auto", None])
 def test_mixed_precision_is_off_on_the_cpu(tmp_path, amp):
-    assert training.precision(CPU, amp) is None
+    assert optimisation.precision(CPU, amp) is None
     assert product_type(amp) == torch.float32
-    assert not small_run(tmp_path, linear(0.0), rows=[[1.0]] * 2, amp=amp).scaler.is_enabled()
+    assert not small_run(tmp_path, linear(0.0), rows=[[1.0]] * 2, amp=amp).learner.scaler.is_enabled()
 
 
 def test_bfloat16_can_be_asked_for_on_the_cpu_and_needs_no_scaler(tmp_path):
-    assert training.precision(CPU, "bf16") == product_type("bf16") == torch.bfloat16
-    assert not small_run(tmp_path, linear(0.0), rows=[[1.0]] * 2, amp="bf16").scaler.is_enabled()
+    assert optimisation.precision(CPU, "bf16") == product_type("bf16") == torch.bfloat16
+    assert not small_run(tmp_path, linear(0.0), rows=[[1.0]] * 2, amp="bf16").learner.scaler.is_enabled()
 
 
-@pytest.mark.parametrize("ask", [training.precision, training.autocast])
+@pytest.mark.parametrize("ask", [optimisation.precision, optimisation.autocast])
 def test_a_precision_that_the_device_lacks_is_told(ask):
     with pytest.raises(ValueError, match=r"^AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU"):
         ask(CPU, "fp16")
@@ -240,7 +241,7 @@ def test_a_precision_that_the_device_lacks_is_told(ask):
 def test_mixed_precision_on_a_gpu_is_what_it_can_and_what_was_asked_for(monkeypatch, has_bfloat16, automatic):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
     gpu = torch.device("cuda", 0)
-    asked = [training.precision(gpu, amp) for amp in ("auto", "bf16", "fp16", None)]
+    asked = [optimisation.precision(gpu, amp) for amp in ("auto", "bf16", "fp16", None)]
     assert asked == [automatic, torch.bfloat16, torch.float16, None]
 
 
@@ -250,7 +251,7 @@ def test_mixed_precision_on_a_gpu_is_what_it_can_and_what_was_asked_for(monkeypa
 def learning_rates(warmup_steps: int, total_steps: int) -> list[float]:
     """What each step of a run would use, at a base rate of 1, and what would come after it."""
     optimizer = torch.optim.SGD(linear(0.0).parameters(), lr=1.0)
-    scheduler = training.warmup_cosine(optimizer, warmup_steps, total_steps)
+    scheduler = optimisation.warmup_cosine(optimizer, warmup_steps, total_steps)
     rates = []
     for _ in range(total_steps + 1):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -275,7 +276,7 @@ def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine(warmup_s
 
 def test_the_learning_rate_stays_at_zero_after_the_end():
     optimizer = torch.optim.SGD(linear(0.0).parameters(), lr=1.0)
-    scheduler = training.warmup_cosine(optimizer, 0, 2)
+    scheduler = optimisation.warmup_cosine(optimizer, 0, 2)
     optimizer.step()
     for _ in range(5):
         scheduler.step()
@@ -299,7 +300,7 @@ def test_a_step_clips_the_gradient_to_its_norm_and_logs_the_norm_before(tmp_path
     assert norms == pytest.approx([5, 5])  # the first step's gradient has not added up
     rate = 1 + 0.5  # of both steps: the schedule moves on
     assert model.weight[0].tolist() == pytest.approx([1 - rate * change[0], 1 - rate * change[1]], abs=1e-5)
-    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    assert run.learner.optimizer.param_groups[0]["lr"] == pytest.approx(0)
 
 
 def test_a_step_clips_over_all_parameter_groups_together(tmp_path):
@@ -320,7 +321,7 @@ def test_a_loss_that_is_never_finite_stops_before_any_weight_changes(tmp_path, v
 
 def test_frozen_batchnorm_keeps_its_statistics_while_the_rest_trains():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5), nn.BatchNorm1d(2)).train()
-    training.freeze_batchnorm(model)
+    optimisation.freeze_batchnorm(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model(5 + torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
     assert same_tensors(model.state_dict(), before)
@@ -444,7 +445,7 @@ def test_the_ends_of_the_ranges_are_allowed(tmp_path):
 
 
 def save(path: Path, weight: float = 1.0) -> Path:
-    checkpoints.save_checkpoint(path, FACTS, {"model": linear(weight)})
+    checkpoints.save_checkpoint(path, FACTS | {"epoch": 1}, {"model": linear(weight)})
     return path
 
 
@@ -470,7 +471,7 @@ def half_save(content, file):
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 torch.save = half_save
-checkpoints.save_checkpoint(pathlib.Path({str(path)!r}), {FACTS!r}, {{"model": torch.nn.Linear(1000, 1)}})
+checkpoints.save_checkpoint(pathlib.Path({str(path)!r}), {FACTS | {"epoch": 1}!r}, {{"model": torch.nn.Linear(1000, 1)}})
 """
     done = python(code, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -520,7 +521,7 @@ def test_any_random_bytes_are_told_and_never_a_traceback(tmp_path):
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
     path, trace = tmp_path / "best.pt", tmp_path / "code_has_run"
-    torch.save(FACTS | {"format": 1, "model": MakesFolderWhenLoaded(trace)}, path)
+    torch.save(FACTS | {"epoch": 1, "format": 1, "model": MakesFolderWhenLoaded(trace)}, path)
     with pytest.raises(ValueError, match="damaged, or not a checkpoint") as error:
         checkpoints.read_checkpoint(path)
     assert not trace.exists()
@@ -573,7 +574,7 @@ def finish_epoch(run: training.Run, top1: float, loss: float | None = None, **ro
         run.meter.add_time(4, seconds=2.0, waited=0.5)
 
     def validate(network: nn.Module) -> tuple[float, dict]:
-        assert network is run.networks["model"]
+        assert network is run.learner.networks["model"]
         return top1, {"top1_mean": top1} | row
 
     run.finish_epoch(validate)
@@ -698,7 +699,7 @@ def trained(tiny_runs, monkeypatch):
 
 def log(saved: dict) -> list[dict]:
     """The rows of the log, without what the clock says."""
-    clock = ("images_per_second", "loading")
+    clock = ("images_per_second", "loading", "training", "validation", "saving", "seconds")
     return [{key: value for key, value in row.items() if key not in clock} for row in saved["history"]]
 
 
