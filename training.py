@@ -1,5 +1,6 @@
 """A training run of either stage: its epochs and steps, its best epoch, its files, and how it stops and resumes."""
 
+import atexit
 import functools
 import logging
 import math
@@ -8,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -97,22 +99,31 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device) -> Da
         # The loader draws a base seed for its workers; from a generator of its own it leaves dropout's stream alone.
         generator=torch.Generator(),
     )
-    # At exit multiprocessing runs its finalizers first, then sends SIGTERM to the workers that are left, as those of a
-    # loader in a reference cycle may be, and waits for them.
-    Finalize(None, ending.set, exitpriority=100)
+    # Python's exit needs the first: it runs before torch's clean-up, which waits for workers that are left. A process
+    # that multiprocessing started, as tools/benchmark.py does, runs the second alone, before it waits for its children.
+    atexit.register(_end_workers, ending)
+    Finalize(None, _end_workers, (ending,), exitpriority=100)
     return loader
 
 
-def _outlive_signals(ending, worker: int) -> None:
-    """A terminal, or a cluster, signals all processes of a job, but the main one needs its workers to end the step.
-    They end by SIGTERM once the main process has set the event `ending`."""
+def _outlive_signals(ending: Event, worker: int) -> None:
+    """A terminal, or a cluster, signals all processes of a job, but the main one needs its workers to end the step:
+    they ignore SIGINT, and SIGTERM until `ending` is set."""
 
     def terminate(number: int, frame) -> None:
         if ending.is_set():
-            os._exit(0)
+            os._exit(0)  # as torch's own handler does, which this one replaces
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
+
+
+def _end_workers(ending: Event) -> None:
+    """End the workers of a loader that still lives when Python exits, as one in a reference cycle may."""
+    ending.set()
+    for child in multiprocessing.active_children():
+        if child.daemon:  # Python terminates these, too, a moment later
+            child.terminate()
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------

@@ -491,7 +491,9 @@ def test_stage_1_updates_once_for_each_group_of_batches_begun(tiny_runs, trained
     last = trained(stage1, "run", EPOCHS=1, ACCUMULATE=accumulate)  # 21 photos, 6 batches
     assert last["updates"] == len(column(stage1.RUN_DIR, "update")) == updates
     assert last["scheduler"]["last_epoch"] == updates
-    assert runs[0].learner.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)  # the schedule came to its end
+    assert runs[0].learner.optimizer.param_groups[0]["lr"] == pytest.approx(
+        0, abs=1e-12
+    )  # the schedule came to its end
 
 
 # --- the average of the weights ---------------------------------------------------------------------------------------
