@@ -143,3 +143,12 @@ class MakesFolderWhenLoaded:
 def same_tensors(a: dict, b: dict) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def plain(saved):
+    """`saved` with its tensors as lists, exactly, so that == compares all of it."""
+    if isinstance(saved, torch.Tensor):
+        return str(saved.dtype), saved.tolist()
+    if isinstance(saved, dict):
+        return {name: plain(value) for name, value in saved.items()}
+    return [plain(value) for value in saved] if isinstance(saved, (list, tuple)) else saved
