@@ -139,13 +139,44 @@ def distortion_kind(path: Path) -> str:
     return kind.lower() if underscore and kind and not kind.isdigit() else "unknown"
 
 
+def persons_of(root: Path | str | Sequence[Person]) -> list[Person]:
+    """The persons of a folder, scanned now; those that an earlier `scan_persons` found, as they are."""
+    return scan_persons(root) if isinstance(root, (Path, str)) else list(root)
+
+
+def folder_of(persons: Sequence[Person]) -> Path:
+    """The folder that holds the folders of `persons`, for messages."""
+    person = next(person for person in persons if person.clean or person.distorted)
+    photo = (person.clean or person.distorted)[0]
+    return next((folder.parent for folder in photo.parents if folder.name == person.name), photo.parent)
+
+
+def split_persons(persons: Sequence[Person], holdout: Collection[str]) -> tuple[list[Person], list[Person]]:
+    """Those to train on, and those named in `holdout`. Raises UserError for a name that is not among `persons`."""
+    missing = sorted(set(holdout) - {person.name for person in persons})
+    if missing:
+        raise UserError(
+            f"{folder_of(persons)}: {len(missing)} of the {len(holdout)} held-out persons have no readable photo "
+            f"there, {missing[0]!r} first; bring their folders back, or train stage 1 again"
+        )
+    train = [person for person in persons if person.name not in holdout]
+    return train, [person for person in persons if person.name in holdout]
+
+
 def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Person]:
-    """`persons` less their distorted photos of these kinds."""
+    """`persons` less their distorted photos of these kinds, less those persons who then have no photo.
+
+    Raises UserError if nobody is left.
+    """
     _warn_unknown_kinds("SKIP_KINDS", kinds, persons)
-    return [
+    kept = [
         Person(p.name, p.clean, tuple(path for path in p.distorted if distortion_kind(path) not in kinds))
         for p in persons
     ]
+    kept = [person for person in kept if person.clean or person.distorted]
+    if not kept:
+        raise UserError(f"{folder_of(persons)}: SKIP_KINDS leaves no photo to train on")
+    return kept
 
 
 def _warn_unknown_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person]) -> None:
@@ -239,9 +270,6 @@ def split_holdout(persons: Sequence[str], count: int, seed: int) -> list[str]:
     return sorted(sorted(persons)[i] for i in order[:count])
 
 
-# --- photos -> tensors ------------------------------------------------------------------------------------------------
-
-
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 
@@ -292,216 +320,148 @@ class _LabelledPhotos(_SeededDataset):
         return [self.samples[index % len(self)][0]]
 
 
-def _scan_for_training(
-    root: Path | str, exclude: Collection[str], skip_kinds: Collection[str], check_images: bool
-) -> list[Person]:
-    """Scan `root` less the persons `exclude` and the kinds `skip_kinds`; ValueError if that leaves no photo."""
-    scanned = [p for p in scan_persons(root, check_images=check_images) if p.name not in exclude]
-    if not scanned:
-        raise UserError(f"{root}: every person is held out; lower HOLDOUT_PERSONS")
-    kept = [person for person in without_kinds(scanned, skip_kinds) if person.clean or person.distorted]
-    if not kept:
-        raise UserError(f"{root}: SKIP_KINDS leaves no photo to train on")
-    return kept
-
-
 class FaceClassificationDataset(_LabelledPhotos):
-    """Every photo of `root`, clean and distorted, less the kinds `skip_kinds`.
+    """Every photo of the training persons, clean and distorted.
 
-    Item: image (3, H, W) float32 from `transform`; label int in 0..len(persons)-1.
-    `.persons` (sorted, less `exclude`) and `.label2idx` (person -> label) are the mapping that a head is trained with.
-    Raises what `scan_persons` raises; ValueError if `exclude` or `skip_kinds` leaves nothing.
+    Item: image (3, H, W) float32 from `transform`; label int in 0..len(persons)-1. root: a folder of persons, or what
+    `scan_persons` found there.
+    `.persons` (sorted) and `.label2idx` (person -> label) are the mapping that a head is trained with.
+    Raises what `scan_persons` raises.
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        transform: Transform,
-        *,
-        exclude: Collection[str] = (),
-        skip_kinds: Collection[str] = (),
-        seed: int = 0,
-        check_images: bool = True,
-    ):
+    def __init__(self, root: Path | str | Sequence[Person], transform: Transform, *, seed: int = 0):
         super().__init__(transform, seed)
-        scanned = _scan_for_training(root, exclude, skip_kinds, check_images)
+        scanned = persons_of(root)
         self.persons = [person.name for person in scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
         self.samples = [(path, self.label2idx[p.name]) for p in scanned for path in p.clean + p.distorted]
 
 
-def _scan_with_mapping(
-    root: Path | str, persons: Sequence[str], label2idx: dict[str, int], check_images: bool
-) -> list[Person]:
-    """Scan `root`; ValueError where one of its persons is not among those that the labels are for."""
-    if set(persons) != set(label2idx):
-        raise UserError("persons and label2idx name different persons; pass both from the same training dataset")
-    scanned = scan_persons(root, check_images=check_images)
-    strangers = [person.name for person in scanned if person.name not in label2idx]
-    if strangers:
-        raise UserError(
-            f"{root}: {len(strangers)} of {len(scanned)} persons are not among the {len(persons)} trained ones "
-            f"({list_names(strangers)}): classification cannot name them; "
-            "retrieval (build_gallery and evaluate) is the evaluation for unseen persons"
-        )
-    return scanned
-
-
-class FaceClassificationDatasetWithMapping(_LabelledPhotos):
-    """Every photo of `root`, labelled by the mapping of a training set: for val splits of the same persons.
-
-    Item as in FaceClassificationDataset; `persons` and `label2idx` are that dataset's.
-    Raises ValueError naming a few persons of `root` that the mapping does not know.
-    """
-
-    def __init__(
-        self,
-        root: Path | str,
-        transform: Transform,
-        persons: Sequence[str],
-        label2idx: dict[str, int],
-        *,
-        seed: int = 0,
-        check_images: bool = True,
-    ):
-        super().__init__(transform, seed)
-        self.persons, self.label2idx = list(persons), dict(label2idx)
-        scanned = _scan_with_mapping(root, persons, label2idx, check_images)
-        self.samples = [(path, label2idx[p.name]) for p in scanned for path in p.clean + p.distorted]
-
-
 class FaceCleanValDataset(_LabelledPhotos):
-    """The clean photos of `root` alone, labelled by the mapping of a training set.
+    """The clean photos of a validation split, labelled by the mapping of a training set.
 
-    Item as in FaceClassificationDataset. Raises ValueError naming a few persons that the mapping does not know, or if
-    `root` holds no clean photo.
+    Item and root as in FaceClassificationDataset; persons, label2idx: that dataset's.
+    Raises UserError if the split holds a person whom the mapping does not know, or no clean photo.
     """
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | Sequence[Person],
         persons: Sequence[str],
         label2idx: dict[str, int],
         transform: Transform,
         *,
         seed: int = 0,
-        check_images: bool = True,
     ):
         super().__init__(transform, seed)
+        if set(persons) != set(label2idx):
+            raise UserError("persons and label2idx hold different persons; pass both from the same training dataset")
         self.persons, self.label2idx = list(persons), dict(label2idx)
-        scanned = _scan_with_mapping(root, persons, label2idx, check_images)
-        self.samples = [(path, label2idx[p.name]) for p in scanned for path in p.clean]
+        scanned = persons_of(root)
+        strangers = [person.name for person in scanned if person.name not in label2idx]
+        if strangers:
+            raise UserError(
+                f"{folder_of(scanned)}: {len(strangers)} of {len(scanned)} persons are not among the {len(persons)} "
+                f"trained ones ({list_names(strangers)}), so classification cannot name them; "
+                "retrieval (build_gallery and evaluate) is the evaluation for unseen persons"
+            )
+        self.samples = [(path, label2idx[person.name]) for person in scanned for path in person.clean]
         if not self.samples:
-            raise UserError(f"{root}: no clean photo; expected {root}/<person>/clean/*.jpg or {root}/<person>/*.jpg")
+            folder = folder_of(scanned)
+            raise UserError(f"{folder}: no clean photo; expected {folder}/<person>/clean/*.jpg or <person>/*.jpg")
 
 
 class FacePairDataset(_SeededDataset):
-    """Triplets as in Schroff et al. 2015, arXiv:1503.03832: each clean photo is an anchor once per epoch.
+    """Positive pairs: each clean photo is an anchor once per epoch, beside a distorted photo of the same person.
 
-    Item: anchor (clean), positive (a distorted photo of the same person), negative (any photo of another person),
-    three (3, H, W) float32; label and negative label, int in 0..len(persons)-1. The negative's person is drawn evenly
-    over persons, then the photo evenly over that person's. Positive and negative are drawn by (seed, epoch, index).
-    A person without clean or without distorted photos is no anchor (told once, with the count), yet can be a negative.
-    With `negatives` False an item is (anchor, positive, label, place of the anchor in `.anchors`), for negatives that
-    are mined. With `copies` the positive is a copy of the anchor itself (see source_photo), of another photo of the
-    person only where it has none. A share `clean` of the positives is the anchor itself, undistorted, and a share
-    `anew` is `distort` of it, such as RandomDistortion, instead of a file. With `mirror` all photos of every second
-    item are mirrored: `transform` alone would do it to one photo of a pair and not to the other.
-    `exclude` and `skip_kinds` leave out persons and kinds of distortion; positives of the kinds `often` are drawn twice
-    as often as others.
-    Index i + n * len(self) is anchor i once more, with another positive (see PersonBatches).
-    Raises what `scan_persons` raises; ValueError if no anchor or fewer than two persons are left.
+    Item: anchor (clean) and positive, (3, H, W) float32; the person's label, int in 0..len(persons)-1; the anchor's
+    place in `.anchors`. The negative of the triplet (Schroff et al. 2015, arXiv:1503.03832) is mined where all
+    embeddings are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
+    The positive is a distorted copy of the anchor itself (see source_photo), or of another photo of the person where it
+    has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
+    `distort(anchor)`, such as RandomDistortion, instead of a file. Kinds in `often` are drawn twice as often as others.
+    Both photos of every second item are mirrored: `transform` alone would do it to one of a pair and not to the other.
+    All of it is drawn by (seed, epoch, index). Index i + n * len(self) is anchor i once more, with another positive
+    (see PersonBatches). root as in FaceClassificationDataset; persons without clean or without distorted photos give no
+    pair, and are counted in a warning.
+    Raises what `scan_persons` raises; UserError if no pair or fewer than two persons are left, or for a share outside
+    0..1.
     """
 
     def __init__(
         self,
-        root: Path | str,
+        root: Path | str | Sequence[Person],
         transform: Transform,
         *,
-        negatives: bool = True,
-        copies: bool = False,
         clean: float = 0.0,
-        anew: float = 0.0,
+        on_the_fly: float = 0.0,
         distort: Callable[[Image.Image], Image.Image] | None = None,
-        mirror: bool = False,
         often: Collection[str] = (),
-        exclude: Collection[str] = (),
-        skip_kinds: Collection[str] = (),
         seed: int = 0,
-        check_images: bool = True,
     ):
         super().__init__(transform, seed)
-        if not (clean >= 0 and anew >= 0 and clean + anew <= 1):
-            raise UserError(f"CLEAN = {clean}, DISTORT = {anew}: expected shares of 0..1 that make 1 at most, together")
-        if anew and distort is None:
-            raise UserError(f"DISTORT = {anew}: photos are to be distorted anew, but no distortion is given")
-        self.negatives, self.clean, self.anew, self.distort, self.mirror = negatives, clean, anew, distort, mirror
-        self._scanned = _scan_for_training(root, exclude, skip_kinds, check_images)
-        self.persons = [person.name for person in self._scanned]
+        if not (clean >= 0 and on_the_fly >= 0 and clean + on_the_fly <= 1):
+            raise UserError(f"CLEAN = {clean}, DISTORT = {on_the_fly}: expected shares in 0..1, together 1 at most")
+        if on_the_fly and distort is None:
+            raise UserError(f"DISTORT = {on_the_fly}: no distortion is given to distort the photos with")
+        self.clean, self.on_the_fly, self.distort = clean, on_the_fly, distort
+        scanned = persons_of(root)
+        self.persons = [person.name for person in scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
-        self.anchors = [
-            (path, label) for label, p in enumerate(self._scanned) if p.distorted for path in p.clean
-        ]  # (path, label)
-        _warn_unknown_kinds("OFTEN", often, self._scanned)
-        drawn = [  # what is drawn twice as often stands there twice
-            Person(p.name, p.clean, (*p.distorted, *(path for path in p.distorted if distortion_kind(path) in often)))
-            for p in self._scanned
-        ]
-        copies_of = [_copies(person) if copies and person.clean else {} for person in drawn]
-        self._positives = [
-            copies_of[label].get(path, drawn[label].distorted) for path, label in self.anchors
-        ]  # of each anchor
-        unpaired = [p.name for p in self._scanned if not (p.clean and p.distorted)]
+        _warn_unknown_kinds("OFTEN", often, scanned)
+        self.anchors: list[tuple[Path, int]] = []  # (path, label)
+        self._positives: list[tuple[Path, ...]] = []  # of each anchor
+        for label, person in enumerate(scanned):
+            if person.clean and person.distorted:
+                # What is drawn twice as often stands there twice.
+                twice = tuple(path for path in person.distorted if distortion_kind(path) in often)
+                drawn = Person(person.name, person.clean, person.distorted + twice)
+                copies = _copies(drawn)
+                self.anchors += [(path, label) for path in person.clean]
+                self._positives += [copies.get(path, drawn.distorted) for path in person.clean]
+        unpaired = [p.name for p in scanned if not (p.clean and p.distorted)]
         if unpaired:
             warn_once(
-                f"{root}: {len(unpaired)} of {len(self.persons)} persons lack clean or distorted photos and give no "
-                f"pair; they serve as negatives only ({list_names(unpaired)})"
+                f"{folder_of(scanned)}: {len(unpaired)} of {len(self.persons)} persons lack clean or distorted photos "
+                f"and give no pair ({list_names(unpaired)})"
             )
         if not self.anchors:
-            raise UserError(f"{root}: no person has both clean and distorted photos, so there is no pair to train on")
+            raise UserError(
+                f"{folder_of(scanned)}: no person has both clean and distorted photos, so there is no pair to train on"
+            )
         if len(self.persons) < 2:
-            raise UserError(f"{root}: a negative needs a second person, found only {self.persons[0]}")
+            raise UserError(f"{folder_of(scanned)}: a negative needs a second person, found only {self.persons[0]}")
 
     def __len__(self) -> int:
         return len(self.anchors)
 
-    def draw(self, index: int, generator: torch.Generator) -> tuple[Path, Path, Path, int, int]:
-        """Paths of (anchor, positive, negative), label and negative label of item `index`."""
-
-        def pick(count: int) -> int:
-            return int(torch.randint(count, (), generator=generator))
-
-        anchor, label = self.anchors[index % len(self)]
-        positives = self._positives[index % len(self)]
-        negative_label = (label + 1 + pick(len(self.persons) - 1)) % len(self.persons)  # any but `label`, evenly
-        negatives = self._scanned[negative_label].clean + self._scanned[negative_label].distorted
-        return anchor, positives[pick(len(positives))], negatives[pick(len(negatives))], label, negative_label
-
-    def _origin(self, generator: torch.Generator) -> str:
-        """Where a positive comes from: "clean", "anew" or "file"."""
+    def _draw(self, index: int, generator: torch.Generator) -> tuple[Path, Path | None, bool]:
+        """The anchor's path; the positive's, None where it is the anchor distorted on the fly; whether to mirror."""
+        anchor, positives = self.anchors[index % len(self)][0], self._positives[index % len(self)]
+        torch.randint(len(self.persons) - 1, (), generator=generator)
+        positive = positives[int(torch.randint(len(positives), (), generator=generator))]
+        torch.randint(7, (), generator=generator)
         which = torch.rand((), generator=generator).item()
-        return "clean" if which < self.clean else "anew" if which < self.clean + self.anew else "file"
+        if which < self.clean:
+            positive = anchor
+        elif which < self.clean + self.on_the_fly:
+            positive = None
+        return anchor, positive, torch.rand((), generator=generator).item() < 0.5
 
-    def __getitem__(self, index: int) -> tuple:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int]:
         with self._seeded(index) as generator:
-            anchor, positive, negative, label, negative_label = self.draw(index, generator)
-            origin = self._origin(generator)
-            mirrored = self.mirror and torch.rand((), generator=generator).item() < 0.5
-            photos = [load_image(anchor), load_image(positive if origin == "file" else anchor)]
-            if origin == "anew":
-                photos[1] = self.distort(photos[1])
-            if self.negatives:
-                photos.append(load_image(negative))
-            images = [self.transform(photo) for photo in photos]
+            anchor, positive, mirrored = self._draw(index, generator)
+            photo = load_image(anchor)
+            other = self.distort(photo.copy()) if positive is None else load_image(positive)
+            images = [self.transform(photo), self.transform(other)]
             if mirrored:
                 images = [image.flip(2) for image in images]
-            return (*images, label, negative_label) if self.negatives else (*images, label, index % len(self))
+        return images[0], images[1], self.anchors[index % len(self)][1], index % len(self)
 
     def files(self, index: int) -> list[Path]:
         with self._seeded(index) as generator:
-            anchor, positive, negative, *_ = self.draw(index, generator)
-            files = [anchor, positive if self._origin(generator) == "file" else anchor, negative]
-            return files[: 2 + self.negatives]
+            anchor, positive, _ = self._draw(index, generator)
+        return [anchor, positive or anchor]
 
 
 class PhotoList(Dataset):
@@ -515,6 +475,3 @@ class PhotoList(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.transform(load_image(self.paths[index]))
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ It edits the constants of the scripts and calls their main(), as a user would by
 before training / stage 1 / stage 2. The pretrained network is used where it can be had; else training is from scratch.
 """
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import common
@@ -33,57 +35,62 @@ IMAGE_SIZE = 80  # pixels, 76..160: a quarter of the work of 160
 STAGE1_EPOCHS = 6  # >= 1
 STAGE2_EPOCHS = 4  # >= 1
 
+SECONDS = {"faces": 10, "stage 1": 100, "stage 2": 60, "evaluation": 50}  # of each part at these sizes, on 2 cores
+
 
 def main() -> None:
     started = time.time()
-    data_dir = OUT_DIR / "Task_B"
+    data_dir, results = OUT_DIR / "Task_B", OUT_DIR / "results"
+    stage1, stage2 = OUT_DIR / "runs" / "stage1", OUT_DIR / "runs" / "stage2"
     for folder in ("Task_B", "runs", "results"):  # what a demo writes, nothing else that may lie there
         shutil.rmtree(OUT_DIR / folder, ignore_errors=True)
 
-    print("== sample faces")
-    set_constants(
-        sample_faces,
-        OUT_DIR=data_dir,
-        TRAIN_PERSONS=TRAIN_PERSONS,
-        VAL_PERSONS=VAL_PERSONS,
-        MIN_PHOTOS=MIN_PHOTOS,
-        MAX_PHOTOS=MAX_PHOTOS,
-    )
-    sample_faces.main()
-
-    print("\n== before training")
+    with announced("1/4 draw sample faces", seconds=SECONDS["faces"]):
+        set_constants(sample_faces, OUT_DIR=data_dir, TRAIN_PERSONS=TRAIN_PERSONS, VAL_PERSONS=VAL_PERSONS)
+        set_constants(sample_faces, MIN_PHOTOS=MIN_PHOTOS, MAX_PHOTOS=MAX_PHOTOS)
+        sample_faces.main()
     pretrained = available(PRETRAINED)
-    common = {"DATA_DIR": data_dir, "CHECK_IMAGES": False}  # just written by ourselves
-    set_constants(evaluate, RESULTS_DIR=OUT_DIR / "results", CHECKPOINT=None, PRETRAINED=pretrained, **common)
-    set_constants(evaluate, IMAGE_SIZE=IMAGE_SIZE, FACE_CROP=train_stage1.FACE_CROP, PICTURES=False)
-    evaluations = {"before training": evaluate.main()}
+    for script in (train_stage1, train_stage2, evaluate):
+        set_constants(script, DATA_DIR=data_dir, CHECK_IMAGES=False)  # just written by ourselves
 
-    print("\n== stage 1: ArcFace")
-    stage1, stage2 = OUT_DIR / "runs" / "stage1", OUT_DIR / "runs" / "stage2"
-    set_constants(train_stage1, RUN_DIR=stage1, PRETRAINED=pretrained, IMAGE_SIZE=IMAGE_SIZE, **common)
-    set_constants(train_stage1, EPOCHS=STAGE1_EPOCHS)
-    if pretrained is None:
-        # Random weights have a longer way to go.
-        set_constants(train_stage1, BACKBONE_LR=1e-3, HEAD_LR=1e-2, DROPOUT=0.0)
-        set_constants(train_stage1, CENTRES_FROM_MEANS=False, FREEZE_BATCHNORM=False)
-        set_constants(train_stage2, WIDE_LR=1e-4)
-    train_stage1.main()
-    set_constants(evaluate, CHECKPOINT=stage1 / "best.pt", PICTURES=True)
-    evaluations["stage 1"] = evaluate.main()
+    with announced("2/4 stage 1: ArcFace", seconds=SECONDS["stage 1"]):
+        set_constants(train_stage1, RUN_DIR=stage1, PRETRAINED=pretrained, IMAGE_SIZE=IMAGE_SIZE, EPOCHS=STAGE1_EPOCHS)
+        if pretrained is None:
+            # Random weights have a longer way to go.
+            set_constants(train_stage1, BACKBONE_LR=1e-3, HEAD_LR=1e-2, DROPOUT=0.0)
+            set_constants(train_stage1, CENTRES_FROM_MEANS=False, FREEZE_BATCHNORM=False)
+            set_constants(train_stage2, WIDE_LR=1e-4)
+        train_stage1.main()
 
-    print("\n== stage 2: contrastive")
-    set_constants(train_stage2, RUN_DIR=stage2, STAGE1_CHECKPOINT=stage1 / "best.pt", EPOCHS=STAGE2_EPOCHS, **common)
-    set_constants(train_stage2, TEACHER=pretrained, WIDE_SIZE=IMAGE_SIZE)
-    set_constants(train_stage2, PERSONS_PER_BATCH=min(train_stage2.PERSONS_PER_BATCH, TRAIN_PERSONS))
-    train_stage2.main()
-    set_constants(evaluate, CHECKPOINT=stage2 / "best.pt", COMPARE_WITH=stage1 / "best.pt")
-    evaluations["stage 2"] = evaluate.main()
+    with announced("3/4 stage 2: contrastive", seconds=SECONDS["stage 2"]):
+        set_constants(train_stage2, RUN_DIR=stage2, STAGE1_CHECKPOINT=stage1 / "best.pt", EPOCHS=STAGE2_EPOCHS)
+        set_constants(train_stage2, TEACHER=pretrained, WIDE_SIZE=IMAGE_SIZE)
+        set_constants(train_stage2, PERSONS_PER_BATCH=min(train_stage2.PERSONS_PER_BATCH, TRAIN_PERSONS))
+        train_stage2.main()
+
+    with announced("4/4 evaluate before training, stage 1 and stage 2", seconds=SECONDS["evaluation"]):
+        set_constants(evaluate, RESULTS_DIR=results, CHECKPOINT=None, PRETRAINED=pretrained, PICTURES=False)
+        set_constants(evaluate, IMAGE_SIZE=IMAGE_SIZE, FACE_CROP=train_stage1.FACE_CROP)
+        evaluations = {"before training": evaluate.main()}
+        set_constants(evaluate, CHECKPOINT=stage1 / "best.pt")
+        evaluations["stage 1"] = evaluate.main()
+        set_constants(evaluate, CHECKPOINT=stage2 / "best.pt", COMPARE_WITH=stage1 / "best.pt", PICTURES=True)
+        evaluations["stage 2"] = evaluate.main()
 
     weights = "random weights" if pretrained is None else f"the {pretrained} weights"
     print(f"\n{VAL_PERSONS} synthetic persons that training never saw, starting from {weights}:\n")
     print(top1_table(evaluations))
-    print(f"\nreport: {OUT_DIR / 'results' / 'val_stage2' / 'report.html'}   faces: {data_dir / 'sample_faces.png'}")
+    print(f"\nreport: {results / 'val_stage2' / 'report.html'}   faces: {data_dir / 'sample_faces.png'}")
     print(f"{time.time() - started:.0f} s. Your own data: set DATA_DIR in the three scripts and run them in turn.")
+
+
+@contextlib.contextmanager
+def announced(part: str, seconds: float) -> Iterator[None]:
+    """Print what comes next and how long it takes, and afterwards how long it took."""
+    print(f"\n== {part}: about {seconds:.0f} s on 2 cores", flush=True)
+    started = time.time()
+    yield
+    print(f"== {part}: took {time.time() - started:.0f} s", flush=True)
 
 
 def available(pretrained: str | None) -> str | None:

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,38 +13,51 @@ import metrics
 import search
 from checkpoints import atomic_file
 from common import UserError, read_plain, warn_once
-from gallery import Gallery, Queries, _rated
-from metrics import TEMPLATES, TIE
+from datasets import Person
+from gallery import Gallery, Queries, score
+from scores import TEMPLATES, TIE, person_scores
 
 FORMAT = 2  # of the gallery files
 FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold", "quality")
-STATED = {"cosine": float, "far": float, "template": str, "strangers": int, "persons": int, "source": str}  # threshold
+# What a threshold states, see `calibrate`.
+STATED = {"cosine": float, "far": float, "template": str, "strangers": int, "persons": int, "source": str}
 STATED |= {"quality": (float, type(None)), "refuse": (float, int, type(None)), "unusable": int}
 
 
+# --- enroll and remove ------------------------------------------------------------------------------------------------
+
+
+def empty_gallery(dimensions: int, *, template: str, made_by: dict, rated: bool) -> Gallery:
+    """A gallery without photos, for embeddings of `dimensions` numbers. rated: whether photos have a quality."""
+    return Gallery(
+        embeddings=torch.empty(0, dimensions),
+        labels=torch.empty(0, dtype=torch.int64),
+        persons=[],
+        paths=[],
+        template=template,
+        made_by=made_by,
+        quality=torch.empty(0) if rated else None,
+    )
+
+
 def enroll(
-    gallery: Gallery | None,
+    gallery: Gallery,
     embeddings: Tensor,
     persons: Sequence[str],
     paths: Sequence[Path],
     quality: Tensor | None = None,
-    **new,
 ) -> Gallery:
-    """`gallery` with photos added, of persons in it or new ones; what is there is not embedded again.
+    """`gallery` with N photos added, of persons in it or new ones.
 
-    embeddings: (N, D) float32, rows of norm 1; persons, paths and, of a model that rates, quality (N,): of each. A
-    photo that is there already, by its path or its embedding, is not added twice (told); one that is there under
-    another name is added, and told.
-    gallery None: a new one, `new` its template and made_by.
-    Raises ValueError for an empty name or embeddings of another length than the gallery's.
+    embeddings: (N, D) float32, rows of norm 1; persons and paths: N each; quality: (N,), if the model rates photos.
+    A photo that its person has already, by its path or its embedding, is not added again; a photo of another person is
+    added. Both give a warning.
+    Raises UserError for an empty name, for lengths that differ, and for photos without a quality in a gallery with one
+    or the other way round.
     """
-    if gallery is None:
-        rated = None if quality is None else torch.empty(0)
-        nobody = (torch.empty(0, embeddings.shape[1]), torch.empty(0, dtype=torch.int64), [], [])
-        gallery = Gallery(*nobody, **new, quality=rated)
     if embeddings.shape[1] != gallery.embeddings.shape[1]:
         raise UserError(
-            f"embeddings of {embeddings.shape[1]} numbers cannot join a gallery of {gallery.embeddings.shape[1]}"
+            f"embeddings of {embeddings.shape[1]} numbers do not fit a gallery of {gallery.embeddings.shape[1]}"
         )
     if not len(embeddings) == len(persons) == len(paths):
         raise UserError(
@@ -53,109 +66,183 @@ def enroll(
     if not all(persons):
         raise UserError("a person needs a name to be enrolled")
     if (gallery.quality is None) != (quality is None):
-        raise UserError("of a gallery either all photos are rated or none; enroll them anew")
-    ratings = None if quality is None else torch.cat([gallery.quality, quality])
+        raise UserError("either all photos of a gallery have a quality or none; enroll all of them again")
+    enrolled = len(gallery.paths)
     rows = torch.cat([gallery.embeddings, embeddings])
-    names = [gallery.persons[label] for label in gallery.labels.tolist()]
-    all_names = [*names, *persons]
-    if len(embeddings) and len(rows) > 1:
-        near, cosine = search.nearest(embeddings, rows, k=2)  # one of them is the photo itself, or a twin before it
-        for path, name, twins, scores in zip(paths, persons, near.tolist(), cosine.tolist(), strict=True):
-            others = [all_names[row] for row, score in zip(twins, scores, strict=True) if score > 1 - TIE]
-            for other in (other for other in others if other != name):
-                warn_once(f"{path}: enrolled as {name}, and the same photo as {other}; one name is wrong")
-    kept, all_paths = list(range(len(names))), list(gallery.paths)  # rows, and the photos of all rows
-    of_person: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        of_person.setdefault(name, []).append(row)
-    for row, (name, path) in enumerate(zip(persons, paths, strict=True), start=len(names)):
-        all_paths.append(path)
-        there = of_person.setdefault(name, [])
-        if any(all_paths[other] == path or (rows[other] @ rows[row]).item() > 1 - TIE for other in there):
-            warn_once(f"{path}: {name} is enrolled with this photo already, not added again")
-            continue
-        there.append(row)
-        kept.append(row)
-    names, paths = [all_names[row] for row in kept], [all_paths[row] for row in kept]
-    return _from_rows(gallery, rows[kept], names, paths, _rated(ratings, kept))
+    names, photos = [*names_of(gallery), *persons], [*gallery.paths, *paths]
+    _warn_other_names(rows, names, photos, enrolled)
+    kept, of_person = [], {name: [] for name in names}
+    for row, (name, path) in enumerate(zip(names, photos, strict=True)):
+        others = of_person[name] if row >= enrolled else []  # what is enrolled stays
+        if any(photos[other] == path or (rows[other] @ rows[row]).item() > 1 - TIE for other in others):
+            warn_once(f"{path}: this photo of {name} is enrolled already, not added again")
+        else:
+            of_person[name].append(row)
+            kept.append(row)
+    ratings = None if quality is None else torch.cat([gallery.quality, quality])
+    return _select(gallery, kept, embeddings=rows, names=names, paths=photos, quality=ratings)
+
+
+def _warn_other_names(rows: Tensor, names: Sequence[str], paths: Sequence[Path], enrolled: int) -> None:
+    """Warn about each photo after the first `enrolled` that is also there under another name."""
+    if enrolled == len(rows) or len(rows) < 2:
+        return
+    nearest, cosine = search.nearest(rows[enrolled:], rows, k=2)  # one of the two is the photo itself, or an equal one
+    for path, name, twins, cosines in zip(
+        paths[enrolled:], names[enrolled:], nearest.tolist(), cosine.tolist(), strict=True
+    ):
+        for twin, value in zip(twins, cosines, strict=True):
+            if value > 1 - TIE and names[twin] != name:
+                warn_once(f"{path}: enrolled as {name}, but {names[twin]} has the same photo; one name is wrong")
 
 
 def remove(gallery: Gallery, person: str) -> Gallery:
-    """`gallery` without that person. Raises ValueError if it holds no such person, or nobody else."""
+    """`gallery` without that person. Raises UserError if it holds no such person, or no other one."""
     if person not in gallery.persons:
-        close = difflib.get_close_matches(person, gallery.persons, n=1)
-        raise UserError(f"{person!r} is not in the gallery{f'; did you mean {close[0]!r}?' if close else ''}")
+        raise UserError(f"cannot remove {person!r}: not in the gallery{did_you_mean(person, gallery.persons)}")
     if len(gallery.persons) == 1:
-        raise UserError(f"{person!r} is the last person of the gallery; delete its file instead")
-    rows = (gallery.labels != gallery.persons.index(person)).nonzero()[:, 0]
-    names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
-    paths = [gallery.paths[row] for row in rows.tolist()]
-    return _from_rows(gallery, gallery.embeddings[rows], names, paths, _rated(gallery.quality, rows))
-
-
-def _from_rows(
-    gallery: Gallery, embeddings: Tensor, names: list[str], paths: list[Path], quality: Tensor | None
-) -> Gallery:
-    """`gallery` holding these photos: persons sorted, the photos of each side by side in the order given."""
-    order = sorted(range(len(names)), key=lambda row: names[row])  # stable
-    persons = sorted(set(names))
-    index = {name: label for label, name in enumerate(persons)}
-    labels = torch.tensor([index[names[row]] for row in order])
-    quality = _rated(quality, order)
-    paths = [paths[row] for row in order]
-    return replace(gallery, embeddings=embeddings[order], labels=labels, persons=persons, paths=paths, quality=quality)
-
-
-def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refuse: float | None = None) -> dict:
-    """The threshold under which an answer is 'unknown': of the queries, asked while their own person is left out of the
-    gallery, at most a share `far` is then given a name.
-
-    refuse: share of the gallery's photos, those of lowest quality, that may be called not usable; what the least of the
-    others has is the least `quality` of a usable photo, and queries below it do not ask. None, or a model that does not
-    rate: all ask. source: where the queries come from, for people. The rate is of this gallery's size: in one of twice
-    as many persons a stranger finds a look-alike about twice as often.
-    Returns {cosine, far, template, strangers, persons, source, quality, refuse, unusable}, plain types; unusable: how
-    many queries did not ask. Raises ValueError if `far` or `refuse` is no share, the gallery holds one person, or fewer
-    strangers ask than let one expect metrics.MIN_ERRORS false accepts.
-    """
-    if not 0 < far < 1:
-        raise UserError(f"FALSE_ACCEPT = {far!r}: expected a share of strangers, above 0 and below 1, such as 0.01")
-    if len(gallery.persons) < 2:
-        raise UserError(f"{source}: one person is too few for a threshold, nobody else is there to be mistaken for")
-    if refuse is not None and not 0 <= refuse < 1:
-        raise UserError(f"REFUSE = {refuse!r}: expected a share of clean photos, 0 or more and below 1, such as 0.01")
-    everybody, least = len(queries.paths), None
-    if refuse is not None and gallery.quality is not None and queries.quality is not None:
-        least = gallery.quality.sort().values[metrics.rounded_down(refuse, len(gallery.quality))].item()
-        queries = queries.subset((queries.quality >= least).nonzero()[:, 0])
-        if not queries.paths:
-            raise UserError(f"{source}: none of its {everybody} distorted photos is usable (REFUSE = {refuse:g})")
-    found = metrics.ranking(
-        queries.embeddings, queries.truth, queries.sources, gallery.weighted, gallery.labels, gallery.template
+        raise UserError(f"cannot remove {person!r}, the last person in the gallery; delete the gallery's file instead")
+    names = names_of(gallery)
+    return _select(
+        gallery,
+        [row for row, name in enumerate(names) if name != person],
+        embeddings=gallery.embeddings,
+        names=names,
+        paths=gallery.paths,
+        quality=gallery.quality,
     )
-    asked = len(found.rival)
-    if asked * far < metrics.MIN_ERRORS:
-        raise UserError(
-            f"FALSE_ACCEPT = {far:g}: {source} has {asked} usable queries, to know so low a rate takes "
-            f"{math.ceil(metrics.MIN_ERRORS / far)}; at least {metrics.MIN_ERRORS / asked:.2g} is possible here"
-        )
+
+
+def names_of(gallery: Gallery) -> list[str]:
+    """The person of each photo."""
+    return [gallery.persons[label] for label in gallery.labels.tolist()]
+
+
+def new_photos(gallery: Gallery | None, persons: Sequence[Person]) -> dict[Path, str]:
+    """Clean photo -> person: the photos of `persons` that the gallery does not hold, by person and path."""
+    held = set()
+    if gallery is not None:
+        held = {(name, path.resolve()) for name, path in zip(names_of(gallery), gallery.paths, strict=True)}
     return {
-        # Another product rounds otherwise: whoever is refused here must not be named there.
-        "cosine": metrics.threshold_for(found.rival, far) + TIE,
-        "far": far,
-        "template": gallery.template,
-        "strangers": asked,
-        "persons": len(gallery.persons) - 1,
-        "source": source,
-        "quality": least,
-        "refuse": refuse,
-        "unusable": everybody - asked,
+        photo: person.name for person in persons for photo in person.clean if (person.name, photo.resolve()) not in held
     }
 
 
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The end of a sentence on an unknown `name`: the known one that is spelt most like it, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _select(
+    gallery: Gallery,
+    rows: Sequence[int],
+    *,
+    embeddings: Tensor,
+    names: Sequence[str],
+    paths: Sequence[Path],
+    quality: Tensor | None,
+) -> Gallery:
+    """`gallery` with the photos at these `rows` of the lists: persons sorted, the photos of each in the order given."""
+    rows = sorted(rows, key=lambda row: names[row])  # stable
+    persons = sorted({names[row] for row in rows})
+    label = {name: index for index, name in enumerate(persons)}
+    return replace(
+        gallery,
+        embeddings=embeddings[rows],
+        labels=torch.tensor([label[names[row]] for row in rows]),
+        persons=persons,
+        paths=[paths[row] for row in rows],
+        quality=None if quality is None else quality[rows],
+    )
+
+
+# --- match against the gallery ----------------------------------------------------------------------------------------
+
+
+def check_false_accept(far: object) -> None:
+    """Raise UserError unless `far` is a share above 0 and below 1."""
+    if not isinstance(far, float) or not 0 < far < 1:
+        raise UserError(f"FALSE_ACCEPT = {far!r}: expected a share of strangers, above 0 and below 1, such as 0.01")
+
+
+def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refuse: float | None = None) -> dict:
+    """The threshold for Gallery.threshold: the lowest cosine at which at most a share `far` of strangers gets a name.
+
+    Every query counts as a stranger: it is matched against the gallery without its own person. The rate holds for a
+    gallery of this size; with twice as many persons, a stranger resembles one of them about twice as often.
+    refuse: share of the gallery's photos, those of lowest quality, that may count as not usable. The lowest quality of
+    the others becomes the bound, and queries below it are left out. With None, or a model that does not rate photos,
+    there is no bound. source: where the queries come from, for messages.
+    Returns plain types: cosine, far, template, strangers (queries used), persons (that each was matched against),
+    source, quality (the bound or None), refuse, unusable (queries left out).
+    Raises UserError if `far` or `refuse` is not a share, the gallery holds one person only, or there are too few
+    queries to expect metrics.MIN_ERRORS false accepts.
+    """
+    check_false_accept(far)
+    if len(gallery.persons) < 2:
+        raise UserError(f"{source}: a threshold needs two persons with clean photos or more, found one")
+    if refuse is not None and not 0 <= refuse < 1:
+        raise UserError(f"REFUSE = {refuse!r}: expected a share of clean photos, 0 or more and below 1, such as 0.01")
+    total, bound = len(queries.paths), None
+    if refuse is not None and gallery.quality is not None and queries.quality is not None:
+        bound = gallery.quality.sort().values[metrics.rounded_down(refuse, len(gallery.quality))].item()
+        queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
+        if not queries.paths:
+            raise UserError(f"{source}: none of its {total} distorted photos is usable (REFUSE = {refuse:g})")
+    found = metrics.ranking(score(gallery, queries)[gallery.template])
+    used = len(found.rival)
+    if used * far < metrics.MIN_ERRORS:
+        raise UserError(
+            f"FALSE_ACCEPT = {far:g}: {source} has {used} usable queries, but measuring so low a rate takes "
+            f"{math.ceil(metrics.MIN_ERRORS / far)}; add distorted photos, or set at least "
+            f"{metrics.MIN_ERRORS / used:.2g}"
+        )
+    return {
+        # A product of another shape rounds differently: who is refused here must not get a name there.
+        "cosine": metrics.threshold_for(found.rival, far) + TIE,
+        "far": far,
+        "template": gallery.template,
+        "strangers": used,
+        "persons": len(gallery.persons) - 1,
+        "source": source,
+        "quality": bound,
+        "refuse": refuse,
+        "unusable": total - used,
+    }
+
+
+def describe_threshold(gallery: Gallery) -> str:
+    """What the threshold of a gallery means, in words."""
+    threshold = gallery.threshold
+    if threshold is None:
+        return "no threshold (CALIBRATE_ON = None): every face gets a name, a stranger's too"
+    lines = [
+        f"named from cosine {threshold['cosine']:.3f} up: at most {100 * threshold['far']:g} % of the "
+        f"{threshold['strangers']} photos of strangers in {threshold['source']} reach it, among "
+        f"{threshold['persons']} persons"
+    ]
+    if threshold["quality"] is not None:
+        total = threshold["unusable"] + threshold["strangers"]
+        lines.append(
+            f"usable from quality {threshold['quality']:.2f} up: all but {100 * threshold['refuse']:g} % of the clean "
+            f"photos there, and {threshold['strangers']} of the {total} distorted ones"
+        )
+    times = len(gallery.persons) / threshold["persons"]
+    if times >= 2:
+        lines.append(
+            f"  the gallery has {times:.1f} times as many persons, so strangers get a name about that many times as "
+            "often; calibrate on more persons, or lower FALSE_ACCEPT"
+        )
+    return "\n".join(lines)
+
+
 def identify(gallery: Gallery, embeddings: Tensor) -> list[tuple[str | None, float, str]]:
-    """For each of `embeddings` (N, D), rows of norm 1: the person, or None below the gallery's threshold; the cosine;
-    and whom it resembles most, named or not. By the gallery's template; a tie goes to the name that sorts first."""
+    """(name, cosine, most similar person) for each of `embeddings` (N, D), rows of norm 1.
+
+    The name is None where the cosine is below the gallery's threshold. By the gallery's template; a tie goes to the
+    name that sorts first.
+    """
     if not len(embeddings):
         return []
     rows, labels = gallery.templates(gallery.template)
@@ -166,62 +253,108 @@ def identify(gallery: Gallery, embeddings: Tensor) -> list[tuple[str | None, flo
     return [(name if score >= lowest else None, score, name) for name, score in zip(names, scores, strict=True)]
 
 
+def similar_persons(gallery: Gallery, embeddings: Tensor, count: int) -> list[list[tuple[str, float]]]:
+    """For each of `embeddings` (N, D), rows of norm 1, the `count` most similar persons with their cosines.
+
+    By the gallery's template; equal cosines in the order of the names.
+    """
+    found = []
+    for block in embeddings.split(1024) if len(embeddings) else ():  # a block's scores are held at a time
+        none = torch.full((len(block),), -1)  # no person or photo is left out
+        scores = person_scores(
+            queries=block,
+            truth=none,
+            sources=none,
+            gallery=gallery.weighted,
+            labels=gallery.labels,
+            template=gallery.template,
+        )
+        values, labels = scores.matrix.sort(dim=1, descending=True, stable=True)
+        for cosines, persons in zip(values[:, :count].tolist(), labels[:, :count].tolist(), strict=True):
+            found.append([(gallery.persons[label], cosine) for label, cosine in zip(persons, cosines, strict=True)])
+    return found
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
 def save_gallery(path: Path, gallery: Gallery) -> None:
-    """Write tensors and plain types, atomically; photos are named, not copied."""
+    """Write tensors and plain types, atomically; photos by their paths only."""
     content = {"format": FORMAT} | {name: getattr(gallery, name) for name in FIELDS}
     with atomic_file(path) as file:
         torch.save(content | {"paths": [str(photo) for photo in gallery.paths]}, file)
 
 
 def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
-    """What `save_gallery` wrote; with `made_by`, only if the same model, image size and crop made it.
+    """What `save_gallery` wrote. made_by: the model, image size and crop that it must have been made with.
 
-    Raises UserError if the file is damaged, no gallery, or another model's.
+    Raises UserError if the file is missing, damaged, not a gallery, or made with another model.
     """
     if not path.is_file():
         raise UserError(f"{path}: no gallery; enroll photos first, or correct the path")
-    saved = read_plain(path, "damaged, or not a gallery", "enroll the photos anew")
+    way_out = "delete it and enroll the photos again"
+    saved = read_plain(path, "damaged, or not a gallery", way_out)
     fault = _fault(saved)
     if fault:
-        raise UserError(f"{path}: {fault}; enroll the photos anew")
-    gallery = Gallery(**{name: saved[name] for name in FIELDS} | {"paths": [Path(photo) for photo in saved["paths"]]})
+        raise UserError(f"{path}: {fault}; {way_out}")
+    gallery = Gallery(
+        embeddings=saved["embeddings"],
+        labels=saved["labels"],
+        persons=saved["persons"],
+        paths=[Path(photo) for photo in saved["paths"]],
+        template=saved["template"],
+        made_by=saved["made_by"],
+        threshold=saved["threshold"],
+        quality=saved["quality"],
+    )
     expected = gallery.made_by if made_by is None else made_by
     pairs = {name: (gallery.made_by.get(name), expected.get(name)) for name in gallery.made_by | expected}
-    told = ", ".join(f"{name} {there!r}, here {here!r}" for name, (there, here) in pairs.items() if there != here)
-    if told:
+    differences = [f"{name} {there!r}, here {here!r}" for name, (there, here) in pairs.items() if there != here]
+    if differences:
         raise UserError(
-            f"{path}: made by another model ({told}); its embeddings cannot be compared: enroll the photos anew, or "
-            "use the checkpoint that made it"
+            f"{path}: made by another model ({', '.join(differences)}), so its embeddings cannot be compared; use the "
+            "checkpoint that made it, or delete it and enroll the photos again"
         )
     return gallery
 
 
 def _fault(saved: object) -> str | None:
-    """What keeps the content of a file from being a gallery."""
+    """Why what a file holds is not a gallery; None if it is one."""
     if not isinstance(saved, dict) or not {"format", "embeddings", "persons"} <= saved.keys():
         return "not a gallery of these scripts"
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
         return f"gallery format {saved['format']!r}, these scripts read {FORMAT}"
     if not set(FIELDS) <= saved.keys():
         return "not a gallery of these scripts"
-    embeddings, labels, persons, paths = (saved[name] for name in FIELDS[:4])
+    return _fault_of_photos(saved) or _fault_of_facts(saved)
+
+
+def _fault_of_photos(saved: dict) -> str | None:
+    embeddings, labels, persons, paths, quality = (
+        saved[name] for name in ("embeddings", "labels", "persons", "paths", "quality")
+    )
     if not (isinstance(embeddings, Tensor) and embeddings.dtype == torch.float32 and embeddings.dim() == 2):
-        return "its embeddings are no float32 matrix"
+        return "its embeddings are not a float32 matrix"
     if not len(embeddings) or ((embeddings.norm(dim=1) - 1).abs() < 1e-3).logical_not().any():
-        return "it holds no embedding, or one that is not of norm 1"
-    if not all(isinstance(of, list) and all(isinstance(name, str) for name in of) for of in (persons, paths)):
-        return "its persons or photos are no names"
-    if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == (len(embeddings),)):
-        return "its labels are no whole number for each embedding"
+        return "it holds no embedding, or one whose norm is not 1"
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in (persons, paths)):
+        return "its persons or paths are not lists of names"
+    shape = (len(embeddings),)
+    if not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == shape):
+        return "its labels are not one whole number per embedding"
     if len(paths) != len(embeddings) or persons != sorted(set(persons)):
-        return "its names do not fit its embeddings"
+        return "its persons or paths do not match its embeddings"
     if labels.unique().tolist() != list(range(len(persons))):
-        return "its labels do not fit its persons"
-    template, made_by, threshold, quality = (saved[name] for name in FIELDS[4:])
+        return "its labels do not match its persons"
     if quality is not None and not (
-        isinstance(quality, Tensor) and quality.dtype == torch.float32 and quality.shape == (len(embeddings),)
+        isinstance(quality, Tensor) and quality.dtype == torch.float32 and quality.shape == shape
     ):
-        return "its quality is no number for each embedding"
+        return "its quality is not one number per embedding"
+    return None
+
+
+def _fault_of_facts(saved: dict) -> str | None:
+    template, made_by, threshold = saved["template"], saved["made_by"], saved["threshold"]
     plain = (str, int, float, type(None))
     known = isinstance(made_by, dict) and all(isinstance(value, plain) for value in made_by.values())
     if not isinstance(template, str) or template not in TEMPLATES or not known:
@@ -231,5 +364,5 @@ def _fault(saved: object) -> str | None:
     known = isinstance(threshold, dict) and STATED.keys() <= threshold.keys()
     known = known and all(isinstance(threshold[name], kind) for name, kind in STATED.items())
     if not known or not math.isfinite(threshold["cosine"]):
-        return "its threshold is no number"
+        return "its threshold is incomplete or not a number"
     return None

@@ -20,23 +20,24 @@ import fast
 import metrics
 import plots
 from common import UserError, warn_once
-from datasets import PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
+from datasets import Person, PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
 from gallery import (
     Gallery,
     NoQueries,
     Queries,
     build_gallery,
     check_protocol,
-    check_template,
     discard_curves,
     embed_queries,
     made_by,
     measure,
     retrieve,
+    score,
     select_queries,
 )
 from report import comparison_table, figures_table
 from results import Evaluated, discard_summary, missing_figures, told, write_report, write_results
+from scores import check_template, mean_templates
 from transforms import FaceCrop, Transform, eval_transform, load_image
 
 # --- what to evaluate ---
@@ -82,10 +83,10 @@ def main() -> dict:
     warn_shared_persons([], persons)
     warn_duplicate_photos(persons)
 
-    after = evaluated(CHECKPOINT, device)
+    after = evaluated(CHECKPOINT, persons, device)
     before = None
     if COMPARE_WITH is not None:
-        before = evaluated(None if COMPARE_WITH == "pretrained" else COMPARE_WITH, device)
+        before = evaluated(None if COMPARE_WITH == "pretrained" else COMPARE_WITH, persons, device)
         if before.title == after.title:
             before = replace(before, title=f"{before.title}, before")
     comparison = compared(before, after) if before else {}
@@ -119,7 +120,7 @@ def main() -> dict:
     return details
 
 
-def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
+def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torch.device) -> Evaluated:
     """Embed gallery and queries, ask and measure by every protocol that has queries.
 
     Raises ValueError if none has.
@@ -134,10 +135,18 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
             print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS chooses on persons of train instead")
     transform = eval_transform(facts["image_size"], facts["face_crop"])
     facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"])
-    options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS, "check_images": CHECK_IMAGES}
     photos = int8_photos(transform) if BACKEND == "openvino-int8" else None
     model = fast.accelerated(model, BACKEND, facts["image_size"], device, photos)
-    gallery = build_gallery(model, root, transform, device, template=TEMPLATE, made_by=facts["made_by"], **options)
+    gallery = build_gallery(
+        model,
+        persons,
+        transform,
+        device,
+        template=TEMPLATE,
+        made_by=facts["made_by"],
+        batch_size=BATCH_SIZE,
+        num_workers=NUM_WORKERS,
+    )
     if known := set(facts.get("persons", ())) & set(gallery.persons):
         print(
             f"  {len(known)} of {len(gallery.persons)} persons in {root} were trained on: not a test of unseen persons"
@@ -146,7 +155,9 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
         warn_once(f"{root}: the gallery holds one person, whom every query is answered: the figures say nothing")
     distorted = None
     if set(PROTOCOLS) != {"clean"}:
-        distorted = embed_queries(model, gallery, root, transform, device, **options)
+        distorted = embed_queries(
+            model, gallery, persons, transform, device, batch_size=BATCH_SIZE, num_workers=NUM_WORKERS
+        )
 
     queries = {}
     for protocol in PROTOCOLS:
@@ -161,7 +172,11 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
             f"{root}: {unknown} of {len(distorted.paths)} queries have no source photo in the gallery by their name, "
             "<clean photo's name>_<kind>: under 'cross' they ask against all photos"
         )
-    measured = {protocol: measure(gallery, of_protocol, SEED) for protocol, of_protocol in queries.items()}
+    details, measured = {}, {}
+    for protocol, of_protocol in queries.items():
+        scores = score(gallery, of_protocol)
+        details[protocol] = retrieve(gallery, of_protocol, scores)
+        measured[protocol] = measure(gallery, of_protocol, scores, SEED)
     return Evaluated(
         title,
         str(checkpoint or PRETRAINED),
@@ -169,7 +184,7 @@ def evaluated(checkpoint: Path | str | None, device: torch.device) -> Evaluated:
         facts,
         gallery,
         queries,
-        {protocol: retrieve(gallery, of_protocol) for protocol, of_protocol in queries.items()},
+        details,
         measured,
         {protocol: discard_curves(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
     )
@@ -256,7 +271,7 @@ def embedding_pictures(gallery: Gallery, queries: Queries) -> dict[str, Figure]:
         embeddings = torch.cat([gallery.embeddings[of_gallery], asking])
         pictures["tsne"] = plots.tsne(embeddings, gallery.labels[of_gallery].tolist() + labels, is_query, persons, SEED)
     if labels:
-        templates = metrics.mean_templates(gallery.weighted, gallery.labels)[:shown]
+        templates = mean_templates(gallery.weighted, gallery.labels)[:shown]
         pictures["similarity"] = plots.similarity_matrix(asking @ templates.T, labels, persons, templates)
     return pictures
 

@@ -1,7 +1,6 @@
 """Retrieval: a gallery of clean embeddings, every distorted photo a query, cosine similarity, top-1."""
 
-import contextlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,13 +13,12 @@ from tqdm import tqdm
 
 import metrics
 from common import UserError, rank_and_world, warn_once
-from datasets import Person, PhotoList, distortion_kind, scan_persons, source_photo
-from metrics import TEMPLATES, check_template
+from datasets import Person, PhotoList, distortion_kind, folder_of, persons_of, source_photo
 from models import fingerprint
+from scores import TEMPLATES, Scores, check_template, mean_templates, person_scores, templates
 from transforms import Transform
 
 PROTOCOLS = ("same", "cross", "clean")  # see select_queries
-CHOICE = "mean of same and cross"  # of the best epoch, by `validate`; kept in checkpoints
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,11 @@ class Gallery:
         return self.embeddings if self.quality is None else self.embeddings * self.quality.clamp(min=1e-6)[:, None]
 
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
-        """(T, D) rows of norm 1 to match against, and (T,) their labels; see metrics.templates."""
-        return metrics.templates(self.weighted, self.labels, template)
+        """(T, D) rows of norm 1 to match against, and (T,) their labels; see scores.templates."""
+        return templates(self.weighted, self.labels, template)
 
 
-def _rated(quality: Tensor | None, rows: Tensor | list[int]) -> Tensor | None:
+def _rated(quality: Tensor | None, rows: Tensor | list[int] | slice) -> Tensor | None:
     """The ratings of some photos; None where none is rated."""
     return None if quality is None else quality[rows]
 
@@ -68,6 +66,9 @@ class Embedded:
 
     embeddings: Tensor
     quality: Tensor | None
+
+    def rows(self, chosen: slice) -> "Embedded":
+        return Embedded(self.embeddings[chosen], _rated(self.quality, chosen))
 
 
 @torch.inference_mode()
@@ -128,32 +129,22 @@ def embed(
 
 def build_gallery(
     model: nn.Module,
-    root: Path | str,
+    root: Path | str | Sequence[Person],
     transform: Transform,
     device: torch.device | str,
     *,
-    persons: Collection[str] | None = None,
     template: str = "mean",
     made_by: dict | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
-    check_images: bool = True,
 ) -> Gallery:
-    """Embed each clean photo of `root` (see datasets.scan_persons), of `persons` only if they are given.
+    """Embed each clean photo of `root`: a folder of persons, or what `scan_persons` found there.
 
     made_by: see Gallery; to be kept with a gallery that is saved.
-
-    Raises what `scan_persons` raises; ValueError if there is no clean photo, or for an unknown template.
+    Raises what `scan_persons` and `embed` raise; UserError if there is no clean photo, or for an unknown template.
     """
     check_template(template)
-    scanned = _select(root, persons, check_images)
-    enrolled = [person for person in scanned if person.clean]
-    if not enrolled:
-        raise UserError(
-            f"{root}: no clean photo to build a gallery from; expected {root}/<person>/clean/*.jpg or <person>/*.jpg"
-        )
-    paths = [path for person in enrolled for path in person.clean]
-    labels = [label for label, person in enumerate(enrolled) for _ in person.clean]
+    enrolled, paths = _clean_photos(root)
     found = embed(
         model,
         paths,
@@ -163,48 +154,60 @@ def build_gallery(
         num_workers=num_workers,
         description="gallery",
     )
-    names = [person.name for person in enrolled]
-    return Gallery(found.embeddings, torch.tensor(labels), names, paths, template, made_by or {}, quality=found.quality)
+    return _gallery(enrolled, paths, found, template, made_by)
+
+
+def _clean_photos(root: Path | str | Sequence[Person]) -> tuple[list[Person], list[Path]]:
+    """The persons with clean photos, and these photos, person by person."""
+    persons = persons_of(root)
+    enrolled = [person for person in persons if person.clean]
+    if not enrolled:
+        folder = folder_of(persons)
+        raise UserError(
+            f"{folder}: no clean photo for a gallery; expected {folder}/<person>/clean/*.jpg or {folder}/<person>/*.jpg"
+        )
+    return enrolled, [path for person in enrolled for path in person.clean]
+
+
+def _gallery(
+    enrolled: Sequence[Person], paths: list[Path], found: Embedded, template: str, made_by: dict | None
+) -> Gallery:
+    labels = [label for label, person in enumerate(enrolled) for _ in person.clean]
+    return Gallery(
+        embeddings=found.embeddings,
+        labels=torch.tensor(labels),
+        persons=[person.name for person in enrolled],
+        paths=paths,
+        template=template,
+        made_by=made_by or {},
+        quality=found.quality,
+    )
 
 
 def person_means(
     model: nn.Module,
-    root: Path | str,
+    persons: Sequence[Person],
     transform: Transform,
     device: torch.device | str,
-    persons: Sequence[str],
-    **options,
+    *,
+    num_workers: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The mean clean embeddings (N, D) of `persons`, and their places (N,) in that list; who has no clean photo is left
-    out. Takes the options of `build_gallery` and raises what it raises."""
-    gallery = build_gallery(model, root, transform, device, persons=persons, **options)
-    place = {name: index for index, name in enumerate(persons)}
-    means = metrics.mean_templates(gallery.embeddings, gallery.labels)
+    """The mean clean embeddings (N, D) of `persons`, and the place (N,) of each in that list; persons without a clean
+    photo are left out. Raises what `build_gallery` raises."""
+    gallery = build_gallery(model, persons, transform, device, num_workers=num_workers)
+    place = {person.name: index for index, person in enumerate(persons)}
+    means = mean_templates(gallery.embeddings, gallery.labels)
     return means, torch.tensor([place[name] for name in gallery.persons])
-
-
-def _select(root: Path | str, persons: Collection[str] | None, check_images: bool) -> list[Person]:
-    """All persons of `root`, or those named; ValueError for a name that `root` does not hold."""
-    scanned = scan_persons(root, check_images=check_images)
-    if persons is None:
-        return scanned
-    asked = set(persons)
-    missing = sorted(asked - {person.name for person in scanned})
-    if missing:
-        raise UserError(
-            f"{root}: {len(missing)} of the persons asked for have no readable photo there, {missing[0]!r} first"
-        )
-    return [person for person in scanned if person.name in asked]
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Photos that ask a gallery, in the order of `paths`, by what `metrics` needs.
+    """Photos to be matched against a gallery.
 
     embeddings: (Q, D) float32, rows of norm 1; truth: (Q,) int64, index into the gallery's persons, -1 for a person
-    outside it; sources: (Q,) int64, gallery row of the photo that must not be compared with, -1 for none.
-    persons: Q names, as the folders say; kinds: Q kinds of distortion, "clean" for a photo of the gallery.
-    quality: (Q,) float32, as the model rates them; None where it does not.
+    outside it; sources: (Q,) int64, gallery row of the photo that the query must not be compared with, -1 for none.
+    paths: Q photos; persons: Q names, those of their folders; kinds: Q kinds of distortion, "clean" for a photo of the
+    gallery. quality: (Q,) float32, as the model rates them; None for a model that does not.
     """
 
     embeddings: Tensor
@@ -217,21 +220,28 @@ class Queries:
 
     def subset(self, chosen: Tensor) -> "Queries":
         """Those at the indices `chosen` (N,) int64."""
-        lists = ([of[i] for i in chosen.tolist()] for of in (self.paths, self.persons, self.kinds))
-        tensors = (self.embeddings[chosen], self.truth[chosen], self.sources[chosen])
-        return Queries(*tensors, *lists, _rated(self.quality, chosen))
+        indices = chosen.tolist()
+        return Queries(
+            embeddings=self.embeddings[chosen],
+            truth=self.truth[chosen],
+            sources=self.sources[chosen],
+            paths=[self.paths[i] for i in indices],
+            persons=[self.persons[i] for i in indices],
+            kinds=[self.kinds[i] for i in indices],
+            quality=_rated(self.quality, chosen),
+        )
 
     def groups(self) -> dict[str, Tensor]:
-        """Name -> indices: each kind, "without sunny" where there is a sunny among others, and "all"."""
+        """Name -> indices: each kind, "without sunny" where there are sunny queries and others, and "all"."""
         kinds = sorted(set(self.kinds))
         of = {kind: torch.tensor([i for i, other in enumerate(self.kinds) if other == kind]) for kind in kinds}
         everything = torch.arange(len(self.kinds))
-        if "sunny" in of and len(of) > 1:  # what a tight crop cannot see at all drags the overall figure down
+        if "sunny" in of and len(of) > 1:  # faces that are burnt out white drag the overall figure down
             of["without sunny"] = everything[torch.tensor([kind != "sunny" for kind in self.kinds])]
         return of | {"all": everything}
 
     def person_index(self) -> Tensor:
-        """(Q,) int64: whom each query shows, enrolled or not, to resample by."""
+        """(Q,) int64: a number for each query's person, enrolled or not, to resample by."""
         index = {name: i for i, name in enumerate(sorted(set(self.persons)))}
         return torch.tensor([index[name] for name in self.persons])
 
@@ -239,24 +249,18 @@ class Queries:
 def embed_queries(
     model: nn.Module,
     gallery: Gallery,
-    root: Path | str,
+    root: Path | str | Sequence[Person],
     transform: Transform,
     device: torch.device | str,
     *,
-    persons: Collection[str] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
-    check_images: bool = True,
 ) -> Queries:
-    """Every distorted photo of `root` (of `persons` only if given), with its source photo where the gallery holds it.
+    """Every distorted photo of `root` (see build_gallery), with its source photo where the gallery holds it.
 
-    Raises what `scan_persons` raises; ValueError if there is no distorted photo.
+    Raises what `scan_persons` and `embed` raise; UserError if there is no distorted photo.
     """
-    scanned = _select(root, persons, check_images)
-    paths = [path for person in scanned for path in person.distorted]
-    names = [person.name for person in scanned for _ in person.distorted]
-    if not paths:
-        raise UserError(f"{root}: no distorted photo to ask the gallery; expected {root}/<person>/distortion/*.jpg")
+    persons, paths = _distorted_photos(root)
     found = embed(
         model,
         paths,
@@ -266,11 +270,26 @@ def embed_queries(
         num_workers=num_workers,
         description="queries",
     )
+    return _queries(gallery, persons, paths, found)
+
+
+def _distorted_photos(root: Path | str | Sequence[Person]) -> tuple[list[Person], list[Path]]:
+    persons = persons_of(root)
+    paths = [path for person in persons for path in person.distorted]
+    if not paths:
+        folder = folder_of(persons)
+        raise UserError(f"{folder}: no distorted photo to query with; expected {folder}/<person>/distortion/*.jpg")
+    return persons, paths
+
+
+def _queries(gallery: Gallery, persons: Sequence[Person], paths: list[Path], found: Embedded) -> Queries:
+    names = [person.name for person in persons for _ in person.distorted]
     label_of = {name: label for label, name in enumerate(gallery.persons)}
     truth = torch.tensor([label_of.get(name, -1) for name in names])
     if not_enrolled := int((truth == -1).sum()):
         warn_once(
-            f"{root}: {not_enrolled} of {len(paths)} queries are of persons outside the gallery: counted as wrong"
+            f"{folder_of(persons)}: {not_enrolled} of {len(paths)} queries show persons outside the gallery: "
+            "they count as wrong"
         )
     photos: dict[int, dict[Path, int]] = {}
     for row, (path, label) in enumerate(zip(gallery.paths, gallery.labels.tolist(), strict=True)):
@@ -279,33 +298,70 @@ def embed_queries(
     for path, label in zip(paths, truth.tolist(), strict=True):
         of_person = photos.get(label, {})
         sources.append(of_person.get(source_photo(path, list(of_person)), -1))
-    kinds = [distortion_kind(path) for path in paths]
-    return Queries(found.embeddings, truth, torch.tensor(sources), paths, names, kinds, found.quality)
+    return Queries(
+        embeddings=found.embeddings,
+        truth=truth,
+        sources=torch.tensor(sources),
+        paths=paths,
+        persons=names,
+        kinds=[distortion_kind(path) for path in paths],
+        quality=found.quality,
+    )
+
+
+def embed_split(
+    model: nn.Module,
+    root: Path | str | Sequence[Person],
+    transform: Transform,
+    device: torch.device | str,
+    *,
+    template: str,
+    made_by: dict | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> tuple[Gallery, Queries]:
+    """`build_gallery` and `embed_queries` of one split in a single pass, whose workers start once.
+
+    Raises what the two raise.
+    """
+    check_template(template)
+    persons = persons_of(root)
+    enrolled, clean = _clean_photos(persons)
+    _, distorted = _distorted_photos(persons)
+    found = embed(model, clean + distorted, transform, device, batch_size=batch_size, num_workers=num_workers)
+    gallery = _gallery(enrolled, clean, found.rows(slice(None, len(clean))), template, made_by)
+    return gallery, _queries(gallery, persons, distorted, found.rows(slice(len(clean), None)))
 
 
 def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> Queries:
-    """Who asks what: the queries of one of PROTOCOLS, from those of `embed_queries` (not needed for "clean").
+    """The queries of one of PROTOCOLS, from those of `embed_queries` (not needed for "clean").
 
-    same: all of them, against all photos. cross: none is compared with the photo that it was made from; those whose
-    person has no other photo do not ask, and their person stays in the gallery. clean: each photo of the gallery
-    whose person has another one asks, itself left out.
-    Raises NobodyAsks, or ValueError for another `protocol`.
+    same: all of them, against all photos. cross: each against all photos but the one that it was made from; queries
+    whose person has no other photo are left out, the person stays in the gallery. clean: each photo of the gallery
+    whose person has another one, against all photos but itself.
+    Raises NoQueries if none is left, UserError for an unknown `protocol`.
     """
     check_protocol(protocol)
     several = torch.bincount(gallery.labels, minlength=len(gallery.persons)) > 1
-    if protocol == "clean":
-        rows = several[gallery.labels].nonzero()[:, 0]
-        names = [gallery.persons[label] for label in gallery.labels[rows].tolist()]
-        paths = [gallery.paths[row] for row in rows.tolist()]
-        tensors = (gallery.embeddings[rows], gallery.labels[rows], rows)
-        found = Queries(*tensors, paths, names, ["clean"] * len(rows), _rated(gallery.quality, rows))
-    elif protocol == "cross":
-        asks = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
-        found = queries.subset(asks.nonzero()[:, 0])
-    else:
+    if protocol == "same":
         return replace(queries, sources=torch.full_like(queries.sources, -1))
+    if protocol == "cross":
+        chosen = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
+        found = queries.subset(chosen.nonzero()[:, 0])
+    else:
+        photos = Queries(
+            embeddings=gallery.embeddings,
+            truth=gallery.labels,
+            sources=torch.arange(len(gallery.labels)),
+            paths=gallery.paths,
+            persons=[gallery.persons[label] for label in gallery.labels.tolist()],
+            kinds=["clean"] * len(gallery.labels),
+            quality=gallery.quality,
+        )
+        found = photos.subset(several[gallery.labels].nonzero()[:, 0])
     if not len(found.paths):
-        raise NoQueries(f"PROTOCOL {protocol!r}: no query, for nobody who has a second clean photo asks")
+        who = "no person with a distorted photo" if protocol == "cross" else "no person"
+        raise NoQueries(f"PROTOCOL {protocol!r}: no query, as {who} has a second clean photo")
     return found
 
 
@@ -318,20 +374,38 @@ def check_protocol(protocol: str) -> None:
         raise UserError(f"PROTOCOL {protocol!r}: expected one of {', '.join(map(repr, PROTOCOLS))}")
 
 
-def retrieve(gallery: Gallery, queries: Queries) -> dict:
-    """The gallery's answers to the queries of `select_queries`.
+def score(gallery: Gallery, queries: Queries) -> dict[str, Scores]:
+    """Template -> scores of the queries of `select_queries`, which `retrieve` and `measure` read. Memory: see Scores.
 
-        template, top1 {"mean", "best"}      which template counts; the share of right answers under each
+    Raises ValueError if there is no query.
+    """
+    return {
+        template: person_scores(
+            queries=queries.embeddings,
+            truth=queries.truth,
+            sources=queries.sources,
+            gallery=gallery.weighted,
+            labels=gallery.labels,
+            template=template,
+        )
+        for template in TEMPLATES
+    }
+
+
+def retrieve(gallery: Gallery, queries: Queries, scores: dict[str, Scores]) -> dict:
+    """The gallery's answers to the queries of `select_queries`, by their `score`.
+
+        template, top1 {"mean", "best"}      the template that counts; the share of right answers under each
         persons, photos, queries             sizes of the gallery and number of queries
         not_enrolled                         queries whose person has no clean photo: counted as wrong
-        silent                               persons of the gallery who ask nothing: there to be mistaken for
+        persons_without_query                persons of the gallery who are in no query
         per_kind {kind: {queries, top1}}     by the suffix of the file's name
         per_person {name: {queries, top1}}
         per_query [{path, kind, person, quality, mean: {predicted, score, rank}, best: {...}}]   score: cosine; quality:
-                                             see models.FaceNet, None where the model does not tell it
+                                             see models.FaceNet, None for a model that gives none
         embeddings                           (Q, D) Tensor in the order of per_query
 
-    A tie goes to the person that sorts first, be it the right one or not.
+    A tie goes to the person that sorts first, right or wrong.
     """
     quality = [None] * len(queries.paths) if queries.quality is None else queries.quality.tolist()
     per_query = [
@@ -339,23 +413,21 @@ def retrieve(gallery: Gallery, queries: Queries) -> dict:
         for path, kind, name, rating in zip(queries.paths, queries.kinds, queries.persons, quality, strict=True)
     ]
     right = {}
-    for template in TEMPLATES:
-        found = metrics.ranking(
-            queries.embeddings, queries.truth, queries.sources, gallery.weighted, gallery.labels, template
-        )
+    for template, of_template in scores.items():
+        found = metrics.ranking(of_template)
         right[template] = found.rank == 1
         answers = zip(found.predicted.tolist(), found.score.tolist(), found.rank.tolist(), strict=True)
-        for query, (label, score, rank) in zip(per_query, answers, strict=True):
-            query[template] = {"predicted": gallery.persons[label], "score": score, "rank": rank}
+        for query, (label, cosine, rank) in zip(per_query, answers, strict=True):
+            query[template] = {"predicted": gallery.persons[label], "score": cosine, "rank": rank}
+
+    def share(of: Sequence[int] | slice) -> dict[str, float]:
+        return {template: hits[of].double().mean().item() for template, hits in right.items()}
 
     def by(names: list[str]) -> dict[str, dict]:
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             rows.setdefault(name, []).append(i)
         return {name: {"queries": len(rows[name]), "top1": share(rows[name])} for name in sorted(rows)}
-
-    def share(of: Sequence[int] | slice) -> dict[str, float]:
-        return {template: hits[of].double().mean().item() for template, hits in right.items()}
 
     return {
         "template": gallery.template,
@@ -364,7 +436,7 @@ def retrieve(gallery: Gallery, queries: Queries) -> dict:
         "photos": len(gallery.paths),
         "queries": len(per_query),
         "not_enrolled": int((queries.truth == -1).sum()),
-        "silent": len(set(gallery.persons) - set(queries.persons)),
+        "persons_without_query": len(set(gallery.persons) - set(queries.persons)),
         "per_kind": by(queries.kinds),
         "per_person": by(queries.persons),
         "per_query": per_query,
@@ -372,24 +444,39 @@ def retrieve(gallery: Gallery, queries: Queries) -> dict:
     }
 
 
-def measure(gallery: Gallery, queries: Queries, seed: int) -> dict[str, dict[str, metrics.Measured]]:
-    """template -> group of `Queries.groups` -> its figures."""
+def measure(
+    gallery: Gallery, queries: Queries, scores: dict[str, Scores], seed: int
+) -> dict[str, dict[str, metrics.Measured]]:
+    """template -> group of `Queries.groups` -> its figures, by the queries' `score`."""
     groups, persons = queries.groups(), queries.person_index()
+    precision = metrics.average_precision(
+        queries=queries.embeddings,
+        truth=queries.truth,
+        sources=queries.sources,
+        gallery=gallery.weighted,
+        labels=gallery.labels,
+    )
     measured: dict[str, dict[str, metrics.Measured]] = {}
-    for template in TEMPLATES:
-        measured[template] = {}
-        enrolled = (gallery.weighted, gallery.labels, template)
-        opened = metrics.open_rates(queries.embeddings, queries.truth, queries.sources, *enrolled, seed)
-        for name, rows in groups.items():
-            inputs = (queries.embeddings[rows], queries.truth[rows], queries.sources[rows])
-            measured[template][name] = metrics.measure(*inputs, *enrolled, persons[rows], seed, opened=opened.of(rows))
+    for template, of_template in scores.items():
+        opened = metrics.open_rates(of_template, seed)
+        measured[template] = {
+            group: metrics.measure(
+                scores=of_template.subset(rows),
+                precision=precision[rows],
+                persons=persons[rows],
+                opened=opened.subset(rows),
+                seed=seed,
+            )
+            for group, rows in groups.items()
+        }
     return measured
 
 
 def discard_curves(queries: Queries, measured: dict[str, metrics.Measured]) -> dict[str, Tensor]:
     """Group -> metrics.wrong_left of its queries, those of lowest quality refused first; {} where none is rated.
 
-    measured: of one template, of `measure`."""
+    measured: group -> figures, of one template of `measure`.
+    """
     if queries.quality is None:
         return {}
     return {
@@ -401,84 +488,22 @@ def discard_curves(queries: Queries, measured: dict[str, metrics.Measured]) -> d
 def evaluate(
     model: nn.Module,
     gallery: Gallery,
-    root: Path | str,
+    root: Path | str | Sequence[Person],
     transform: Transform,
     device: torch.device | str,
     *,
-    persons: Collection[str] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
-    check_images: bool = True,
 ) -> tuple[float, dict]:
-    """Every distorted photo of `root` (of `persons` only if given) asks the gallery for its person: protocol "same".
+    """Match every distorted photo of `root` (see build_gallery) against the gallery, by the protocol "same".
 
     Returns (top1_accuracy, details): the share (0..1) of queries answered right by `gallery.template`, and what
     `retrieve` found. Raises what `embed_queries` raises.
     """
-    options = {"batch_size": batch_size, "num_workers": num_workers, "check_images": check_images}
-    queries = embed_queries(model, gallery, root, transform, device, persons=persons, **options)
-    details = retrieve(gallery, select_queries(gallery, queries, "same"))
+    queries = embed_queries(model, gallery, root, transform, device, batch_size=batch_size, num_workers=num_workers)
+    queries = select_queries(gallery, queries, "same")
+    details = retrieve(gallery, queries, score(gallery, queries))
     return details["top1"][gallery.template], details
-
-
-def summary(details: dict) -> dict[str, float]:
-    """The figures of `evaluate`'s details as one flat row: top1_mean, top1_best, top1_<kind> by the chosen template."""
-    chosen = details["template"]
-    overall = {f"top1_{template}": value for template, value in details["top1"].items()}
-    kinds = {f"top1_{kind}": figures["top1"][chosen] for kind, figures in details["per_kind"].items()}
-    return overall | kinds | overall  # a kind called "mean" does not take the place of the mean
-
-
-def validate(
-    model: nn.Module,
-    root: Path | str,
-    transform: Transform,
-    device: torch.device | str,
-    *,
-    template: str,
-    persons: Collection[str] | None = None,
-    num_workers: int = 0,
-    check_images: bool = True,
-) -> tuple[float, dict[str, float]]:
-    """What an epoch is chosen by, and its row for the log, on persons of `root` that training does not know.
-
-    The choice: the mean of top-1 under the protocols "same" and "cross", by `template`. "same" alone is won by finding
-    the photo again, a stranger's as well as a friend's; "cross" alone says nothing of the persons with one photo.
-    Where nobody can ask so, having one photo, there is "same" only, and a warning once.
-    The row: `summary` of "same"; top1_cross and top1_clean where somebody can ask so; cosine_<kind>, the mean cosine of
-    the distorted photos to the ones that they were made of, where their names tell.
-    Raises what `build_gallery` and `embed_queries` raise.
-    """
-    options = {"persons": persons, "num_workers": num_workers, "check_images": check_images}
-    gallery = build_gallery(model, root, transform, device, template=template, **options)
-    queries = embed_queries(model, gallery, root, transform, device, **options)
-    details = retrieve(gallery, select_queries(gallery, queries, "same"))
-    same, row = details["top1"][template], summary(details)
-    for protocol in ("cross", "clean"):
-        with contextlib.suppress(NoQueries):
-            row[f"top1_{protocol}"] = retrieve(gallery, select_queries(gallery, queries, protocol))["top1"][template]
-    row |= copy_cosines(gallery, queries)
-    if "top1_cross" in row:
-        return (same + row["top1_cross"]) / 2, row
-    warn_once(
-        f"{root}: nobody that epochs are chosen on has a second clean photo; the choice rests on finding photos again, "
-        "which says little of knowing people"
-    )
-    return same, row
-
-
-def copy_cosines(gallery: Gallery, queries: Queries) -> dict[str, float]:
-    """cosine_<kind> -> mean cosine of that kind's queries to the photos that they were made of; of known ones only."""
-    known = queries.sources >= 0
-    cosines = (queries.embeddings * gallery.embeddings[queries.sources.clamp(min=0)]).sum(1)
-    of_kind: dict[str, list[float]] = {}
-    for kind, cosine, is_known in zip(queries.kinds, cosines.tolist(), known.tolist(), strict=True):
-        if is_known:
-            of_kind.setdefault(kind, []).append(cosine)
-    return {f"cosine_{kind}": sum(values) / len(values) for kind, values in sorted(of_kind.items())}
-
-
-# --- a gallery that is kept -------------------------------------------------------------------------------------------
 
 
 def made_by(model: nn.Module, image_size: int, face_crop: float) -> dict:

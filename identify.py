@@ -2,54 +2,50 @@
 
     python identify.py
 
-Chooses on CALIBRATE_ON the quality below which a photo is 'not usable' and the cosine below which an answer is
-'unknown', enrolls the photos of ENROLL that GALLERY does not hold yet, keeps all in GALLERY, and prints a table;
-JSON_LINES and ANNOTATED write the answers down.
+Adds the photos of ENROLL that GALLERY does not hold yet. On CALIBRATE_ON it chooses the cosine below which a face is
+'unknown' and the quality below which a photo is 'not usable'. Then it identifies PHOTOS, prints a table, and writes
+JSON_LINES and ANNOTATED.
 """
 
-import contextlib
 import json
 import math
 import sys
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import matplotlib
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from tqdm import tqdm
 
 import checkpoints
 import common
-import metrics
+import enrolment
 from common import UserError
-from datasets import CLEAN, DISTORTION, Person, find_photos, find_unreadable, scan_persons
-from enrolment import calibrate, enroll, identify, load_gallery, remove, save_gallery
-from faces import Box, FaceDetector, crop_face
-from gallery import Gallery, build_gallery, check_template, embed, embed_queries, made_by
+from datasets import Person, find_photos, scan_persons
+from faces import NO_FACE, UNREADABLE, Box, FaceDetector, Label, Reading, draw_labels, read_faces
+from gallery import Gallery, embed, embed_split, made_by
+from scores import check_template
 from transforms import FaceCrop, eval_transform, load_image
 
-# --- who is asked for ---
-PHOTOS = [Path("photos")]  # photos, and folders with photos at any depth; []: only the gallery is kept up
-TOP = 1  # most similar persons to show of each face, >= 1
+# --- the photos to identify ---
+PHOTOS = [Path("photos")]  # photos, and folders with photos at any depth; []: only update the gallery
+TOP = 1  # most similar persons to show for each face, >= 1
 
 # --- the gallery ---
-GALLERY = Path("gallery.pt")  # read if it is there, written if it changes: embeddings and names, no photos
-ENROLL = None  # Path of a folder of persons, train/ or val/ for one: clean photos that are not in GALLERY are added
+GALLERY = Path("gallery.pt")  # read if it exists, written if it changes: embeddings and names, no photos
+ENROLL = None  # Path of a folder of persons, such as train/ or val/: clean photos that are not in GALLERY are added
 REMOVE = ()  # names of persons to take out of GALLERY and not to enroll
 TEMPLATE = "mean"  # of a person's embeddings, or "best" match among them
-ENROLL_UNUSABLE = False  # True: yes, enroll photos that are not usable too, though they look like everybody's bad ones
+ENROLL_UNUSABLE = False  # True: also enroll photos that are not usable; other bad photos will resemble them
 
-# --- when is an answer 'unknown'? ---
-FALSE_ACCEPT = 0.01  # share of strangers' photos that may be given a name, above 0 and below 1
-CALIBRATE_ON = Path("Task_B/val")  # a split with >= 10 / FALSE_ACCEPT distorted photos, framed like PHOTOS, once for
-# all; None: the thresholds that GALLERY holds, and where it holds none every face is given a name
-# Share of CALIBRATE_ON's clean photos, the worst, that sets the quality of a usable one, 0..0.2; None: any is usable.
+# --- when is a face 'unknown'? ---
+FALSE_ACCEPT = 0.01  # share of strangers' photos that may get a name, above 0 and below 1
+CALIBRATE_ON = Path("Task_B/val")  # a split framed like PHOTOS with >= 10 / FALSE_ACCEPT distorted photos, used once;
+# None: keep the thresholds of GALLERY; if it has none, every face gets a name
+# Share of CALIBRATE_ON's clean photos, the worst, that may be called not usable, 0..0.2; None: every photo is usable.
 REFUSE = 0.01
 
 # --- the network ---
@@ -59,53 +55,72 @@ IMAGE_SIZE = 160  # only for None: pixels, 76..160
 FACE_CROP = 0.52  # only for None: centre share of the shorter side that is kept, 0.3..1
 
 # --- loose photos ---
-FIND_FACES = False  # True: cut out the faces first, of PHOTOS, ENROLL and CALIBRATE_ON; takes the place of FACE_CROP
-MARGIN = 0.06  # share of a face's box that is added to it, 0..3: frame faces as in training; 0.06 is FACE_CROP = 0.52
-# of LFW-like photos, and what align_faces.py cuts
-MIN_PROBABILITY = 0.9  # that it is a face, 0..1; lower finds more faces and more that are none
-MIN_FACE = 20  # px, side of the smallest face looked for, >= 12
+FIND_FACES = False  # True: cut out the faces of PHOTOS, ENROLL and CALIBRATE_ON first, instead of FACE_CROP
+MARGIN = 0.06  # share of the face's box that is added to it, 0..3: frame faces as in training; 0.06 is FACE_CROP = 0.52
+# for LFW-like photos, and the MARGIN of tools/align_faces.py
+MIN_PROBABILITY = 0.9  # that it is a face, 0..1; a lower value finds more faces, and more that are none
+MIN_FACE = 20  # px, side of the smallest face searched for, >= 12
 
-# --- what is written ---
-JSON_LINES = None  # Path of a file: a JSON object per face, see answers()
-ANNOTATED = None  # Path of a folder outside PHOTOS: each photo with its faces framed and named
+# --- output ---
+JSON_LINES = None  # Path of a file: a JSON object per face, see Answer
+ANNOTATED = None  # Path of a folder outside PHOTOS: each photo with its faces in labelled boxes
 ANNOTATED_SIDE = 1024  # px, longer side of those pictures, 200..4096
 
 # --- speed ---
 BATCH_SIZE = 64  # faces embedded at a time, >= 1
 NUM_WORKERS = 2  # processes that load images, 0..CPU cores
 
-NAMED, UNKNOWN, NO_FACE, UNREADABLE = "named", "unknown", "no face", "unreadable"
-UNUSABLE = "not usable"
+NAMED, UNKNOWN, UNUSABLE = "named", "unknown", "not usable"  # beside faces.NO_FACE and UNREADABLE
+COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", UNUSABLE: "#555555", NO_FACE: "#555555"}  # of annotations
 
 
-def main() -> list[dict]:
-    """Keep the gallery up, ask it, print the table, write the files; returns the rows of `answers`."""
+@dataclass(frozen=True)
+class Answer:
+    """The result for a face, or for a photo that shows none; None where a value does not apply."""
+
+    photo: str  # as given or found
+    status: str  # "named", "unknown", "not usable", "no face" or "unreadable"
+    person: str | None = None  # the name, if there is one
+    score: float | None = None  # cosine with `resembles`
+    threshold: float | None = None  # the lowest score that gives a name; None: every face gets one
+    resembles: str | None = None  # the most similar person, named or not
+    others: list[dict] = field(default_factory=list)  # {person, score} of the TOP - 1 next most similar persons
+    box: Box | None = None  # left, top, right, bottom in pixels of the upright photo, with FIND_FACES
+    reason: str | None = None  # why the photo is unreadable or not usable
+    quality: float | None = None  # of the photo, if the model rates it
+
+
+def main() -> list[Answer]:
+    """Update the gallery, identify PHOTOS, print and write the answers; returns them."""
     check_constants()
     photos = collect_photos(PHOTOS)
     reader = FaceReader(common.pick_device())
-    before = load_gallery(GALLERY, reader.made_by) if GALLERY.is_file() else None
-    threshold = find_threshold(before, reader)  # first: it does not depend on who is enrolled, and may fail
-    gallery = remove_persons(REMOVE, enroll_new(before, reader, quality_bound(threshold)))
+    saved = enrolment.load_gallery(GALLERY, reader.made_by) if GALLERY.is_file() else None
+    threshold = find_threshold(saved, reader)  # first: it may fail, and does not depend on who is enrolled
+    gallery = remove_persons(enroll_new(saved, reader, quality_bound(threshold)))
     gallery = replace(gallery, template=TEMPLATE, threshold=threshold)
-    changed = before is None or state_of(gallery) != state_of(before)
-    if changed and common.is_main():  # of several processes one writes
-        save_gallery(GALLERY, gallery)
-    print(describe(gallery, changed))
+    changed = saved is None or state_of(gallery) != state_of(saved)
+    if changed and common.is_main():  # one of several processes writes
+        enrolment.save_gallery(GALLERY, gallery)
+    size = f"{counted(len(gallery.paths), 'photo')} of {counted(len(gallery.persons), 'person')}"
+    print(f"{GALLERY}: {size}{', saved' * changed}")
+    print(enrolment.describe_threshold(gallery))
 
-    rows = answers(gallery, photos, reader)
-    if rows:
-        print(table(rows))
+    answers = identify_photos(gallery, photos, reader)
+    if answers:
+        print(table(answers))
     if common.is_main():
         if JSON_LINES is not None:
-            write_json_lines(JSON_LINES, rows)
+            write_json_lines(JSON_LINES, answers)
         if ANNOTATED is not None:
-            annotate(ANNOTATED, rows, reader)
-    return rows
+            annotate(ANNOTATED, answers, reader.crop.fraction)
+    return answers
 
 
 def check_constants() -> None:
-    """Raise before anything slow: UserError for a missing file or folder, or a value out of range."""
+    """Raise UserError, before anything slow, for a missing file or folder, or a value out of range."""
     check_template(TEMPLATE)
+    enrolment.check_false_accept(FALSE_ACCEPT)
     ranges = {
         "TOP": (TOP, int, 1, 10**6),
         "MARGIN": (MARGIN, float, 0, 3),
@@ -118,10 +133,6 @@ def check_constants() -> None:
             raise UserError(f"{name} = {value!r}: expected a {'whole ' * (kind is int)}number in {low}..{high}")
     if REFUSE is not None and not common.in_range(REFUSE, float, 0, 0.2):
         raise UserError(f"REFUSE = {REFUSE!r}: expected a share of clean photos, 0..0.2, such as 0.01, or None")
-    if not isinstance(FALSE_ACCEPT, float) or not 0 < FALSE_ACCEPT < 1:
-        raise UserError(
-            f"FALSE_ACCEPT = {FALSE_ACCEPT!r}: expected a share of strangers, above 0 and below 1, such as 0.01"
-        )
     for name, value in (("PHOTOS", PHOTOS), ("REMOVE", REMOVE)):
         if isinstance(value, (str, Path)):
             raise UserError(f"{name} = {str(value)!r}: expected a list, [{str(value)!r}]")
@@ -133,16 +144,16 @@ def check_constants() -> None:
         for folder in PHOTOS:
             if Path(folder).is_dir() and ANNOTATED.resolve().is_relative_to(Path(folder).resolve()):
                 raise UserError(
-                    f"ANNOTATED = {ANNOTATED}: lies in {folder}, where the next run would ask who is on its pictures; "
+                    f"ANNOTATED = {ANNOTATED}: lies in {folder}, so the next run would identify its pictures too; "
                     "choose a folder outside PHOTOS"
                 )
 
 
 def collect_photos(places: Sequence[Path | str]) -> list[Path]:
-    """The photos of PHOTOS in the order given, those of a folder sorted, hidden ones passed over, each once (told).
+    """The photos at `places` in the order given, each once: files of any suffix, and the visible photos of folders.
 
-    A file that is named itself is taken whatever its suffix. Raises UserError for a path that is not there, or if no
-    photo is.
+    Photos of a folder, at any depth, come sorted. Raises UserError for a path that does not exist, or if there is no
+    photo.
     """
     found: list[Path] = []
     for place in map(Path, places):
@@ -150,82 +161,52 @@ def collect_photos(places: Sequence[Path | str]) -> list[Path]:
             raise UserError(f"PHOTOS: {place}: no such photo or folder")
         if place.is_dir():
             below = sorted(path for path in place.rglob("*") if path.is_dir())
-            seen = [path for path in below if not any(p.startswith(".") for p in path.relative_to(place).parts)]
-            found += [photo for folder in (place, *seen) for photo in find_photos(folder)]
+            visible = [path for path in below if not any(p.startswith(".") for p in path.relative_to(place).parts)]
+            found += [photo for folder in (place, *visible) for photo in find_photos(folder)]
         else:
             found.append(place)
     if places and not found:
-        raise UserError(f"PHOTOS: no photo in {', '.join(map(str, places))}; name photos, or folders that hold some")
+        raise UserError(f"PHOTOS: no photo in {', '.join(map(str, places))}; give photos, or folders with photos")
     once = {path.resolve(): path for path in reversed(found)}  # reversed: the first of equals stays
     photos = [path for path in found if once[path.resolve()] is path]
     if len(photos) < len(found):
-        print(f"PHOTOS: {len(found) - len(photos)} of {len(found)} are there twice, asked once")
+        print(f"PHOTOS: {len(found) - len(photos)} of {len(found)} photos are repeats, skipped")
     return photos
 
 
-# --- seeing: photo -> face -> embedding -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is seen of a photo. file: what the network is shown, None if there is nothing, and `status` says why.
-
-    box: of the face in pixels of the upright photo, where faces are looked for. reason: why it is unreadable.
-    """
-
-    photo: Path
-    status: str | None = None
-    reason: str | None = None
-    box: Box | None = None
-    file: Path | None = None
+# --- photo -> face -> embedding ---------------------------------------------------------------------------------------
 
 
 class FaceReader:
-    """The network on `device`, with the framing that it knows and, with FIND_FACES, the detector.
+    """The network on `device`, the crop that it was trained with and, with FIND_FACES, the face detector.
 
-    made_by: what embeddings must share to be compared (gallery.made_by), the way that faces are framed included.
-    Raises what load_model raises; ValueError for a crop or detector constant out of range.
+    made_by: what embeddings must share to be compared (gallery.made_by), and how faces are found.
+    Raises what load_model raises; UserError for a crop or detector constant out of range.
     """
 
     def __init__(self, device: torch.device):
-        self.model, facts = checkpoints.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
+        self.model, facts = checkpoints.load_model(
+            CHECKPOINT, pretrained=PRETRAINED, image_size=IMAGE_SIZE, face_crop=FACE_CROP, device=device
+        )
         size, fraction = facts["image_size"], facts["face_crop"]
         self.device, self.detector = device, None
         if FIND_FACES:
-            torch.backends.cudnn.benchmark = False  # to the detector no two photos need have the same shape
-            self.detector, fraction = FaceDetector(device, MIN_FACE, MIN_PROBABILITY), 1.0
+            torch.backends.cudnn.benchmark = False  # the photos that the detector sees differ in shape
+            self.detector, fraction = FaceDetector(device, min_face=MIN_FACE, min_probability=MIN_PROBABILITY), 1.0
         self.crop, self.transform = FaceCrop(size, fraction), eval_transform(size, fraction)
         self.made_by = made_by(self.model, size, fraction) | {"find_faces": MARGIN if FIND_FACES else None}
 
-    def read(self, photos: Sequence[Path], folder: Path, most: int | None) -> list[Reading]:
-        """A Look for each face, largest first, `most` of a photo (None: all), or one without `file` if there is none.
-
-        Faces are written to `folder` as the network will see them. Without FIND_FACES each photo is one face.
-        """
-        unreadable = find_unreadable(photos)
-        readings = []
-        quiet = self.detector is None or len(photos) < 3
-        for number, photo in enumerate(tqdm(photos, desc="faces", unit="photo", leave=False, disable=quiet)):
-            if photo in unreadable:
-                readings.append(Reading(photo, UNREADABLE, reason=unreadable[photo]))
-            elif self.detector is None:
-                readings.append(Reading(photo, file=photo))
-            else:
-                image = load_image(photo)
-                found = self.detector.find(image)[:most]
-                for index, face in enumerate(found):
-                    file = folder / f"{number}_{index}.png"
-                    self.crop(crop_face(image, face.box, MARGIN)).save(file)
-                    readings.append(Reading(photo, box=face.box, file=file))
-                if not found:
-                    readings.append(Reading(photo, NO_FACE))
-        return readings
+    def read(self, photos: Sequence[Path], folder: Path, most: int | None = None) -> list[Reading]:
+        """See faces.read_faces."""
+        return read_faces(photos, folder, detector=self.detector, crop=self.crop, margin=MARGIN, most=most)
 
     def embed(
-        self, photos: Sequence[Path], description: str, most: int | None = None
-    ) -> tuple[list[Reading], Tensor, Tensor | None]:
-        """What `look` sees of the photos, and of those N that have a `file`, in their order, the embeddings (N, D) and
-        the quality (N,), see models.FaceNet; None of a model that does not rate."""
+        self, photos: Sequence[Path], description: str, *, bound: float, most: int | None = None
+    ) -> tuple[list[Reading], Tensor]:
+        """`read`, and the embeddings (N, D) of the N faces to use, in the order of the readings without a status.
+
+        bound: the lowest quality of a usable face, where the model rates faces.
+        """
         with tempfile.TemporaryDirectory() as folder:
             readings = self.read(photos, Path(folder), most)
             files = [reading.file for reading in readings if reading.file]
@@ -238,102 +219,29 @@ class FaceReader:
                 num_workers=NUM_WORKERS if len(files) > BATCH_SIZE else 0,
                 description=description,
             )
-            return readings, found.embeddings, found.quality
+        if found.quality is None:
+            return readings, found.embeddings
+        ratings = iter(found.quality.tolist())
+        readings = [rate(reading, next(ratings), bound) if reading.file else reading for reading in readings]
+        usable = [reading.status is None for reading in readings if reading.file]
+        return readings, found.embeddings[torch.tensor(usable, dtype=torch.bool)]
+
+
+def rate(reading: Reading, quality: float, bound: float) -> Reading:
+    """`reading` with its quality; not usable below `bound`."""
+    if quality >= bound:
+        return replace(reading, quality=quality)
+    return replace(reading, quality=quality, status=UNUSABLE, reason=f"quality {quality:.2f}, below {bound:.2f}")
 
 
 # --- the gallery ------------------------------------------------------------------------------------------------------
 
 
-def quality_bound(threshold: dict | None) -> float:
-    """Of a usable photo, by the `threshold` of enrolment.calibrate; without one every photo is."""
-    least = threshold and threshold["quality"]
-    return -math.inf if least is None else least
-
-
-def enroll_new(gallery: Gallery | None, reader: FaceReader, least: float) -> Gallery:
-    """`gallery` (None: a new one) with the clean photos of ENROLL that it does not hold, those of REMOVE left out, and
-    without ENROLL_UNUSABLE those of a quality under `least`.
-
-    Of several faces in a photo the largest counts; photos without one, unreadable and unusable ones are told.
-    Raises what scan_persons raises; ValueError if there is neither a gallery nor a photo to make one of, or for a name
-    in REMOVE that is in neither place.
-    """
-    persons = scan_persons(ENROLL, check_images=False) if ENROLL is not None else []
-    here = {person.name for person in persons}
-    for name in REMOVE:
-        if name not in here and gallery is not None:
-            with error_prefix("REMOVE: "):
-                remove(gallery, name) if name not in gallery.persons else None
-        elif name not in here:
-            raise UserError(f"REMOVE: {name!r} is not in {ENROLL}, and there is no gallery yet")
-    there = set()
-    if gallery is not None:
-        names = (gallery.persons[label] for label in gallery.labels.tolist())
-        there = {(name, path.resolve()) for name, path in zip(names, gallery.paths, strict=True)}
-    new = {
-        photo: person.name
-        for person in persons
-        for photo in person.clean
-        if person.name not in REMOVE and (person.name, photo.resolve()) not in there
-    }
-    if not new and gallery is None:
-        raise UserError(f"ENROLL = {ENROLL}: no clean photo to enroll; expected {ENROLL}/<person>/*.jpg")
-    if not new:
-        return gallery
-    readings, embeddings, quality = reader.embed(list(new), "enrolling", most=1)
-    for reading in readings:
-        if reading.file is None:
-            reason = f" ({reading.reason})" if reading.reason else ""
-            print(printable(f"{reading.photo}: {reading.status}{reason}, not enrolled"))
-    photos = [reading.photo for reading in readings if reading.file]
-    if quality is not None and not ENROLL_UNUSABLE:
-        usable = quality >= least
-        for photo, rating, kept in zip(photos, quality.tolist(), usable.tolist(), strict=True):
-            if not kept:
-                told = f"{UNUSABLE} (quality {rating:.2f} of {least:.2f}), not enrolled; ENROLL_UNUSABLE = True does"
-                print(printable(f"{photo}: {told}"))
-        photos = [photo for photo, kept in zip(photos, usable.tolist(), strict=True) if kept]
-        embeddings, quality = embeddings[usable], quality[usable]
-    if not photos and gallery is None:
-        raise UserError(f"ENROLL = {ENROLL}: none of its {len(new)} clean photos shows a usable face; add others")
-    if not photos:
-        return gallery
-    facts = {"template": TEMPLATE, "made_by": reader.made_by}
-    enrolled = enroll(gallery, embeddings, [new[photo] for photo in photos], photos, quality, **facts)
-    before = len(gallery.paths) if gallery is not None else 0
-    print(f"{ENROLL}: {len(enrolled.paths) - before} photos enrolled")
-    return enrolled
-
-
-@contextlib.contextmanager
-def error_prefix(constant: str):
-    """Put the constant in front of a ValueError's sentence."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{constant}{error}") from error
-
-
-def remove_persons(names: Collection[str], gallery: Gallery) -> Gallery:
-    """`gallery` less the persons of these names that it holds. Raises ValueError if nobody else is left."""
-    for name in names:
-        if name in gallery.persons:
-            with error_prefix("REMOVE: "):
-                gallery = remove(gallery, name)
-    return gallery
-
-
-def state_of(gallery: Gallery) -> tuple:
-    """What may differ between a gallery and the one that it came from: embeddings go with their paths and persons."""
-    names = [gallery.persons[label] for label in gallery.labels.tolist()]
-    return names, gallery.paths, gallery.template, gallery.threshold
-
-
 def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
-    """The gallery's threshold if it stands for FALSE_ACCEPT, TEMPLATE and CALIBRATE_ON, else a new one; None for none.
+    """The gallery's threshold if it was found for FALSE_ACCEPT, TEMPLATE, REFUSE and CALIBRATE_ON, else a new one.
 
-    Raises what enrolment.calibrate raises; UserError if there is no folder CALIBRATE_ON or no distorted photo in it, or
-    if it is None and the gallery was calibrated for something else.
+    None if CALIBRATE_ON is None and the gallery has no threshold. Raises what enrolment.calibrate raises; UserError if
+    CALIBRATE_ON has no distorted photo, or is None while the gallery was calibrated with other settings.
     """
     held = gallery.threshold if gallery is not None else None
     fits = held is not None and (held["far"], held["template"], held["refuse"]) == (FALSE_ACCEPT, TEMPLATE, REFUSE)
@@ -342,162 +250,181 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
     if CALIBRATE_ON is None:
         if held is not None:
             raise UserError(
-                f"{GALLERY}: was calibrated for FALSE_ACCEPT = {held['far']}, TEMPLATE = {held['template']!r}, "
-                f"REFUSE = {held['refuse']}, here {FALSE_ACCEPT}, {TEMPLATE!r} and {REFUSE}; set them back, or set "
+                f"{GALLERY}: was calibrated with FALSE_ACCEPT = {held['far']}, TEMPLATE = {held['template']!r}, "
+                f"REFUSE = {held['refuse']}, now {FALSE_ACCEPT}, {TEMPLATE!r} and {REFUSE}; set them back, or set "
                 "CALIBRATE_ON"
             )
         return None
     if not CALIBRATE_ON.is_dir():
         raise UserError(
-            f"CALIBRATE_ON = {CALIBRATE_ON}: no such folder; correct it, or None goes by the threshold of {GALLERY}"
+            f"CALIBRATE_ON = {CALIBRATE_ON}: no such folder; correct it, or set it to None to keep the threshold of "
+            f"{GALLERY}"
         )
     persons = scan_persons(CALIBRATE_ON)
     if not any(person.distorted for person in persons):
         raise UserError(
-            f"CALIBRATE_ON = {CALIBRATE_ON}: no distorted photo that could ask; expected "
+            f"CALIBRATE_ON = {CALIBRATE_ON}: no distorted photo to use as a query; expected "
             f"{CALIBRATE_ON}/<person>/distortion/*.jpg"
         )
-    options = {"batch_size": BATCH_SIZE, "num_workers": NUM_WORKERS}
     with tempfile.TemporaryDirectory() as folder:
-        root = cut_faces(persons, Path(folder), reader) if FIND_FACES else CALIBRATE_ON
-        others = build_gallery(reader.model, root, reader.transform, reader.device, template=TEMPLATE, **options)
-        queries = embed_queries(reader.model, others, root, reader.transform, reader.device, **options)
-    with error_prefix("CALIBRATE_ON: "):
-        return calibrate(others, queries, FALSE_ACCEPT, str(CALIBRATE_ON), REFUSE)
+        others, queries = embed_split(
+            reader.model,
+            cut_faces(persons, Path(folder), reader) if FIND_FACES else persons,
+            reader.transform,
+            reader.device,
+            template=TEMPLATE,
+            batch_size=BATCH_SIZE,
+            num_workers=NUM_WORKERS,
+        )
+    return enrolment.calibrate(others, queries, far=FALSE_ACCEPT, source=str(CALIBRATE_ON), refuse=REFUSE)
 
 
-def cut_faces(persons: Sequence[Person], root: Path, reader: FaceReader) -> Path:
-    """Put the largest face of each photo of `persons` into a tree at `root`, and return that; photos without one, which
-    cannot ask, are counted aloud. Raises ValueError if no clean photo, or no distorted one, shows a face."""
-    parts = {photo: (person.name, CLEAN) for person in persons for photo in person.clean}
-    parts |= {photo: (person.name, DISTORTION) for person in persons for photo in person.distorted}
-    found = Counter()
-    for reading in reader.read(list(parts), root, most=1):
-        if reading.file is not None:
-            name, part = parts[reading.photo]
-            (root / name / part).mkdir(parents=True, exist_ok=True)
-            reading.file.rename(root / name / part / reading.file.name)
-            found[part] += 1
-    print(f"{CALIBRATE_ON}: a face found in {found.total()} of {len(parts)} photos, the others do not ask")
-    for part, what in ((CLEAN, "clean"), (DISTORTION, "distorted")):
-        if not found[part]:
-            raise UserError(f"CALIBRATE_ON = {CALIBRATE_ON}: no face found in any of its {what} photos")
-    return root
+def cut_faces(persons: Sequence[Person], folder: Path, reader: FaceReader) -> list[Person]:
+    """`persons` with the largest face of each photo, cut out into `folder`, in place of the photo.
+
+    Photos without a face are left out and counted. Raises UserError if no clean photo, or no distorted one, shows one.
+    """
+    photos = [photo for person in persons for photo in person.clean + person.distorted]
+    cut = {reading.photo: reading.file for reading in reader.read(photos, folder, most=1) if reading.file}
+    print(f"{CALIBRATE_ON}: a face found in {len(cut)} of {len(photos)} photos, the others left out")
+
+    def of(photos: Sequence[Path]) -> tuple[Path, ...]:
+        return tuple(cut[photo] for photo in photos if photo in cut)
+
+    found = [Person(person.name, clean=of(person.clean), distorted=of(person.distorted)) for person in persons]
+    for part in ("clean", "distorted"):
+        if not any(getattr(person, part) for person in found):
+            raise UserError(f"CALIBRATE_ON = {CALIBRATE_ON}: no face found in any of its {part} photos")
+    return found
 
 
-def describe(gallery: Gallery, changed: bool) -> str:
-    """Who is in it, and what the threshold means."""
-    saved = ", saved" if changed else ""
-    lines = [f"{GALLERY}: {len(gallery.paths)} photos of {len(gallery.persons)} persons{saved}"]
-    threshold = gallery.threshold
-    if threshold is None:
-        return "\n".join([*lines, "no threshold (CALIBRATE_ON = None): every face is given a name, a stranger's too"])
-    lines.append(
-        f"named from cosine {threshold['cosine']:.3f} on: at most {100 * threshold['far']:g} % of the "
-        f"{threshold['strangers']} strangers' photos in {threshold['source']} are, among {threshold['persons']} persons"
+def quality_bound(threshold: dict | None) -> float:
+    """The lowest quality of a usable photo, by a threshold of enrolment.calibrate; without one, any is usable."""
+    bound = threshold and threshold["quality"]
+    return -math.inf if bound is None else bound
+
+
+def enroll_new(gallery: Gallery | None, reader: FaceReader, bound: float) -> Gallery:
+    """`gallery` (None: a new one) with the clean photos of ENROLL that it does not hold, except of persons in REMOVE.
+
+    The largest face of a photo counts. Photos without one, unreadable ones and, unless ENROLL_UNUSABLE, those of a
+    quality below `bound` are reported. Raises what scan_persons raises; UserError for a name in REMOVE that is nowhere,
+    or if there is neither a gallery nor a photo for one.
+    """
+    persons = scan_persons(ENROLL, check_images=False) if ENROLL is not None else []
+    check_removals(persons, gallery)
+    new = enrolment.new_photos(gallery, [person for person in persons if person.name not in REMOVE])
+    if not new:
+        if gallery is None:
+            raise UserError(f"ENROLL = {ENROLL}: no clean photo to enroll; expected {ENROLL}/<person>/*.jpg")
+        return gallery
+    bound = -math.inf if ENROLL_UNUSABLE else bound
+    readings, embeddings = reader.embed(list(new), "enrolling", bound=bound, most=1)
+    for reading in readings:
+        if reading.status is not None:
+            reason = f" ({reading.reason})" if reading.reason else ""
+            hint = "; ENROLL_UNUSABLE = True enrolls it" if reading.status == UNUSABLE else ""
+            print(printable(f"{reading.photo}: {reading.status}{reason}, not enrolled{hint}"))
+    used = [reading for reading in readings if reading.status is None]
+    if not used:
+        if gallery is None:
+            raise UserError(f"ENROLL = {ENROLL}: none of its clean photos shows a usable face; add others")
+        return gallery
+    rated = used[0].quality is not None
+    if gallery is None:
+        gallery = enrolment.empty_gallery(embeddings.shape[1], template=TEMPLATE, made_by=reader.made_by, rated=rated)
+    enrolled = enrolment.enroll(
+        gallery,
+        embeddings,
+        persons=[new[reading.photo] for reading in used],
+        paths=[reading.photo for reading in used],
+        quality=torch.tensor([reading.quality for reading in used]) if rated else None,
     )
-    if threshold["quality"] is not None:
-        share, asked = 100 * threshold["refuse"], threshold["unusable"] + threshold["strangers"]
-        lines.append(
-            f"usable from quality {threshold['quality']:.2f} on, as all but {share:g} % of the clean photos there are, "
-            f"and {threshold['strangers']} of the {asked} distorted ones"
-        )
-    times = len(gallery.persons) / threshold["persons"]
-    if times >= 2:
-        lines.append(
-            f"  the gallery has {times:.1f} times as many persons, among whom a stranger finds a look-alike about that "
-            "many times as often; calibrate on more persons, or lower FALSE_ACCEPT"
-        )
-    return "\n".join(lines)
+    print(f"{ENROLL}: {counted(len(enrolled.paths) - len(gallery.paths), 'photo')} enrolled")
+    return enrolled
+
+
+def check_removals(persons: Sequence[Person], gallery: Gallery | None) -> None:
+    """Raise UserError for a name in REMOVE that is neither in ENROLL nor in the gallery."""
+    known = {person.name for person in persons} | set(gallery.persons if gallery is not None else ())
+    for name in REMOVE:
+        if name not in known:
+            places = [str(ENROLL)] * (ENROLL is not None) + [str(GALLERY)] * (gallery is not None)
+            raise UserError(f"REMOVE: {name!r} is not in {' or '.join(places)}{enrolment.did_you_mean(name, known)}")
+
+
+def remove_persons(gallery: Gallery) -> Gallery:
+    """`gallery` without the persons in REMOVE. Raises UserError if no person would be left."""
+    for name in REMOVE:
+        if name in gallery.persons:
+            gallery = enrolment.remove(gallery, name)
+    return gallery
+
+
+def state_of(gallery: Gallery) -> tuple:
+    """What differs if a gallery has changed: embeddings come and go with their photos."""
+    return enrolment.names_of(gallery), gallery.paths, gallery.template, gallery.threshold
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def answers(gallery: Gallery, photos: Sequence[Path], reader: FaceReader) -> list[dict]:
-    """A row for each face, in the order of the photos, the largest face first; one for a photo that shows none:
-
-        photo                   as given or found
-        status                  "named", "unknown", "not usable", "no face" or "unreadable"
-        person                  name, None unless named
-        score, threshold        cosine with `resembles`, and what it has to reach; None: every face is named
-        quality                 of the photo, None of a model that does not rate; too low and it is not usable: whom it
-                                resembles says nothing then, and is left out
-        resembles               the most similar person, named or not
-        others                  [{person, score}], the TOP - 1 next ones
-        box                     [left, top, right, bottom] in pixels of the upright photo; None without FIND_FACES
-        reason                  why it is unreadable
-
-    Where a value does not apply it is None.
-    """
-    readings, embeddings, quality = reader.embed(photos, "photos")
+def identify_photos(gallery: Gallery, photos: Sequence[Path], reader: FaceReader) -> list[Answer]:
+    """An answer for each face, in the order of the photos, the largest face first; one for a photo that shows none."""
+    readings, embeddings = reader.embed(photos, "photos", bound=quality_bound(gallery.threshold))
     threshold = gallery.threshold["cosine"] if gallery.threshold else None
-    least, ratings = quality_bound(gallery.threshold), iter([] if quality is None else quality.tolist())
-    next_best = ranked(gallery, embeddings) if TOP > 1 else [[]] * len(embeddings)
-    found = zip(identify(gallery, embeddings), next_best, strict=True)
-    rows = []
+    similar = enrolment.similar_persons(gallery, embeddings, TOP) if TOP > 1 else [[]] * len(embeddings)
+    found = zip(enrolment.identify(gallery, embeddings), similar, strict=True)
+    answers = []
     for reading in readings:
-        row = {
-            "photo": str(reading.photo),
-            "status": reading.status,
-            "person": None,
-            "score": None,
-            "threshold": threshold,
-        }
-        row |= {"resembles": None, "others": [], "box": reading.box and list(reading.box), "reason": reading.reason}
-        row |= {"quality": None}
-        if reading.file is not None:
+        answer = Answer(
+            photo=str(reading.photo),
+            status=reading.status or UNKNOWN,
+            threshold=threshold,
+            box=reading.box,
+            reason=reading.reason,
+            quality=reading.quality,
+        )
+        if reading.status is None:
             (person, score, resembles), persons = next(found)
-            row["quality"] = next(ratings, None)
-            if row["quality"] is not None and row["quality"] < least:
-                row |= {"status": UNUSABLE, "reason": f"quality {row['quality']:.2f} of {least:.2f}"}
-                rows.append(row)
-                continue
-            row |= {"status": UNKNOWN if person is None else NAMED, "person": person, "score": score}
             others = [{"person": name, "score": cosine} for name, cosine in persons if name != resembles]
-            row |= {"resembles": resembles, "others": others[: TOP - 1]}
-        rows.append(row)
-    return rows
+            answer = replace(answer, score=score, resembles=resembles, others=others[: TOP - 1])
+            if person is not None:
+                answer = replace(answer, status=NAMED, person=person)
+        answers.append(answer)
+    return answers
 
 
-def ranked(gallery: Gallery, embeddings: Tensor) -> list[list[tuple[str, float]]]:
-    """For each embedding the TOP most similar persons with their cosines; equals in the order of their names."""
-    nobody = torch.full((len(embeddings),), -1)
-    inputs = (embeddings, nobody, nobody, gallery.weighted, gallery.labels, gallery.template)
-    found = []
-    for _, scores in metrics.person_scores(*inputs):
-        values, labels = scores.sort(dim=1, descending=True, stable=True)
-        for cosines, persons in zip(values[:, :TOP].tolist(), labels[:, :TOP].tolist(), strict=True):
-            found.append([(gallery.persons[label], cosine) for label, cosine in zip(persons, cosines, strict=True)])
-    return found
-
-
-def table(rows: Sequence[dict]) -> str:
-    """A line per row, columns aligned: photo, person, cosine, whom it resembles (besides); then the counts."""
-    lines = [("photo", "person", "cosine", "resembles")]
-    for row in rows:
-        if row["score"] is None:
-            lines.append((row["photo"], f"({row['status']})", "", row["reason"] or ""))
+def table(answers: Sequence[Answer]) -> str:
+    """A line per answer, columns aligned, then the counts."""
+    lines = [("photo", "person", "cosine", "similar to")]
+    for answer in answers:
+        if answer.score is None:
+            lines.append((answer.photo, f"({answer.status})", "", answer.reason or ""))
             continue
-        like = [] if row["person"] else [row["resembles"]]
-        like += [f"{other['person']} {other['score']:.3f}" for other in row["others"]]
-        lines.append((row["photo"], row["person"] or "unknown", f"{row['score']:.3f}", ", ".join(like)))
+        similar = [] if answer.person else [answer.resembles]
+        similar += [f"{other['person']} {other['score']:.3f}" for other in answer.others]
+        lines.append((answer.photo, answer.person or UNKNOWN, f"{answer.score:.3f}", ", ".join(similar)))
     lines = [[printable(cell) for cell in line] for line in lines]
-    wide = [max(map(width, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
     text = [
-        "  ".join(cell + " " * (most - width(cell)) for cell, most in zip(line, wide, strict=True)).rstrip()
+        "  ".join(cell + " " * (most - width(cell)) for cell, most in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
-    counts = Counter(row["status"] for row in rows)
-    told = [f"{counts[UNKNOWN]} unknown", f"{counts[UNUSABLE]} not usable"]
-    told += [f"{counts[NO_FACE]} without a face", f"{counts[UNREADABLE]} unreadable"]
-    told = [f"{counts[NAMED]} named", told[0], *(text for text in told[1:] if text[0] != "0")]
-    asked = len({row["photo"] for row in rows})
-    return "\n".join([*text, f"{asked} photos: {', '.join(told)}"])
+    counts = Counter(answer.status for answer in answers)
+    parts = [f"{counts[NAMED]} named", f"{counts[UNKNOWN]} unknown"]
+    rest = {UNUSABLE: "not usable", NO_FACE: "without a face", UNREADABLE: "unreadable"}
+    parts += [f"{counts[status]} {what}" for status, what in rest.items() if counts[status]]
+    photos = len({answer.photo for answer in answers})
+    return "\n".join([*text, f"{counted(photos, 'photo')}: {', '.join(parts)}"])
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def printable(text: str) -> str:
-    """`text` with \\-escapes for what the terminal cannot show or would obey, such as a newline in a file's name."""
+    """`text` with \\-escapes for what a terminal cannot show or would obey, such as a newline in a file's name."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     return shown.encode(encoding, "backslashreplace").decode(encoding)
@@ -508,67 +435,45 @@ def width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
-def write_json_lines(path: Path, rows: Sequence[dict]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def write_json_lines(path: Path, answers: Sequence[Answer]) -> None:
+    lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
     with checkpoints.atomic_file(path) as file:
-        file.write(
-            lines.encode("utf-8", "backslashreplace")
-        )  # bytes of a file's name that are no UTF-8: \udcff is JSON
+        # Bytes of a file's name that are not UTF-8 become \udcff and the like, which JSON can hold.
+        file.write(lines.encode("utf-8", "backslashreplace"))
 
 
-# --- annotated pictures -----------------------------------------------------------------------------------------------
+def annotate(folder: Path, answers: Sequence[Answer], fraction: float) -> None:
+    """Write a picture of each readable photo, `<number>_<its name>.jpg`: each face in its box with the answer.
 
-COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", UNUSABLE: "#555555", NO_FACE: "#555555"}
-
-
-def annotate(folder: Path, rows: Sequence[dict], reader: FaceReader) -> None:
-    """A picture of each readable photo, `<place among the photos>_<its name>.jpg`: no two get the same name."""
-    by_photo: dict[str, list[dict]] = {}
-    for row in rows:
-        by_photo.setdefault(row["photo"], []).append(row)
+    fraction: share of the shorter side in the box of a photo without a face's box, which is what the crop keeps.
+    """
+    by_photo: dict[str, list[Answer]] = {}
+    for answer in answers:
+        by_photo.setdefault(answer.photo, []).append(answer)
     written = 0
     for number, (photo, faces) in enumerate(by_photo.items(), start=1):
-        if faces[0]["status"] == UNREADABLE:
+        if faces[0].status == UNREADABLE:
             continue
-        picture = draw(load_image(Path(photo)), faces, reader)
-        with checkpoints.atomic_file(folder / f"{number:04d}_{Path(photo).stem[:50]}.jpg") as file:  # 255 bytes at most
+        image = load_image(Path(photo))
+        labels = [label_of(face, image.size, fraction) for face in faces]
+        # At most 255 bytes in a file's name.
+        with checkpoints.atomic_file(folder / f"{number:04d}_{Path(photo).stem[:50]}.jpg") as file:
+            picture = draw_labels(image, labels, ANNOTATED_SIDE)
             picture.save(file, "JPEG", quality=90, subsampling=0)  # thin lines keep their colour
         written += 1
-    print(f"{written} pictures: {folder}")
+    print(f"{folder}: {counted(written, 'picture')}")
 
 
-def draw(photo: Image.Image, faces: Sequence[dict], reader: FaceReader) -> Image.Image:
-    """`photo`, ANNOTATED_SIDE px on its longer side, each face, or what the crop keeps, in a box with the answer."""
-    scale = ANNOTATED_SIDE / max(photo.size)
-    picture = photo.resize([max(1, round(side * scale)) for side in photo.size], Image.Resampling.BICUBIC)
-    pen = ImageDraw.Draw(picture)
-    side = reader.crop.fraction * min(photo.size)
-    middle = [(length - sign * side) / 2 for sign in (1, -1) for length in photo.size]  # left, top, right, bottom
-    # Pillow's own font knows Latin letters only.
-    font_file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    labels: list[tuple[float, float, float, float]] = []
-    for face in faces:
-        name, colour = face["person"] or face["status"], COLOURS[face["status"]]
-        text = name.replace("\n", " ").encode("utf-8", "replace").decode()
-        left, top, bottom = 0.0, 0.0, 0.0
-        text += "" if face["score"] is None else f" {face['score']:.2f}"
-        if face["status"] != NO_FACE:
-            left, top, right, bottom = (value * scale for value in face["box"] or middle)
-            pen.rectangle((left, top, right, bottom), outline=colour, width=max(2, ANNOTATED_SIDE // 300))
-        size = max(10, ANNOTATED_SIDE // 36)
-        font = ImageFont.truetype(str(font_file), size)
-        size = max(10, min(size, int(size * picture.width / (font.getlength(text) + size))))  # a long name: smaller
-        font = font.font_variant(size=size)
-        wide, high = font.getlength(text) + size / 2, 1.4 * size
-        x = max(0.0, min(left, picture.width - wide))
-        for y in (max(0.0, top - high), max(0.0, min(bottom, picture.height - high))):  # above, or below a neighbour's
-            label = (x, y, x + wide, y + high)
-            if not any(a[0] < label[2] and label[0] < a[2] and a[1] < label[3] and label[1] < a[3] for a in labels):
-                break
-        labels.append(label)
-        pen.rectangle(label, fill=colour)
-        pen.text((x + size / 4, y + high / 2), text, "white", font, anchor="lm")
-    return picture
+def label_of(answer: Answer, size: tuple[int, int], fraction: float) -> Label:
+    """What the picture of a photo of `size` (width, height) says of a face."""
+    (width, height), side = size, fraction * min(size)
+    centre = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    score = "" if answer.score is None else f" {answer.score:.2f}"
+    return Label(
+        text=f"{answer.person or answer.status}{score}",
+        colour=COLOURS[answer.status],
+        box=None if answer.status == NO_FACE else answer.box or centre,
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 
 import metrics
-from metrics import TEMPLATES
+from scores import TEMPLATES
 
 # What a column of numbers may hold: 97.3, 1,234, -0.2, 95.1–98.4, 97.3 ± 0.4, 1e-3, 58 of 60.
 NUMBERS = re.compile(r"[-+−±<≤]? ?\d[\d.,\s%±–/()\[\]x×e+−-]*(of [\d,]+)?")

@@ -10,7 +10,8 @@ from torch import Tensor
 import checkpoints
 import metrics
 import report
-from gallery import TEMPLATES, Gallery, Queries
+from gallery import Gallery, Queries
+from scores import TEMPLATES
 
 # What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
 FACTS = ("stage", "epoch", "pretrained", "image_size", "face_crop", "selected_on", "template", "made_by")
@@ -59,8 +60,8 @@ def told(details: dict) -> str:
     sizes = f"{details['photos']} clean photos of {details['persons']} persons, {details['queries']} queries"
     if details["not_enrolled"]:
         sizes += f", {details['not_enrolled']} of them of persons not enrolled"
-    if details["silent"]:
-        sizes += f" of {len(details['per_person'])} persons; the other {details['silent']} ask nothing"
+    if details["persons_without_query"]:
+        sizes += f" of {len(details['per_person'])} persons; the other {details['persons_without_query']} have no query"
     return sizes
 
 

@@ -2,27 +2,27 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from common import UserError, warn_once
-from metrics import TIE
+from scores import TIE
 
-# FAISS is imported by `_faiss`, so after torch: on Linux it then shares torch's OpenMP threads, else it brings its own.
+# `_faiss` imports FAISS, so torch comes first: on Linux FAISS then shares torch's OpenMP threads instead of its own.
 
-BLOCK_SCORES = 2**22  # cosines held at a time: 16 MiB of float32, which stay in the cache until their maxima are taken
-BLOCK_QUERIES = 4096  # queries at a time; fewer where the maxima of the groups would be more than BLOCK_SCORES
-GROUP = 1024  # rows whose maximum is kept; the answer is looked for in one group of each query
+BLOCK_SCORES = 2**22  # cosines held at a time: 16 MiB of float32, still in the cache when their maxima are taken
+BLOCK_QUERIES = 4096  # queries at a time; fewer if that would make more than BLOCK_SCORES group maxima
+GROUP = 1024  # rows per group: the maximum of each is kept, and only the best group is searched again
 UNIT = 1e-3  # how far a norm may be from 1
 
 KINDS = ("auto", "exact", "faiss-exact", "faiss-ivf")
-FAISS_FROM = 200_000  # rows from which "auto" takes FAISS: exact, one core takes about 40 ms for one query there
-NPROBE = 256  # cells searched, of about sqrt(rows); of random directions, the worst case, a quarter finds 92%
+FAISS_FROM = 200_000  # rows from which "auto" uses FAISS; an exact query takes about 40 ms on one core there
+NPROBE = 256  # cells searched, of about sqrt(rows); random directions, the worst case: a quarter of them finds 92%
 SAMPLE_PER_CELL = 64  # rows to learn each cell from, >= 39 as FAISS advises
 KMEANS_STEPS = 10  # FAISS's own default for cells
-CANDIDATES = 32  # rows beyond k that FAISS is asked for, to order them by exact cosines
+CANDIDATES = 32  # rows beyond k that FAISS returns, so that exact cosines can decide between them
 
 
 # --- exact ------------------------------------------------------------------------------------------------------------
@@ -33,12 +33,12 @@ def nearest(queries: Tensor, rows: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """For each query the `k` rows of highest cosine, and those cosines.
 
     Shapes: (Q, D), (G, D), float32 rows of norm 1 on one device -> (Q, k) int64, (Q, k) float32.
-    Column 0 is the lowest index among the rows whose cosine is within TIE of the highest; each further column is the
-    same among the rows that are left. So equal rows come in the order of their indices, cosines never rise by more than
-    TIE from a column to the next, and the answer for a smaller k is a part of that for a larger one.
+    Column 0 is the lowest index among the rows whose cosine is within TIE of the highest; each further column applies
+    the same rule to the rows that are left. So equal rows come in the order of their indices, cosines never rise by
+    more than TIE from one column to the next, and a smaller k gives the first columns of a larger one.
     At most BLOCK_SCORES cosines are held at a time, and as many maxima.
     Raises ValueError if there is no query or no row, for other shapes or dtypes, two devices, k outside 1..G, or a row
-    whose norm is not 1 within UNIT (zero, NaN and infinity among them).
+    whose norm is not 1 within UNIT (zero, NaN or infinity, for example).
     """
     _check(queries, rows, k)
     _check_unit(rows, "row")
@@ -54,9 +54,9 @@ def _nearest(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _group_maxima(queries: Tensor, rows: Tensor) -> Tensor:
-    """(B, ceil(G / GROUP)): each query's highest cosine in each group of GROUP rows. Nearly all time is spent here."""
+    """(B, ceil(G / GROUP)): each query's highest cosine in each group of GROUP rows. Nearly all the time goes here."""
     size = max(1, BLOCK_SCORES // len(queries) // GROUP) * GROUP
-    scores = queries.new_empty(len(queries) * min(size, len(rows)))  # once: new memory costs as much as the maxima
+    scores = queries.new_empty(len(queries) * min(size, len(rows)))  # reused: allocating costs as much time
     maxima = []
     for block in rows.split(size):
         cosine = torch.mm(queries, block.T, out=scores[: len(queries) * len(block)].view(len(queries), len(block)))
@@ -68,23 +68,23 @@ def _group_maxima(queries: Tensor, rows: Tensor) -> Tensor:
 
 
 def _pick(queries: Tensor, rows: Tensor, maxima: Tensor, k: int) -> Tensor:
-    """(B, k) row indices by the rule of `nearest`, from the `maxima` of the groups, which are overwritten."""
+    """(B, k) row indices by the rule of `nearest`; `maxima`: of the groups, overwritten."""
     index = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     for column in range(k):
         lowest = maxima.amax(1, keepdim=True) - TIE  # (B, 1)
-        group = _first(maxima >= lowest)  # no group before it holds a row that counts as equal to the highest
+        group = _first(maxima >= lowest)  # no earlier group has a row within TIE of the highest
         present, counts = group.unique(return_counts=True)
         by_group = group.argsort(stable=True).split(counts.tolist())
-        for number, asking in zip(present.tolist(), by_group, strict=True):
+        for number, of_group in zip(present.tolist(), by_group, strict=True):
             start = number * GROUP
-            cosine = queries[asking] @ rows[start : start + GROUP].T  # (b, GROUP)
-            earlier = index[asking, :column] - start
-            who, taken = ((earlier >= 0) & (earlier < cosine.shape[1])).nonzero(as_tuple=True)
-            cosine[who, earlier[who, taken]] = -math.inf
-            # A product of another shape rounds otherwise: the group's highest counts, even if it now misses the bound.
-            row = _first(cosine >= torch.minimum(lowest[asking], cosine.amax(1, keepdim=True)))
-            index[asking, column] = start + row
-            maxima[asking, number] = cosine.scatter(1, row[:, None], -math.inf).amax(1)
+            cosine = queries[of_group] @ rows[start : start + GROUP].T  # (b, GROUP)
+            earlier = index[of_group, :column] - start
+            query, taken = ((earlier >= 0) & (earlier < cosine.shape[1])).nonzero(as_tuple=True)
+            cosine[query, earlier[query, taken]] = -math.inf
+            # A product of another shape rounds differently: the group's highest counts even if it now misses the bound.
+            row = _first(cosine >= torch.minimum(lowest[of_group], cosine.amax(1, keepdim=True)))
+            index[of_group, column] = start + row
+            maxima[of_group, number] = cosine.scatter(1, row[:, None], -math.inf).amax(1)
     return index
 
 
@@ -104,7 +104,7 @@ def _cosines(queries: Tensor, rows: Tensor, index: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """Without TF32 and bfloat16, which `common.pick_device` allows: their error is a thousand times TIE."""
+    """No TF32 or bfloat16, which `common.pick_device` allows: their error is a thousand times TIE."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -114,7 +114,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def _check(queries: Tensor, rows: Tensor, k: int) -> None:
-    """ValueError unless `nearest` can answer; the norms of the rows are left to `_check_unit`."""
+    """Raise ValueError for what `nearest` cannot search; `_check_unit` checks the norms of the rows."""
     if queries.dim() != 2 or rows.dim() != 2 or queries.shape[1] != rows.shape[1]:
         raise ValueError(f"search expects queries (Q, D) and rows (G, D), got {[*queries.shape]} and {[*rows.shape]}")
     if len(queries) == 0 or len(rows) == 0:
@@ -135,26 +135,94 @@ def _check_unit(vectors: Tensor, name: str) -> None:
         first = int(_first(wrong[None]))
         raise ValueError(
             f"{name} {first} has norm {norms[first].item():.4g}, expected 1; "
-            "normalize finite ones (torch.nn.functional.normalize), leave out the others"
+            "normalize it (torch.nn.functional.normalize), or leave it out if it is zero or not finite"
         )
 
 
-# --- shards -----------------------------------------------------------------------------------------------------------
+# --- FAISS ------------------------------------------------------------------------------------------------------------
 
 
-def merge(parts: Sequence[tuple[int, Tensor, Tensor]], k: int) -> tuple[Tensor, Tensor]:
-    """The answer over all shards from the answers of each, as `nearest` gives it for the whole.
+def build_index(rows: Tensor, kind: str) -> "Index":
+    """An index of `rows` (G, D), float32 of norm 1, which are referred to and not copied. `kind`:
 
-    `parts`: (start, index (Q, k_s), cosine (Q, k_s)) of each shard, `start` being its first row's place in the whole;
-    k_s = k, or the shard's number of rows where that is less. The highest over the shards is the highest of all, so
-    this is exact, but for rows that differ by nearly TIE: a shard takes as equal what is within TIE of its own highest.
-    Returns (Q, k) int64, (Q, k) float32. Raises ValueError if there is no part, or if they hold fewer than k columns.
+    exact        `nearest`, on any device
+    faiss-exact  FAISS's own product and selection, same result as `nearest`; on the CPU
+    faiss-ivf    approximate: see `Index`; on the CPU
+    auto         exact below FAISS_FROM rows and on a GPU; else, with a warning, faiss-ivf, or exact without FAISS
+
+    Raises UserError for another kind, and for a FAISS kind without FAISS or with rows on a GPU; ValueError for rows
+    that `nearest` refuses, and for faiss-ivf with fewer than 16 rows.
     """
-    columns = sum(index.shape[1] for _, index, _ in parts)
-    if not 1 <= k <= columns:
-        raise ValueError(f"k={k}: expected 1..{columns}, the columns of all {len(parts)} parts together")
-    index = torch.cat([index + start for start, index, _ in parts], 1)
-    return _order(index, torch.cat([cosine for _, _, cosine in parts], 1), k)
+    if kind not in KINDS:
+        raise UserError(f"kind {kind!r}: expected one of {', '.join(map(repr, KINDS))}")
+    _check(rows[:1], rows, 1)
+    _check_unit(rows, "row")
+    if kind == "auto":
+        kind = _choose(rows)
+    if kind != "exact" and rows.device.type != "cpu":
+        raise UserError(f"kind {kind!r}: expected rows on the CPU, got {rows.device}; use kind 'exact' there")
+    return Index(rows, kind)
+
+
+def _choose(rows: Tensor) -> str:
+    """What "auto" means for `rows`."""
+    if len(rows) < FAISS_FROM or rows.device.type != "cpu":
+        return "exact"
+    try:
+        _faiss("auto")
+    except UserError:
+        warn_once(f"{len(rows)} rows are searched one by one; pip install faiss-cpu for a faster, approximate search")
+        return "exact"
+    warn_once(f"{len(rows)} rows are searched approximately, {NPROBE} cells per query; kind 'exact' searches all")
+    return "faiss-ivf"
+
+
+class Index:
+    """Rows to search, made by `build_index`. kind: never "auto"; nprobe: number of cells that faiss-ivf searches.
+
+    faiss-ivf puts the rows into about sqrt(G) cells, around centres found by k-means on a sample, and encodes each row
+    as D / 2 codes of 4 bits (inverted file with product quantization, Jegou et al. 2011, doi:10.1109/TPAMI.2010.57).
+    The codes select k + CANDIDATES rows from the `nprobe` cells nearest to the query; exact cosines then decide. Rows
+    in other cells are missed.
+    """
+
+    def __init__(self, rows: Tensor, kind: str):
+        self.kind, self.nprobe = kind, NPROBE
+        self.rows = rows if kind == "exact" else rows.detach().contiguous()
+        self.faiss = None if kind == "exact" else _faiss(kind)
+        self.cells = _inverted_file(self.faiss, self.rows) if kind == "faiss-ivf" else None
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(Q, k) row indices and exact cosines, as `nearest` gives them; faiss-ivf may miss rows.
+
+        A query for which FAISS finds fewer than k rows, or candidates that all count as equal, is searched again
+        exactly: a row of a lower index may be equal too. Raises ValueError for queries or k that `nearest` refuses.
+        """
+        _check(queries, self.rows, k)
+        if self.kind == "exact":
+            return _nearest(queries, self.rows, k)
+        count = min(k + CANDIDATES, len(self.rows))
+        candidates = torch.cat([self._candidates(block, count) for block in queries.contiguous().split(BLOCK_QUERIES)])
+        with _full_precision():
+            scores = _cosines(queries, self.rows, candidates)  # (Q, k + CANDIDATES)
+        index, cosine = _order(candidates, scores, k)
+        if candidates.shape[1] < len(self.rows):
+            last = cosine.amin(1)  # -infinity: fewer than k rows
+            again = (scores.amin(1) >= last - 2 * TIE) | last.isinf()  # 2: FAISS rounds differently from torch
+            if again.any():
+                index[again], cosine[again] = _nearest(queries[again], self.rows, k)
+        return index, cosine
+
+    def _candidates(self, queries: Tensor, count: int) -> Tensor:
+        """(Q, count) indices of the nearest rows according to FAISS, -1 where it finds no more."""
+        if self.kind == "faiss-ivf":
+            self.cells.nprobe = min(self.nprobe, self.cells.nlist)
+            _, found = self.cells.search(queries.numpy(), count)
+        else:
+            metric = self.faiss.METRIC_INNER_PRODUCT
+            _, found = self.faiss.knn(queries.numpy(), self.rows.numpy(), count, metric=metric)
+        return torch.from_numpy(found)
 
 
 def _order(index: Tensor, cosine: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -169,100 +237,12 @@ def _order(index: Tensor, cosine: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return index.gather(1, columns), cosine.gather(1, columns)
 
 
-# --- FAISS ------------------------------------------------------------------------------------------------------------
-
-
-def build_index(rows: Tensor, kind: str) -> "Index":
-    """An index of `rows` (G, D), float32 of norm 1, which it refers to and does not copy. `kind`:
-
-    exact        `nearest`, on any device
-    faiss-exact  FAISS's own product and selection, with the answers of `nearest`; on the CPU
-    faiss-ivf    approximate: see `Index`; on the CPU
-    auto         exact below FAISS_FROM rows and on a GPU, else faiss-ivf if FAISS is installed; told once, either way
-
-    Raises ValueError for another kind, rows that `nearest` refuses, a FAISS kind without FAISS or with rows on a GPU,
-    and faiss-ivf of fewer than 16 rows.
-    """
-    if kind not in KINDS:
-        raise UserError(f"kind {kind!r}: expected one of {', '.join(map(repr, KINDS))}")
-    _check(rows[:1], rows, 1)
-    _check_unit(rows, "row")
-    if kind == "auto":
-        kind = _choose(rows)
-    if kind != "exact" and rows.device.type != "cpu":
-        raise UserError(f"kind {kind!r}: expected rows on the CPU, got {rows.device}; take kind 'exact' there")
-    return Index(rows, kind)
-
-
-def _choose(rows: Tensor) -> str:
-    """What "auto" means for `rows`."""
-    if len(rows) < FAISS_FROM or rows.device.type != "cpu":
-        return "exact"
-    try:
-        _faiss("auto")
-    except ValueError:
-        warn_once(f"{len(rows)} rows are searched one by one; pip install faiss-cpu for an approximate, quicker search")
-        return "exact"
-    warn_once(f"{len(rows)} rows are searched approximately, {NPROBE} cells of each query; kind 'exact' sees all")
-    return "faiss-ivf"
-
-
-class Index:
-    """Rows to search, made by `build_index`. kind: what "auto" has become; nprobe: cells searched by faiss-ivf.
-
-    faiss-ivf: the rows in about sqrt(G) cells around centres found by k-means on a sample, each row as D / 2 codes of 4
-    bits (an inverted file of product quantisers, Jegou et al. 2011, doi:10.1109/TPAMI.2010.57). By these codes, the
-    `nprobe` cells nearest to the query give k + CANDIDATES rows, whose exact cosines then decide. A row in another cell
-    is missed.
-    """
-
-    def __init__(self, rows: Tensor, kind: str):
-        self.rows, self.kind, self.nprobe = rows, kind, NPROBE
-        if kind != "exact":
-            faiss = _faiss(kind)
-            self.rows = rows.detach().contiguous()
-        if kind == "faiss-ivf":
-            self.cells = _inverted_file(faiss, self.rows)
-
-    @torch.no_grad()
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Like `nearest`, k columns of row index and exact cosine; among the rows that faiss-ivf found, if it is that.
-
-        Queries that FAISS gives fewer than k rows, or candidates that all count as equal, are asked again exactly: a
-        row of a lower index may be equal too. Raises ValueError for queries or k that `nearest` refuses.
-        """
-        _check(queries, self.rows, k)
-        if self.kind == "exact":
-            return _nearest(queries, self.rows, k)
-        count = min(k + CANDIDATES, len(self.rows))
-        candidates = torch.cat([self._candidates(block, count) for block in queries.contiguous().split(BLOCK_QUERIES)])
-        with _full_precision():
-            scores = _cosines(queries, self.rows, candidates)  # (Q, k + CANDIDATES)
-        index, cosine = _order(candidates, scores, k)
-        if candidates.shape[1] < len(self.rows):
-            last = cosine.amin(1)  # -infinity: fewer than k rows
-            again = (scores.amin(1) >= last - 2 * TIE) | last.isinf()  # 2: FAISS rounds otherwise than torch
-            if again.any():
-                index[again], cosine[again] = _nearest(queries[again], self.rows, k)
-        return index, cosine
-
-    def _candidates(self, queries: Tensor, count: int) -> Tensor:
-        """(Q, count) rows that FAISS thinks nearest, -1 where it has no more."""
-        faiss = _faiss(self.kind)
-        if self.kind == "faiss-ivf":
-            self.cells.nprobe = min(self.nprobe, self.cells.nlist)
-            _, found = self.cells.search(queries.numpy(), count)
-        else:
-            _, found = faiss.knn(queries.numpy(), self.rows.numpy(), count, metric=faiss.METRIC_INNER_PRODUCT)
-        return torch.from_numpy(found)
-
-
 def _faiss(kind: str):
-    """The module, with as many threads as torch has. ValueError if it is not installed."""
+    """The faiss module, using as many threads as torch. Raises UserError if it is not installed."""
     try:
         import faiss
     except ImportError:
-        raise UserError(f"kind {kind!r} needs FAISS: pip install faiss-cpu, or take kind 'exact'") from None
+        raise UserError(f"kind {kind!r} needs FAISS: pip install faiss-cpu, or use kind 'exact'") from None
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
 
@@ -271,24 +251,14 @@ def _inverted_file(faiss, rows: Tensor):
     """faiss.IndexIVFPQFastScan of `rows`, the same for the same rows."""
     count, dims = rows.shape
     if count < 16:
-        raise ValueError(f"kind 'faiss-ivf': {count} rows, expected at least 16 to learn from; take kind 'exact'")
+        raise ValueError(f"kind 'faiss-ivf': {count} rows, expected at least 16 to learn from; use kind 'exact'")
     cells = round(math.sqrt(count))
     codes = dims // 2 if dims % 2 == 0 else dims
     index = faiss.index_factory(dims, f"IVF{cells},PQ{codes}x4fs", faiss.METRIC_INNER_PRODUCT)
     index.cp.niter = KMEANS_STEPS
     for clustering in (index.cp, index.pq.cp):
-        clustering.min_points_per_centroid = 1  # no warning for a few rows
+        clustering.min_points_per_centroid = 1  # no warning about few rows
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     index.train(rows[shuffled[: SAMPLE_PER_CELL * max(cells, 16)]].numpy())
     index.add(rows.numpy())
     return index
-
-
-@torch.no_grad()
-def recall(index: Index, queries: Tensor, rows: Tensor) -> float:
-    """Recall@1: share (0..1) of queries whose first answer by `index` is that of `nearest` among `rows`.
-
-    Raises what `nearest` raises.
-    """
-    found, _ = index.search(queries, 1)
-    return (found == nearest(queries, rows)[0]).double().mean().item()

@@ -19,6 +19,7 @@ import distributed
 import gallery
 import optimisation
 import training
+import validation
 from datasets import (
     FaceClassificationDataset,
     FaceCleanValDataset,
@@ -26,7 +27,9 @@ from datasets import (
     files_digest,
     scan_persons,
     split_holdout,
+    split_persons,
     warn_shared_persons,
+    without_kinds,
 )
 from distortions import DISTORTIONS
 from gallery import check_template
@@ -48,6 +51,7 @@ TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, 
 # An epoch that knows undistorted photos worse than the network as loaded by more than so many points of top-1 is not
 # kept as the best, 0..100; 100: any is.
 MAX_CLEAN_DROP = 2.0
+QUICK_VALIDATION = True  # every third distorted photo, none mirrored: a fifth of the time; False: all, as evaluate.py
 PATIENCE = 0  # stop after so many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
@@ -102,25 +106,25 @@ def main() -> None:
     check_template(TEMPLATE)
 
     # Data: the persons of train/, perhaps less some that the best epoch is chosen on.
-    train_dir, val_dir = DATA_DIR / "train", DATA_DIR / "val"
-    train_persons = scan_persons(train_dir, check_images=CHECK_IMAGES)
-    holdout = split_holdout([person.name for person in train_persons], HOLDOUT_PERSONS, SEED)
-    val_persons = [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES)
+    everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)
+    holdout = split_holdout([person.name for person in everybody], HOLDOUT_PERSONS, SEED)
+    train_persons, val_persons = split_persons(everybody, holdout)
+    if not holdout:
+        val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     warn_shared_persons(train_persons, val_persons)
-    train_set = FaceClassificationDataset(
-        train_dir, augmentation(), exclude=holdout, skip_kinds=SKIP_KINDS, seed=SEED, check_images=CHECK_IMAGES
-    )
+    train_set = FaceClassificationDataset(without_kinds(train_persons, SKIP_KINDS), augmentation(), seed=SEED)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP)
-    clean_val = None if holdout else clean_val_loader(val_dir, val_persons, train_set, transform)
+    clean_val = clean_val_loader(val_persons, train_set, transform)
 
     # Model, head and optimizer.
     torch.manual_seed(SEED)
     model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL).to(device, memory_format=torch.channels_last)
     head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     if CENTRES_FROM_MEANS and not RESUME:
-        start_centres(head, model, train_dir, train_set.persons, transform, device)
+        clean = [person for person in train_persons if person.name in train_set.label2idx]
+        head.start_at(*gallery.person_means(model, clean, transform, device, num_workers=NUM_WORKERS))
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},
@@ -135,7 +139,7 @@ def main() -> None:
     # Epochs; epoch 0 of the log is the network as loaded.
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=checkpoint_facts(train_set, holdout, data=files_digest(train_persons), steps=len(loader)),
+        facts=checkpoint_facts(train_set, holdout, data=files_digest(everybody), steps=len(loader)),
         networks={"model": model, "head": head},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -147,15 +151,14 @@ def main() -> None:
 
     def validate(network: FaceNet) -> tuple[float, dict]:
         """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
-        top1, row = gallery.validate(
+        top1, row = validation.validate(
             network,
-            train_dir if holdout else val_dir,
+            val_persons,
             transform,
             device,
             template=TEMPLATE,
-            persons=holdout or None,
+            quick=QUICK_VALIDATION,
             num_workers=NUM_WORKERS,
-            check_images=CHECK_IMAGES,
         )
         if clean_val and run.epoch:  # before, the head is random
             row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
@@ -170,27 +173,6 @@ def main() -> None:
         train_one_epoch(run, ddp_model, ddp_head, head, device)
         run.finish_epoch(validate)
     run.report_best()
-
-
-def start_centres(
-    head: ArcMarginProduct,
-    model: FaceNet,
-    train_dir: Path,
-    persons: list[str],
-    transform: Transform,
-    device: torch.device,
-) -> None:
-    """Put each class centre at the mean of its person's clean embeddings."""
-    means, labels = gallery.person_means(
-        model,
-        train_dir,
-        transform,
-        device,
-        persons=persons,
-        num_workers=NUM_WORKERS,
-        check_images=CHECK_IMAGES,
-    )
-    head.start_at(means, labels)
 
 
 def augmentation() -> Transform:
@@ -222,7 +204,8 @@ def checkpoint_facts(train_set: FaceClassificationDataset, holdout: list[str], d
         "persons": train_set.persons,
         "holdout": holdout,
         "template": TEMPLATE,
-        "chosen_by": gallery.CHOICE,
+        "chosen_by": validation.CHOICE,
+        "quick_validation": QUICK_VALIDATION,
         "data": data,
         "ema_decay": EMA_DECAY,
         "accumulate": ACCUMULATE,
@@ -250,12 +233,12 @@ def train_one_epoch(run: training.Run, model, ddp_head, head: ArcMarginProduct, 
 
 
 def clean_val_loader(
-    val_dir: Path, val_persons: list[Person], train_set: FaceClassificationDataset, transform
+    val_persons: list[Person], train_set: FaceClassificationDataset, transform: Transform
 ) -> DataLoader | None:
-    """Batches of the clean val photos, where every val person is a trained one; else None: the head knows nobody."""
+    """Batches of the clean val photos if all val persons are trained ones; else None: the head does not know them."""
     if not {person.name for person in val_persons} <= set(train_set.persons):
         return None
-    clean = FaceCleanValDataset(val_dir, train_set.persons, train_set.label2idx, transform, check_images=CHECK_IMAGES)
+    clean = FaceCleanValDataset(val_persons, train_set.persons, train_set.label2idx, transform)
     return DataLoader(clean, BATCH_SIZE, num_workers=NUM_WORKERS)
 
 

@@ -9,6 +9,7 @@ curves.png, tensorboard/ and constants.json. Several GPUs: torchrun --nproc_per_
 """
 
 import copy
+import functools
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -20,11 +21,19 @@ from torch.optim import AdamW
 import checkpoints
 import common
 import distributed
-import gallery
 import optimisation
 import training
+import validation
 from common import UserError
-from datasets import FacePairDataset, Person, files_digest, scan_persons, warn_shared_persons
+from datasets import (
+    FacePairDataset,
+    Person,
+    files_digest,
+    scan_persons,
+    split_persons,
+    warn_shared_persons,
+    without_kinds,
+)
 from distortions import DISTORTIONS
 from gallery import check_template, embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
@@ -45,6 +54,7 @@ TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, 
 # An epoch that knows undistorted photos worse than the network as loaded by more than so many points of top-1 is not
 # kept as the best, 0..100; 100: any is.
 MAX_CLEAN_DROP = 2.0
+QUICK_VALIDATION = True  # every third distorted photo, none mirrored: a fifth of the time; False: all, as evaluate.py
 PATIENCE = 0  # stop after so many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
@@ -71,7 +81,9 @@ PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
 SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
 OFTEN = ("sunny", "rainy")  # kinds that are drawn twice as often as others: the hard ones; (): none
 CLEAN = 0.1  # share of the positives that are the clean photo itself, 0..0.5
-DISTORT = 0.0  # share of the positives that are the clean photo distorted anew, at random, not a file on disk, 0..1
+DISTORT = (
+    0.0  # share of the positives that are the clean photo distorted on the fly, at random, not a file on disk, 0..1
+)
 DISTORT_MOST = 2  # kinds on one such photo, 1..7
 CROP_ZOOM = 0.1  # the crop's side varies by +- this share of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this share of the shorter side, 0..0.1
@@ -100,39 +112,29 @@ def main() -> None:
     check_template(TEMPLATE)
 
     # Model: what stage 1 left, and what its checkpoint knows.
-    model, stage1 = checkpoints.load_facenet(
-        STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
-    )
-    if stage1["stage"] != 1:
-        raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
-    face_size, face_crop, holdout = stage1["image_size"], stage1["face_crop"], stage1["holdout"]
-    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR).to(device)
-    teacher = teacher.to(memory_format=torch.channels_last)
-    image_size, share = face_size, face_crop
-    if WIDE_WEIGHT:
-        model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT))
-        image_size, share = frame_size(stage1), 1.0
+    model, teacher, stage1 = load_networks(device)
+    holdout, face_transform = stage1["holdout"], eval_transform(stage1["image_size"], stage1["face_crop"])
+    image_size, crop = (frame_size(stage1), 1.0) if WIDE_WEIGHT else (stage1["image_size"], stage1["face_crop"])
 
     # Data: pairs of a clean photo and its distorted copy, of the persons that stage 1 trained on.
-    train_dir, val_dir = DATA_DIR / "train", DATA_DIR / "val"
-    train_persons = scan_persons(train_dir, check_images=CHECK_IMAGES)
-    check_data(train_persons, [] if holdout else scan_persons(val_dir, check_images=CHECK_IMAGES))
-    augment = train_transform(image_size, share, CROP_ZOOM, CROP_SHIFT, mirror=False)
-    train_set = pair_dataset(train_dir, augment, holdout, side=frame_size(stage1))
+    everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)
+    train_persons, val_persons = split_persons(everybody, holdout)
+    if not holdout:
+        val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
+    check_data(train_persons, val_persons)
+    augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False)
+    train_set = pair_dataset(train_persons, augment, side=frame_size(stage1))
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
-    transform = eval_transform(image_size, share)
 
     # The bank: the clean photos as the teacher sees them.
     paths = [path for path, _ in train_set.anchors]
-    teaching = embed(teacher, paths, eval_transform(face_size, face_crop), device, num_workers=NUM_WORKERS)
-    bank = teaching.embeddings.clone().to(device)  # a clone: embed()'s own tensors know no autograd
-    bank_labels = torch.tensor(labels, device=device)
+    bank = embed(teacher, paths, face_transform, device, num_workers=NUM_WORKERS).embeddings
     del teacher
 
     # Losses and optimizer.
-    losses = Losses(bank, bank_labels)
+    losses = Losses(bank.clone().to(device), torch.tensor(labels, device=device))  # embed()'s tensors know no autograd
     groups = [{"name": "backbone", "params": optimisation.trainable(model.backbone), "lr": BACKBONE_LR}]
     if WIDE_WEIGHT:
         groups.append({"name": "wide", "params": optimisation.trainable(model.wide), "lr": WIDE_LR})
@@ -150,8 +152,8 @@ def main() -> None:
             stage1,
             crops=model.crops,
             image_size=image_size,
-            face_crop=share,
-            data=files_digest(train_persons),
+            face_crop=crop,
+            data=files_digest(everybody),
             steps=len(loader),
         ),
         networks={"model": model},
@@ -163,19 +165,15 @@ def main() -> None:
         wrapped=(ddp_model,),
     )
 
-    def validate(network: torch.nn.Module) -> tuple[float, dict]:
-        """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
-        return gallery.validate(
-            network,
-            train_dir if holdout else val_dir,
-            transform,
-            device,
-            template=TEMPLATE,
-            persons=holdout or None,
-            num_workers=NUM_WORKERS,
-            check_images=CHECK_IMAGES,
-        )
-
+    validate = functools.partial(
+        validation.validate,
+        root=val_persons,
+        transform=eval_transform(image_size, crop),
+        device=device,
+        template=TEMPLATE,
+        quick=QUICK_VALIDATION,
+        num_workers=NUM_WORKERS,
+    )
     if RESUME:
         run.resume()
     else:
@@ -185,6 +183,22 @@ def main() -> None:
         train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
     run.report_best()
+
+
+def load_networks(device: torch.device) -> tuple[FaceNet, FaceNet, dict]:
+    """The network to train, its frozen teacher, and what the checkpoint of stage 1 knows.
+
+    Raises UserError if STAGE1_CHECKPOINT is not of stage 1, or what `load_facenet` and `FaceNet` raise.
+    """
+    model, stage1 = checkpoints.load_facenet(
+        STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
+    )
+    if stage1["stage"] != 1:
+        raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
+    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR).to(device)
+    if WIDE_WEIGHT:
+        model.widen(Crops(stage1["face_crop"], WIDE_SIZE, WIDE_WEIGHT))
+    return model, teacher.to(memory_format=torch.channels_last), stage1
 
 
 def frame_size(stage1: dict) -> int:
@@ -199,23 +213,17 @@ def check_data(train_persons: list[Person], val_persons: list[Person]) -> None:
     warn_shared_persons(train_persons, val_persons)
 
 
-def pair_dataset(train_dir: Path, transform: Transform, holdout: list[str], side: int) -> FacePairDataset:
+def pair_dataset(train_persons: list[Person], transform: Transform, side: int) -> FacePairDataset:
     """Pairs of a clean photo and its distorted copy; photos distorted on the fly are shrunk to `side` pixels first."""
     kinds = {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS}
     return FacePairDataset(
-        train_dir,
+        without_kinds(train_persons, SKIP_KINDS),
         transform,
-        negatives=False,
-        copies=True,
         clean=CLEAN,
-        anew=DISTORT,
+        on_the_fly=DISTORT,
         distort=RandomDistortion(kinds, 1.0, DISTORT_MOST, side=side),
-        mirror=True,
         often=OFTEN,
-        exclude=holdout,
-        skip_kinds=SKIP_KINDS,
         seed=SEED,
-        check_images=CHECK_IMAGES,
     )
 
 
@@ -249,7 +257,8 @@ def checkpoint_facts(
         "persons": train_set.persons,
         "holdout": stage1["holdout"],
         "template": TEMPLATE,
-        "chosen_by": gallery.CHOICE,
+        "chosen_by": validation.CHOICE,
+        "quick_validation": QUICK_VALIDATION,
         "data": data,
         "ema_decay": EMA_DECAY,
         "accumulate": ACCUMULATE,

@@ -37,7 +37,7 @@ MUST_EQUAL = (
     *("stage", "seed", "batch_size", "accumulate", "steps", "ema_decay"),  # the course of the training
     *("pretrained", "teacher", "freeze_until", "dropout", "mirror", "image_size", "face_crop", "crops"),  # the network
     *("data", "persons", "holdout", "photos", "balance", "skip_kinds", "often", "distort"),  # what it is trained on
-    *("template", "chosen_by", "selected_on"),  # how the best epoch is chosen
+    *("template", "chosen_by", "quick_validation", "selected_on"),  # how the best epoch is chosen
 )
 MAY_CHANGE = ()  # ... and whatever these are: none so far
 

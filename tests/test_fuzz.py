@@ -1,7 +1,4 @@
-"""Damaged files of every kind that the scripts read: each is read or refused in a sentence that names it; none runs.
-
-Galleries are damaged in test_kept_gallery.py.
-"""
+"""Damaged files of every kind that the scripts read: each one loads or is refused with a message that names it."""
 
 import io
 import warnings
@@ -16,6 +13,7 @@ from facenet_pytorch import InceptionResnetV1
 from PIL import Image
 
 import checkpoints
+import enrolment
 import models
 from common import UserError
 from datasets import find_unreadable
@@ -67,7 +65,7 @@ def test_a_damaged_photo_is_listed_or_it_loads(tmp_path, suffix, mode):
         warnings.simplefilter("ignore")  # of odd EXIF blocks
         for path in paths:
             if path in unreadable:
-                assert unreadable[path]
+                assert unreadable[path]  # the reason
                 with pytest.raises(UserError, match=path.name):
                     load_image(path)
             else:
@@ -77,11 +75,11 @@ def test_a_damaged_photo_is_listed_or_it_loads(tmp_path, suffix, mode):
 
 
 def read_or_refused(path: Path, content: bytes, read: Callable[[Path], object]) -> bool:
-    """Whether `read` takes the file; if not, it raises ValueError in a sentence that names it."""
+    """Whether `read` takes the file; if not, it raises UserError with the file's path."""
     path.write_bytes(content)
     try:
         read(path)
-    except ValueError as error:
+    except UserError as error:
         assert str(path) in str(error) and "weights_only" not in str(error), error
         return False
     return True
@@ -100,15 +98,10 @@ def written(path: Path, crops: dict | None) -> bytes:
     return path.read_bytes()
 
 
-@pytest.fixture
-def checkpoint(tmp_path) -> bytes:
-    return written(tmp_path / "whole.pt", None)
-
-
 @pytest.mark.parametrize("crops", [None, CROPS], ids=["face", "both crops"])
 def test_a_damaged_checkpoint_is_refused_or_it_loads(tmp_path, crops, monkeypatch):
     monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
-    checkpoint = written(tmp_path / "whole.pt", crops)
+    whole = written(tmp_path / "whole.pt", crops)
 
     def read(path: Path) -> None:
         model, saved = checkpoints.load_facenet(path, "cpu")
@@ -118,21 +111,19 @@ def test_a_damaged_checkpoint_is_refused_or_it_loads(tmp_path, crops, monkeypatc
 
     taken = 0
     for seed in range(300):
-        taken += read_or_refused(tmp_path / "damaged.pt", damaged(checkpoint, seed), read)
+        taken += read_or_refused(tmp_path / "damaged.pt", damaged(whole, seed), read)
     assert 0 < taken < 250
 
 
-@pytest.mark.parametrize("name", checkpoints.STATED)
-@pytest.mark.parametrize(
-    "value", [None, "text", ["a", 1], {"a": 1}, torch.zeros(2)], ids=lambda value: type(value).__name__
-)
-def test_a_checkpoint_that_states_nonsense_is_refused(tmp_path, checkpoint, name, value):
-    saved = torch.load(io.BytesIO(checkpoint), weights_only=True)
-    if isinstance(value, checkpoints.STATED[name]):
-        return
-    torch.save(saved | {name: value}, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=f"odd.pt: damaged, its {name} is "):
-        checkpoints.read_checkpoint(tmp_path / "odd.pt")
+def test_a_checkpoint_with_a_fact_of_the_wrong_type_is_refused(tmp_path):
+    saved = torch.load(io.BytesIO(written(tmp_path / "whole.pt", None)), weights_only=True)
+    for name, types in checkpoints.STATED.items():
+        values = [value for value in (None, "text", ["a", 1], {"a": 1}, torch.zeros(2)) if not isinstance(value, types)]
+        assert values
+        for value in values:
+            torch.save(saved | {name: value}, tmp_path / "odd.pt")
+            with pytest.raises(UserError, match=f"odd.pt: damaged, its {name} is "):
+                checkpoints.read_checkpoint(tmp_path / "odd.pt")
 
 
 def test_damaged_pretrained_weights_are_refused_or_they_load(tmp_path):
@@ -167,7 +158,27 @@ def test_a_damaged_onnx_file_is_refused_or_it_loads(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", fast.OPSET)], ir_version=8)
     onnx.helper.set_model_props(model, {"image_size": "76"})
     whole = model.SerializeToString()
-    read = lambda path: fast.OnnxFaceNet(path, 76)  # noqa: E731
+
+    def read(path: Path) -> None:
+        fast.OnnxFaceNet(path, 76)
+
     assert read_or_refused(tmp_path / "whole.onnx", whole, read)
     taken = sum(read_or_refused(tmp_path / "damaged.onnx", damaged(whole, seed), read) for seed in range(200))
     assert taken < 150
+
+
+def test_a_damaged_gallery_is_refused_or_it_identifies(tmp_path):
+    empty = enrolment.empty_gallery(2, template="mean", made_by={"image_size": 160}, rated=True)
+    persons, paths = ["ann", "ann", "bob"], [Path("1.png"), Path("2.png"), Path("3.png")]
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    enrolment.save_gallery(tmp_path / "whole.pt", enrolment.enroll(empty, rows, persons, paths, torch.ones(3)))
+    whole = (tmp_path / "whole.pt").read_bytes()
+
+    def read(path: Path) -> None:
+        gallery = enrolment.load_gallery(path)
+        assert len(enrolment.identify(gallery, gallery.embeddings)) == 3
+        enrolment.save_gallery(tmp_path / "again.pt", gallery)
+        assert enrolment.load_gallery(tmp_path / "again.pt").persons == gallery.persons
+
+    taken = sum(read_or_refused(tmp_path / "damaged.pt", damaged(whole, seed), read) for seed in range(200))
+    assert 0 < taken < 150

@@ -11,24 +11,24 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-import gallery
 from common import UserError
+from datasets import scan_persons
 from gallery import (
     Gallery,
+    NoQueries,
     Queries,
     build_gallery,
+    discard_curves,
     embed,
     embed_queries,
+    embed_split,
     evaluate,
     measure,
     person_means,
     retrieve,
+    score,
     select_queries,
-    summary,
-    validate,
 )
-from report import comparison_table, figures_table, top1_table
-from transforms import eval_transform
 
 
 class MeanColour(nn.Module):
@@ -49,11 +49,11 @@ def write(path: Path, colour) -> Path:
     return path
 
 
-def built_and_evaluated(root: Path, model=None, template="mean", gallery_options=None, **options):
-    """build_gallery and evaluate, both on `root`."""
-    model = model or MeanColour()
-    built = build_gallery(model, root, as_float, "cpu", template=template, **(gallery_options or options))
-    return built, *evaluate(model, built, root, as_float, "cpu", **options)
+def retrieved(root: Path, protocol: str = "same", template: str = "mean") -> tuple[Gallery, Queries, dict]:
+    """Gallery, the protocol's queries and their answers."""
+    gallery, distorted = embed_split(MeanColour(), root, as_float, "cpu", template=template)
+    queries = select_queries(gallery, distorted, protocol)
+    return gallery, queries, retrieve(gallery, queries, score(gallery, queries))
 
 
 # Clean photos, then distorted ones. Ann's mean template points to (1, 1, 0).
@@ -89,36 +89,6 @@ def random_colours(tmp_path) -> Path:
     return tmp_path / "val"
 
 
-# --- templates --------------------------------------------------------------------------------------------------------
-
-
-def by_hand(template: str = "mean") -> Gallery:
-    """Ann at 0 and 90 degrees, bob at 180, cy at the angle whose cosine is 0.6 and at 0."""
-    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.6, 0.8], [1.0, 0.0]])
-    paths = [Path(f"{number}.png") for number in range(5)]
-    return Gallery(rows, torch.tensor([0, 0, 1, 2, 2]), ["ann", "bob", "cy"], paths, template)
-
-
-def test_the_mean_template_is_one_renormalised_row_per_person():
-    rows, labels = by_hand().templates("mean")
-    assert labels.tolist() == [0, 1, 2]
-    half, cy = math.sqrt(0.5), math.sqrt(1.6**2 + 0.8**2)
-    torch.testing.assert_close(rows, torch.tensor([[half, half], [-1.0, 0.0], [1.6 / cy, 0.8 / cy]]))
-
-
-def test_the_best_template_is_every_photo():
-    rows, labels = by_hand().templates("best")
-    assert rows.tolist() == by_hand().embeddings.tolist() and labels.tolist() == [0, 0, 1, 2, 2]
-
-
-@pytest.mark.parametrize(
-    "call", [by_hand().templates, lambda template: build_gallery(None, "", None, "cpu", template=template)]
-)
-def test_an_unknown_template_is_refused_with_the_known_ones(call):
-    with pytest.raises(ValueError, match="TEMPLATE = 'median': expected one of 'mean', 'best'"):
-        call("median")
-
-
 # --- embed ------------------------------------------------------------------------------------------------------------
 
 
@@ -141,33 +111,16 @@ def test_embedding_a_photo_twice_gives_the_same_and_leaves_the_networks_state(ra
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_of_the_network_is_put_back(random_colours, training):
-    modes = []
-
-    class Watched(MeanColour):
-        def forward(self, images):
-            modes.append(self.training)
-            return super().forward(images)
-
-    model = Watched().train(training)
-    built_and_evaluated(random_colours, model)
-    assert set(modes) == {False} and model.training == training
-
-
-def test_a_layer_frozen_in_eval_mode_stays_frozen(random_colours):
-    model = TinyNet().train()
-    model.backbone[1].eval()  # as FREEZE_BATCHNORM does
-    embed(model, sorted(random_colours.glob("p0/clean/*.png")), as_float, "cpu")
-    assert model.training and model.backbone[5].training and not model.backbone[1].training
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_mode_of_the_network_is_put_back_after_a_failure_too(tmp_path, training):
+def test_the_network_embeds_in_eval_mode_and_returns_to_its_modes_also_after_a_failure(tmp_path, training):
+    model, modes = TinyNet().train(training), []
+    model.backbone[1].eval()  # frozen, as FREEZE_BATCHNORM does
+    model.backbone.register_forward_hook(lambda module, *_: modes.append(module.training))
+    embed(model, [write(tmp_path / "whole.png", (9, 8, 7))], as_float, "cpu")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    model = TinyNet().train(training)
     with pytest.raises(UserError, match=r"broken\.jpg: cannot be read as an image"):
         embed(model, [tmp_path / "broken.jpg"], as_float, "cpu")
-    assert model.training == training
+    assert modes == [False]
+    assert model.training == model.backbone[5].training == training and not model.backbone[1].training
 
 
 class DivergesOnWhite(MeanColour):
@@ -178,98 +131,185 @@ class DivergesOnWhite(MeanColour):
         return torch.where(colours.sum(1, keepdim=True) > 764, math.nan, colours)
 
 
+def test_an_embedding_that_is_not_finite_is_an_error_with_its_photo(tmp_path):
+    paths = [write(tmp_path / f"{number}.png", (9 * number, 9, 9)) for number in range(5)]
+    write(paths[2], (255, 255, 255))
+    write(paths[4], (255, 255, 255))
+    with pytest.raises(UserError, match="its embedding is not finite") as error:
+        embed(DivergesOnWhite(), paths, as_float, "cpu", batch_size=2)
+    assert str(error.value).startswith(f"{paths[2]}: ")
+
+
 class Rating(MeanColour):
     """Rates a photo by its brightness."""
 
     rates = True
 
     def forward(self, images, part="both"):
-        colour = super().forward(images)
-        return (colour, colour.sum(1)) if part == "rated" else colour
+        return self.rated(images) if part == "rated" else super().forward(images)
+
+    def rated(self, images):
+        colour = self(images)
+        return colour, colour.sum(1)
 
 
-def test_photos_are_rated_where_the_model_does_it_through_gallery_queries_and_answers(four_queries):
-    built = build_gallery(Rating(), four_queries, as_float, "cpu")
-    assert built.quality.tolist() == [200, 200, 300]
-    assert torch.equal(built.weighted, built.embeddings * torch.tensor([[200.0], [200.0], [300.0]]))
-    queries = embed_queries(Rating(), built, four_queries, as_float, "cpu", batch_size=3)
+def test_quality_weights_the_gallery_and_goes_with_the_queries_and_their_answers(four_queries):
+    gallery, queries = embed_split(Rating(), four_queries, as_float, "cpu", template="best")
+    assert gallery.quality.tolist() == [200, 200, 300]
+    assert torch.equal(gallery.weighted, gallery.embeddings * torch.tensor([[200.0], [200.0], [300.0]]))
     assert queries.quality.tolist() == [275, 210, 150, 110]
-    assert select_queries(built, queries, "cross").quality.tolist() == [275, 210]  # bob has one photo
-    assert select_queries(built, None, "clean").quality.tolist() == [200, 200]
-    details = retrieve(built, queries)
-    assert [query["quality"] for query in details["per_query"]] == [275, 210, 150, 110]
-    same = select_queries(built, queries, "same")
-    left = gallery.discard_curves(same, gallery.measure(built, same, 0)["best"])
+    assert select_queries(gallery, queries, "cross").quality.tolist() == [275, 210]  # bob has one photo
+    assert select_queries(gallery, None, "clean").quality.tolist() == [200, 200]
+    same = select_queries(gallery, queries, "same")
+    scores = score(gallery, same)
+    assert [query["quality"] for query in retrieve(gallery, same, scores)["per_query"]] == [275, 210, 150, 110]
+    left = discard_curves(same, measure(gallery, same, scores, seed=0)["best"])
     assert {group: counts.tolist() for group, counts in left.items()} == {
-        **{"foggy": [0, 0, 0], "rainy": [1, 0], "sunny": [0, 0]},  # the darkest is the one that is wrong
-        **{"without sunny": [1, 0, 0, 0], "all": [1, 0, 0, 0, 0]},
+        "foggy": [0, 0, 0],
+        "rainy": [1, 0],  # the darkest is the one that is wrong
+        "sunny": [0, 0],
+        "without sunny": [1, 0, 0, 0],
+        "all": [1, 0, 0, 0, 0],
     }
-    unrated = build_gallery(MeanColour(), four_queries, as_float, "cpu")
-    asking = embed_queries(MeanColour(), unrated, four_queries, as_float, "cpu")
-    assert unrated.quality is None and asking.quality is None and torch.equal(unrated.weighted, unrated.embeddings)
-    assert gallery.discard_curves(asking, gallery.measure(unrated, asking, 0)["best"]) == {}
-    assert (
-        select_queries(unrated, None, "clean").quality is None
-        and select_queries(unrated, asking, "cross").quality is None
-    )
-    assert [query["quality"] for query in retrieve(unrated, asking)["per_query"]] == [None] * 4
 
 
-def test_an_embedding_that_is_not_finite_is_an_error_naming_its_photo(tmp_path):
-    paths = [write(tmp_path / f"{number}.png", (9 * number, 9, 9)) for number in range(5)]
-    write(paths[2], (255, 255, 255))
-    write(paths[4], (255, 255, 255))
-    with pytest.raises(ValueError, match="its embedding is not finite") as e:
-        embed(DivergesOnWhite(), paths, as_float, "cpu", batch_size=2)
-    assert str(e.value).startswith(f"{paths[2]}: ")
+def test_without_a_rating_there_is_no_quality_anywhere(four_queries):
+    gallery, queries = embed_split(MeanColour(), four_queries, as_float, "cpu", template="mean")
+    assert gallery.quality is None and torch.equal(gallery.weighted, gallery.embeddings)
+    for protocol in ("same", "cross", "clean"):
+        assert select_queries(gallery, queries, protocol).quality is None
+    scores = score(gallery, queries)
+    assert {query["quality"] for query in retrieve(gallery, queries, scores)["per_query"]} == {None}
+    assert discard_curves(queries, measure(gallery, queries, scores, seed=0)["mean"]) == {}
 
 
-# --- build_gallery and evaluate ---------------------------------------------------------------------------------------
+# --- gallery and queries ----------------------------------------------------------------------------------------------
 
 
 def test_the_gallery_holds_each_clean_photo_with_its_person(four_queries):
-    built, _, _ = built_and_evaluated(four_queries)
+    built = build_gallery(MeanColour(), four_queries, as_float, "cpu", template="best", made_by={"epoch": 3})
     assert built.persons == ["ann", "bob"] and built.labels.tolist() == [0, 0, 1]
-    assert [str(path.relative_to(four_queries)) for path in built.paths] == [
-        "ann/clean/1.png",
-        "ann/clean/2.png",
-        "bob/clean/1.png",
-    ]
+    assert (built.template, built.made_by) == ("best", {"epoch": 3})
+    names = ["ann/clean/1.png", "ann/clean/2.png", "bob/clean/1.png"]
+    assert built.paths == [four_queries / name for name in names]
     five = math.sqrt(5)
     expected = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [2 / five, 0.0, 1 / five]]
     torch.testing.assert_close(built.embeddings, torch.tensor(expected))
 
 
+def test_one_pass_over_a_split_gives_the_gallery_and_queries_of_two_whatever_batches_and_workers(random_colours):
+    gallery, queries = embed_split(
+        Rating(), random_colours, as_float, "cpu", template="mean", batch_size=7, num_workers=2
+    )
+    built = build_gallery(Rating(), random_colours, as_float, "cpu", batch_size=1)
+    separate = embed_queries(Rating(), built, random_colours, as_float, "cpu")
+    for one, other in ((gallery, built), (queries, separate)):
+        assert vars(one).keys() == vars(other).keys()
+        for name, value in vars(one).items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value, getattr(other, name))
+            else:
+                assert value == getattr(other, name), name
+
+
+def test_a_list_of_persons_takes_the_place_of_a_folder(random_colours):
+    chosen = [person for person in scan_persons(random_colours) if person.name in ("p1", "p4")]
+    gallery, queries, details = retrieved(chosen)
+    assert gallery.persons == ["p1", "p4"] and set(queries.persons) == {"p1", "p4"}
+    assert {path.parts[-3] for path in gallery.paths} == {"p1", "p4"}
+    assert details["queries"] == sum(len(person.distorted) for person in chosen) and details["not_enrolled"] == 0
+
+
+def test_a_query_whose_person_is_not_in_the_gallery_counts_as_wrong_and_is_reported(four_queries, caplog):
+    write(four_queries / "cy" / "distortion" / "1_foggy.png", (0, 0, 200))  # no clean photo
+    gallery, _, details = retrieved(four_queries)
+    assert gallery.persons == ["ann", "bob"]
+    assert details["top1"] == {"mean": 2 / 5, "best": 3 / 5}
+    assert (details["not_enrolled"], details["queries"], details["persons"]) == (1, 5, 2)
+    assert details["per_kind"]["foggy"] == {"queries": 3, "top1": {"mean": 1 / 3, "best": 2 / 3}}
+    assert f"{four_queries}: 1 of 5 queries show persons outside the gallery: they count as wrong" in caplog.messages
+
+
+def test_files_that_cannot_be_read_are_left_out_by_the_scan_or_stop_the_embedding(four_queries):
+    (four_queries / "ann" / "clean" / "3.png").write_bytes(b"no picture")
+    (four_queries / "ann" / "distortion" / "3_foggy.png").write_bytes(b"no picture")
+    gallery, queries, _ = retrieved(four_queries)
+    assert (len(gallery.paths), len(queries.paths)) == (3, 4)
+    with pytest.raises(UserError, match=r"ann/clean/3\.png: cannot be read as an image"):
+        retrieved(scan_persons(four_queries, check_images=False))
+
+
+@pytest.mark.parametrize(
+    "photo, message",
+    [
+        ("ann/clean/1.png", "{root}: no distorted photo to query with; expected {root}/<person>/distortion/*.jpg"),
+        ("ann/distortion/1_foggy.png", "{root}: no clean photo for a gallery; expected {root}/<person>/clean/*.jpg"),
+    ],
+)
+def test_a_split_without_clean_or_without_distorted_photos_is_an_error(tmp_path, photo, message):
+    write(tmp_path / photo, (9, 9, 9))
+    with pytest.raises(UserError) as error:
+        retrieved(tmp_path)
+    assert str(error.value).startswith(message.format(root=tmp_path))
+
+
+def test_an_unknown_template_is_refused_before_any_photo_is_embedded():
+    for call in (build_gallery, embed_split):
+        with pytest.raises(UserError, match="TEMPLATE = 'median': expected one of 'mean', 'best'"):
+            call(None, "", None, "cpu", template="median")
+
+
+def test_means_of_persons_are_those_of_their_unit_embeddings_with_their_places_in_the_list(tmp_path):
+    write(tmp_path / "ann/clean/1.png", (200, 0, 0))
+    write(tmp_path / "ann/clean/2.png", (0, 100, 0))
+    write(tmp_path / "bob/clean/1.png", (0, 0, 50))
+    write(tmp_path / "dee/distortion/1_foggy.png", (9, 9, 9))  # no clean photo
+    ann, bob, dee = scan_persons(tmp_path)
+    means, places = person_means(MeanColour(), [bob, dee, ann], as_float, "cpu")
+    found = dict(zip(places.tolist(), means, strict=True))
+    assert found.keys() == {0, 2}
+    torch.testing.assert_close(found[0], torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(found[2], torch.tensor([0.5, 0.5, 0.0]).sqrt())
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
 def test_four_queries_worked_out_by_hand(four_queries):
-    _, top1, details = built_and_evaluated(four_queries)
-    assert top1 == 0.5 and details["top1"] == {"mean": 0.5, "best": 0.75}
+    _, _, details = retrieved(four_queries)
+    assert details["top1"] == {"mean": 0.5, "best": 0.75}
     assert details["per_kind"] == {
         "foggy": {"queries": 2, "top1": {"mean": 0.5, "best": 1.0}},
         "rainy": {"queries": 1, "top1": {"mean": 0.0, "best": 0.0}},
         "sunny": {"queries": 1, "top1": {"mean": 1.0, "best": 1.0}},
     }
+    assert details["per_person"] == {
+        "ann": {"queries": 2, "top1": {"mean": 0.5, "best": 1.0}},
+        "bob": {"queries": 2, "top1": {"mean": 0.5, "best": 0.5}},
+    }
     sizes = {key: details[key] for key in ("template", "persons", "photos", "queries", "not_enrolled")}
     assert sizes == {"template": "mean", "persons": 2, "photos": 3, "queries": 4, "not_enrolled": 0}
+    assert details["persons_without_query"] == 0
     torch.testing.assert_close(details["embeddings"][2], torch.tensor([2.0, 0.0, 1.0]) / math.sqrt(5))
-
-
-def test_mean_and_best_may_name_different_persons(four_queries):
-    foggy = built_and_evaluated(four_queries)[2]["per_query"][0]
+    foggy, norm = details["per_query"][0], math.hypot(255, 20)
     assert foggy["path"] == str(four_queries / "ann/distortion/1_foggy.png")
     assert (foggy["kind"], foggy["person"]) == ("foggy", "ann")
-    norm = math.hypot(255, 20)
-    to_bob = 255 * 2 / math.sqrt(5) / norm  # 0.892; ann's mean: 275 / sqrt(2) / norm = 0.760
-    assert foggy["mean"] == {"predicted": "bob", "score": pytest.approx(to_bob, abs=1e-6), "rank": 2}
+    bob = 255 * 2 / math.sqrt(5) / norm  # 0.892; ann's mean: 275 / sqrt(2) / norm = 0.760
+    assert foggy["mean"] == {"predicted": "bob", "score": pytest.approx(bob, abs=1e-6), "rank": 2}
     assert foggy["best"] == {"predicted": "ann", "score": pytest.approx(255 / norm, abs=1e-6), "rank": 1}
 
 
-@pytest.mark.parametrize("template, expected", [("mean", 0.5), ("best", 0.75)])
-def test_the_first_result_is_the_share_under_the_gallerys_template(four_queries, template, expected):
-    model = MeanColour()
-    built = build_gallery(model, four_queries, as_float, "cpu", template=template)
-    acc, _ = evaluate(model, built, four_queries, as_float, "cpu")
-    details = evaluate(model, built, four_queries, as_float, "cpu")[1]
-    assert acc == expected == details["top1"][template] and details["template"] == template
+@pytest.mark.parametrize("template, accuracy", [("mean", 0.5), ("best", 0.75)])
+def test_evaluate_gives_the_accuracy_under_the_gallerys_template_and_the_details_of_same(
+    four_queries, template, accuracy
+):
+    gallery, _, details = retrieved(four_queries, "same", template)
+    found = evaluate(MeanColour(), gallery, four_queries, as_float, "cpu")
+    assert found[0] == accuracy == found[1]["top1"][template] and found[1]["template"] == template
+    assert found[1]["per_query"] == details["per_query"]
+
+
+# --- protocols --------------------------------------------------------------------------------------------------------
 
 
 def unit(vector) -> list[float]:
@@ -277,143 +317,77 @@ def unit(vector) -> list[float]:
     return [value / norm for value in vector]
 
 
-def colour_direction(path: Path) -> list[float]:
-    return unit(Image.open(path).getpixel((0, 0)))
-
-
-def brute_force(root: Path, template: str) -> list[tuple[str, str, str, str, float]]:
-    """(path, kind, person, predicted, score) of every distorted photo, with lists and loops."""
-    rows = []  # (person, direction)
-    for folder in sorted(root.iterdir()):
-        photos = [colour_direction(path) for path in sorted((folder / "clean").iterdir())]
-        if template == "mean":
-            photos = [unit([sum(column) for column in zip(*photos, strict=True)])]
-        rows += [(folder.name, photo) for photo in photos]
+def brute_force(root: Path, protocol: str, template: str) -> list[tuple[str, str, str, str, float]]:
+    """(path, kind, person, predicted, score) of each query, with lists and loops over the files."""
+    clean = {folder.name: sorted((folder / "clean").iterdir()) for folder in sorted(root.iterdir())}
     answers = []
-    for path in sorted(root.glob("*/distortion/*.png")):
-        query = colour_direction(path)
-        scores = [(sum(a * b for a, b in zip(query, row, strict=True)), person) for person, row in rows]
-        score, predicted = max(scores)
-        answers.append((str(path), path.stem.split("_")[1], path.parts[-3], predicted, score))
+    for path in sorted(root.glob("*/clean/*.png" if protocol == "clean" else "*/distortion/*.png")):
+        own, source = path.parts[-3], path.stem.split("_")[0]
+        if protocol != "same" and len(clean[own]) == 1:
+            continue
+        query, scores = unit(Image.open(path).getpixel((0, 0))), []
+        for person, photos in clean.items():
+            left = [photo for photo in photos if protocol == "same" or person != own or photo.stem != source]
+            rows = [unit(Image.open(photo).getpixel((0, 0))) for photo in left]
+            if template == "mean":
+                rows = [unit([sum(column) for column in zip(*rows, strict=True)])]
+            scores.append((max(sum(a * b for a, b in zip(query, row, strict=True)) for row in rows), person))
+        kind = "clean" if protocol == "clean" else path.stem.split("_")[1]
+        answers.append((str(path), kind, own, max(scores)[1], max(scores)[0]))
     return answers
 
 
 @pytest.mark.parametrize("template", ["mean", "best"])
-def test_evaluate_equals_a_brute_force_over_the_files(random_colours, template):
-    _, top1, details = built_and_evaluated(random_colours, template=template)
-    answers = brute_force(random_colours, template)
+@pytest.mark.parametrize("protocol", ["same", "cross", "clean"])
+def test_every_protocol_equals_a_brute_force_over_the_files(random_colours, protocol, template):
+    _, queries, details = retrieved(random_colours, protocol, template)
+    answers = brute_force(random_colours, protocol, template)
     right = [person == predicted for _, _, person, predicted, _ in answers]
     assert 0 < sum(right) < len(right)  # the tree decides something
-    assert top1 == pytest.approx(sum(right) / len(right))
-    assert details["queries"] == len(answers)
-    for query, (path, kind, person, predicted, score) in zip(details["per_query"], answers, strict=True):
+    assert details["top1"][template] == pytest.approx(sum(right) / len(right))
+    for query, (path, kind, person, predicted, cosine) in zip(details["per_query"], answers, strict=True):
         assert (query["path"], query["kind"], query["person"]) == (path, kind, person)
         answer = query[template]
-        assert (answer["predicted"], answer["score"]) == (predicted, pytest.approx(score, abs=1e-5))
+        assert (answer["predicted"], answer["score"]) == (predicted, pytest.approx(cosine, abs=1e-5))
         assert (answer["rank"] == 1) == (predicted == person)
-    assert set(details["per_kind"]) == {"blurred", "foggy", "sunny"}
     for kind, figures in details["per_kind"].items():
         of_kind = [hit for hit, answer in zip(right, answers, strict=True) if answer[1] == kind]
         assert figures["queries"] == len(of_kind)
         assert figures["top1"][template] == pytest.approx(sum(of_kind) / len(of_kind))
+    left_out = 6 - len({person for _, _, person, _, _ in answers})
+    assert (left_out > 0) == (protocol != "same")  # persons of one photo, who stay in the gallery
+    assert (details["persons"], details["persons_without_query"]) == (6, left_out)
+    assert (queries.sources >= 0).all() == (protocol != "same")
 
 
-# --- protocols --------------------------------------------------------------------------------------------------------
-
-
-def asked(root: Path, protocol: str, template: str = "mean", model=None) -> tuple[Queries, dict]:
-    model = model or MeanColour()
-    built = build_gallery(model, root, as_float, "cpu", template=template)
-    queries = select_queries(built, embed_queries(model, built, root, as_float, "cpu"), protocol)
-    return queries, retrieve(built, queries)
-
-
-def cross_by_hand(root: Path, template: str) -> dict[str, str]:
-    """Query -> predicted person, of every distorted photo whose person has another clean photo than its source."""
-    clean = {folder.name: sorted((folder / "clean").iterdir()) for folder in sorted(root.iterdir())}
-    answers = {}
-    for path in sorted(root.glob("*/distortion/*.png")):
-        own, source = path.parts[-3], path.stem.split("_")[0]
-        if len(clean[own]) == 1:
-            continue
-        scores = []
-        for person, photos in clean.items():
-            left = [photo for photo in photos if person != own or photo.stem != source]
-            rows = [colour_direction(photo) for photo in left]
-            if template == "mean":
-                rows = [unit([sum(column) for column in zip(*rows, strict=True)])]
-            query = colour_direction(path)
-            scores.append((max(sum(a * b for a, b in zip(query, row, strict=True)) for row in rows), person))
-        answers[str(path)] = max(scores)[1]
-    return answers
-
-
-@pytest.mark.parametrize("template", ["mean", "best"])
-def test_cross_equals_a_brute_force_that_leaves_out_each_querys_source(random_colours, template):
-    queries, details = asked(random_colours, "cross", template)
-    expected = cross_by_hand(random_colours, template)
-    assert {query["path"]: query[template]["predicted"] for query in details["per_query"]} == expected
-    assert 0 < details["queries"] < len(list(random_colours.glob("*/distortion/*.png")))  # some persons have one photo
-    assert details["persons"] == 6  # and stay in the gallery
-    asking = {query["person"] for query in details["per_query"]}
-    assert details["silent"] == 6 - len(asking) > 0
-    same = {q["path"]: q[template]["predicted"] for q in asked(random_colours, "same", template)[1]["per_query"]}
-    assert any(same[path] != person for path, person in expected.items())  # the protocol decides something
-    assert (queries.sources >= 0).all()
-
-
-@pytest.mark.parametrize("template", ["mean", "best"])
-def test_clean_asks_each_photo_of_persons_with_several_against_the_others(random_colours, template):
-    queries, details = asked(random_colours, "clean", template)
-    several = [f for f in sorted(random_colours.iterdir()) if len(list((f / "clean").iterdir())) > 1]
-    photos = [photo for folder in several for photo in sorted((folder / "clean").iterdir())]
-    assert queries.paths == photos and set(queries.kinds) == {"clean"}
-    for query, photo in zip(details["per_query"], photos, strict=True):
-        scores = []
-        for folder in sorted(random_colours.iterdir()):
-            rows = [colour_direction(other) for other in sorted((folder / "clean").iterdir()) if other != photo]
-            if template == "mean":
-                rows = [unit([sum(column) for column in zip(*rows, strict=True)])]
-            own = colour_direction(photo)
-            scores.append((max(sum(a * b for a, b in zip(own, row, strict=True)) for row in rows), folder.name))
-        assert query[template]["predicted"] == max(scores)[1]
-        assert query[template]["score"] == pytest.approx(max(scores)[0], abs=1e-5)
-
-
-def test_a_network_that_knows_photos_only_shines_under_same_and_fails_under_cross(tmp_path):
-    random = np.random.default_rng(3)  # every photo has a colour of its own, whoever is on it
-    for person in range(8):
-        for number in range(2):
-            colour = random.integers(40, 250, 3)
-            write(tmp_path / f"p{person}" / "clean" / f"{number}.png", colour)
-            write(tmp_path / f"p{person}" / "distortion" / f"{number}_foggy.png", colour * 0.5)
-    assert asked(tmp_path, "same", "best")[1]["top1"]["best"] >= 0.9
-    assert asked(tmp_path, "cross", "best")[1]["top1"]["best"] <= 0.4
-
-
-def test_a_query_of_unknown_source_asks_against_all_photos_under_cross(tmp_path):
+def test_under_cross_a_query_of_unknown_source_is_matched_against_all_photos(tmp_path):
     write(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
     write(tmp_path / "bob" / "clean" / "1.png", (0, 200, 0))
     write(tmp_path / "ann" / "distortion" / "7_foggy.png", (90, 5, 0))
-    queries, details = asked(tmp_path, "cross")
+    _, queries, details = retrieved(tmp_path, "cross")
     assert queries.sources.tolist() == [-1] and details["top1"]["mean"] == 1.0
 
 
-@pytest.mark.parametrize("protocol", ["cross", "clean"])
-def test_a_protocol_in_which_nobody_has_a_second_photo_says_so(tmp_path, protocol):
+@pytest.mark.parametrize(
+    "protocol, who", [("cross", "no person with a distorted photo"), ("clean", "no person")], ids=["cross", "clean"]
+)
+def test_a_protocol_in_which_no_person_has_a_second_photo_has_no_queries(tmp_path, protocol, who):
     write(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
     write(tmp_path / "ann" / "distortion" / "1_foggy.png", (90, 0, 0))
-    with pytest.raises(ValueError, match=f"PROTOCOL '{protocol}': no query, for nobody who has a second"):
-        asked(tmp_path, protocol)
+    with pytest.raises(NoQueries, match=f"PROTOCOL '{protocol}': no query, as {who} has a second clean photo"):
+        retrieved(tmp_path, protocol)
 
 
-def test_an_unknown_protocol_is_named(four_queries):
-    with pytest.raises(ValueError, match="PROTOCOL 'all': expected one of 'same', 'cross', 'clean'"):
-        asked(four_queries, "all")
+def test_an_unknown_protocol_is_an_error_that_lists_the_known_ones(four_queries):
+    with pytest.raises(UserError, match="PROTOCOL 'all': expected one of 'same', 'cross', 'clean'"):
+        retrieved(four_queries, "all")
+
+
+# --- figures by kind --------------------------------------------------------------------------------------------------
 
 
 def test_groups_are_the_kinds_and_all_and_what_is_left_without_sunny(four_queries):
-    queries, _ = asked(four_queries, "same")
+    _, queries, _ = retrieved(four_queries)
     assert {name: rows.tolist() for name, rows in queries.groups().items()} == {
         "foggy": [0, 2],
         "rainy": [3],
@@ -424,238 +398,13 @@ def test_groups_are_the_kinds_and_all_and_what_is_left_without_sunny(four_querie
     assert set(queries.subset(torch.tensor([1])).groups()) == {"sunny", "all"}
 
 
-def test_figures_of_a_group_are_those_of_its_queries_alone(random_colours):
-    model = MeanColour()
-    built = build_gallery(model, random_colours, as_float, "cpu")
-    queries = select_queries(built, embed_queries(model, built, random_colours, as_float, "cpu"), "same")
-    measured, details = measure(built, queries, seed=0), retrieve(built, queries)
-    for template in ("mean", "best"):
+def test_figures_of_a_group_are_those_of_its_queries(random_colours):
+    gallery, queries, details = retrieved(random_colours)
+    measured = measure(gallery, queries, score(gallery, queries), seed=0)
+    for template, groups in measured.items():
+        assert groups["all"].figures["rank-1"]["value"] == pytest.approx(details["top1"][template])
         for kind, figures in details["per_kind"].items():
-            assert measured[template][kind].figures["rank-1"]["value"] == pytest.approx(figures["top1"][template])
-        assert measured[template]["all"].figures["rank-1"]["value"] == pytest.approx(details["top1"][template])
-    table = figures_table(measured["mean"]).splitlines()
-    assert [line.split()[0] for line in table[1:-1]] == ["blurred", "foggy", "sunny", "without"]
-    assert table[-1].split()[:2] == ["all", str(len(queries.paths))]
-    assert " - " in table[1] or table[1].rstrip().endswith("-")  # too few for a TAR
-
-
-def test_a_star_marks_a_difference_whose_interval_is_clear_of_0():
-    found = {"rank-1": {"value": 0.02, "low": 0.01, "high": 0.03}, "mAP": {"value": -0.01, "low": -0.02, "high": 0.0}}
-    found |= {"DIR@FPIR=0.01": {"value": 0.5, "low": None, "high": None}}
-    row = comparison_table({"all": found}).splitlines()[1]
-    assert "+2.0 [+1.0, +3.0]*" in row and "-1.0 [-2.0, +0.0] " in row and row.endswith("+50.0")
-
-
-def test_results_do_not_depend_on_batches_or_workers(random_colours):
-    _, top1, details = built_and_evaluated(random_colours)
-    for options in ({"batch_size": 1}, {"batch_size": 7, "num_workers": 2}):
-        _, other_top1, other = built_and_evaluated(random_colours, **options)
-        assert other_top1 == top1 and other["per_kind"] == details["per_kind"]
-        torch.testing.assert_close(other["embeddings"], details["embeddings"])
-
-
-class Constant(nn.Module):
-    """The same embedding for whatever photo."""
-
-    def forward(self, images):
-        return torch.nn.functional.normalize(torch.arange(1.0, 129.0), dim=0).expand(len(images), -1)
-
-
-@pytest.mark.parametrize("template", ["mean", "best"])
-def test_a_network_that_sees_nothing_gets_the_share_of_the_first_person(random_colours, template):
-    persons = [path.parts[-3] for path in random_colours.glob("*/distortion/*.png")]
-    _, top1, details = built_and_evaluated(random_colours, Constant(), template)
-    assert {query[template]["predicted"] for query in details["per_query"]} == {"p0"}
-    assert top1 == pytest.approx(persons.count("p0") / len(persons))
-
-
-def test_a_person_without_a_clean_photo_counts_as_wrong_and_is_told(four_queries, caplog):
-    write(four_queries / "cy" / "distortion" / "1_foggy.png", (0, 0, 200))
-    built, top1, details = built_and_evaluated(four_queries)
-    assert built.persons == ["ann", "bob"]
-    assert top1 == 2 / 5 and details["top1"]["best"] == 3 / 5
-    assert (details["not_enrolled"], details["queries"], details["persons"]) == (1, 5, 2)
-    assert details["per_kind"]["foggy"] == {"queries": 3, "top1": {"mean": 1 / 3, "best": 2 / 3}}
-    assert f"{four_queries}: 1 of 5 queries are of persons outside the gallery: counted as wrong" in caplog.messages
-
-
-def test_a_person_left_out_of_the_gallery_alone_counts_as_wrong(four_queries):
-    built, top1, details = built_and_evaluated(four_queries, gallery_options={"persons": ["bob"]})
-    assert built.persons == ["bob"]
-    assert {query["mean"]["predicted"] for query in details["per_query"]} == {"bob"}
-    assert details["not_enrolled"] == 2 and top1 == 0.5
-
-
-def test_persons_restrict_gallery_and_queries(random_colours):
-    chosen = ["p4", "p1"]
-    built, _, details = built_and_evaluated(random_colours, persons=chosen)
-    assert built.persons == ["p1", "p4"]
-    assert {path.parts[-3] for path in built.paths} == {"p1", "p4"}
-    assert {query["person"] for query in details["per_query"]} == {"p1", "p4"}
-    assert details["queries"] == sum(len(list(random_colours.glob(f"{name}/distortion/*"))) for name in chosen)
-    assert details["not_enrolled"] == 0
-
-
-def test_without_a_distorted_photo_there_is_nothing_to_evaluate(tmp_path):
-    write(tmp_path / "ann" / "clean" / "1.png", (9, 9, 9))
-    with pytest.raises(ValueError, match="no distorted photo to ask the gallery; expected") as e:
-        built_and_evaluated(tmp_path)
-    assert str(e.value).startswith(f"{tmp_path}: ") and f"{tmp_path}/<person>/distortion/*.jpg" in str(e.value)
-
-
-def test_without_a_clean_photo_there_is_no_gallery(tmp_path):
-    write(tmp_path / "ann" / "distortion" / "1_foggy.png", (9, 9, 9))
-    with pytest.raises(ValueError, match="no clean photo to build a gallery from; expected") as e:
-        built_and_evaluated(tmp_path)
-    assert str(e.value).startswith(f"{tmp_path}: ") and f"{tmp_path}/<person>/clean/*.jpg" in str(e.value)
-
-
-def test_broken_files_are_left_out_of_gallery_and_queries(four_queries):
-    (four_queries / "ann" / "clean" / "3.png").write_bytes(b"no picture")
-    (four_queries / "ann" / "distortion" / "3_foggy.png").write_bytes(b"no picture")
-    built, top1, details = built_and_evaluated(four_queries)
-    assert (len(built.paths), details["queries"], top1) == (3, 4, 0.5)
-    with pytest.raises(UserError, match=r"ann/clean/3\.png: cannot be read as an image"):
-        built_and_evaluated(four_queries, check_images=False)
-
-
-# --- reports ----------------------------------------------------------------------------------------------------------
-
-
-def details_of(template: str, **per_kind) -> dict:
-    """What the reports read of `evaluate`'s details; kind=(queries, right under mean, right under best)."""
-    queries, mean, best = (sum(column) for column in zip(*per_kind.values(), strict=True))
-    return {
-        "template": template,
-        "top1": {"mean": mean / queries, "best": best / queries},
-        "queries": queries,
-        "per_kind": {
-            kind: {"queries": count, "top1": {"mean": by_mean / count, "best": by_best / count}}
-            for kind, (count, by_mean, by_best) in per_kind.items()
-        },
-    }
-
-
-def rows_of(table: str) -> dict[str, list[str]]:
-    """First column (15 characters) -> the other cells."""
-    return {line[:15].strip(): line[15:].split() for line in table.splitlines()}
-
-
-def test_the_table_shows_counts_and_percentages_of_each_evaluation():
-    before = details_of("mean", blurred=(8, 2, 4), foggy=(2, 2, 2), sunny=(10, 0, 1))
-    after = details_of("mean", blurred=(8, 8, 7), foggy=(2, 1, 0), sunny=(10, 3, 3))
-    rows = rows_of(top1_table({"pretrained": before, "stage 1": after}))
-    assert list(rows) == ["top-1, %", "template", "blurred", "foggy", "sunny", "without sunny", "all"]
-    assert rows["top-1, %"] == ["queries", "pretrained", "stage", "1"]
-    assert rows["template"] == ["mean", "best", "mean", "best"]
-    assert rows["blurred"] == ["8", "25.0", "50.0", "100.0", "87.5"]
-    assert rows["foggy"] == ["2", "100.0", "100.0", "50.0", "0.0"]
-    assert rows["sunny"] == ["10", "0.0", "10.0", "30.0", "30.0"]
-    assert rows["without sunny"] == ["10", "40.0", "60.0", "90.0", "70.0"]  # of queries, not the mean of two kinds
-    assert rows["all"] == ["20", "20.0", "35.0", "60.0", "50.0"]
-
-
-@pytest.mark.parametrize("kinds", [{"foggy": (2, 1, 1), "rainy": (2, 1, 1)}, {"sunny": (2, 1, 1)}])
-def test_the_table_has_a_row_without_sunny_only_where_it_says_something(kinds):
-    table = top1_table({"stage 1": details_of("mean", **kinds)})
-    assert "without" not in table and rows_of(table)["all"][1:] == ["50.0", "50.0"]
-
-
-def test_the_columns_of_the_table_line_up():
-    details = details_of("mean", blurred=(8, 8, 0), sunny=(10, 0, 10))
-    lines = top1_table({"a title of more than fifteen letters": details, "short": details}).splitlines()
-    assert len({len(line) for line in lines}) == 1
-
-
-def test_the_table_reads_what_evaluate_returns(four_queries):
-    details = built_and_evaluated(four_queries)[2]
-    rows = rows_of(top1_table({"stub": details}))
-    assert rows["foggy"] == ["2", "50.0", "100.0"] and rows["all"] == ["4", "50.0", "75.0"]
-    assert rows["without sunny"] == ["3", "33.3", "66.7"]
-
-
-@pytest.mark.parametrize("template, foggy", [("mean", 0.5), ("best", 1.0)])
-def test_the_summary_is_a_flat_row_with_the_kinds_under_the_chosen_template(four_queries, template, foggy):
-    row = summary(built_and_evaluated(four_queries, template=template)[2])
-    assert row == {
-        "top1_mean": 0.5,
-        "top1_best": 0.75,
-        "top1_foggy": foggy,
-        "top1_rainy": 0.0,
-        "top1_sunny": 1.0,
-    }
-
-
-def test_a_person_asked_for_but_not_there_is_an_error_with_the_name(task_b):
-    with pytest.raises(ValueError, match=r"1 of the persons asked for .* 'nobody'"):
-        gallery.build_gallery(TinyNet(), task_b / "val", eval_transform(76, 1.0), "cpu", persons=["eve", "nobody"])
-
-
-# --- class centres, and the choice of an epoch ------------------------------------------------------------------------
-
-
-def test_means_of_persons_are_those_of_their_unit_embeddings_in_the_order_asked_for(tmp_path):
-    write(tmp_path / "ann/clean/1.png", (200, 0, 0))
-    write(tmp_path / "ann/clean/2.png", (0, 100, 0))
-    write(tmp_path / "bob/clean/1.png", (0, 0, 50))
-    write(tmp_path / "cy/clean/1.png", (9, 9, 9))  # not asked for
-    write(tmp_path / "dee/distortion/1_foggy.png", (9, 9, 9))  # no clean photo
-    means, places = person_means(MeanColour(), tmp_path, as_float, "cpu", persons=["bob", "dee", "ann"])
-    found = dict(zip(places.tolist(), means, strict=True))
-    assert found.keys() == {0, 2}
-    torch.testing.assert_close(found[0], torch.tensor([0.0, 0.0, 1.0]))
-    torch.testing.assert_close(found[2], torch.tensor([0.5, 0.5, 0.0]).sqrt())
-
-
-@pytest.fixture
-def two_worlds(tmp_path) -> Path:
-    """Ann's photos are red and green, bob's only one is yellowish. Of ann's two copies one looks like its own photo,
-    and so like bob without it; the other like her other photo. Bob's looks like his."""
-    write(tmp_path / "ann/clean/ann_1.png", (200, 0, 0))
-    write(tmp_path / "ann/clean/ann_2.png", (0, 200, 0))
-    write(tmp_path / "bob/clean/bob_1.png", (200, 40, 0))
-    write(tmp_path / "ann/distortion/ann_1_foggy.png", (200, 0, 0))
-    write(tmp_path / "ann/distortion/ann_1_rainy.png", (20, 200, 0))
-    write(tmp_path / "bob/distortion/bob_1_foggy.png", (200, 40, 0))
-    return tmp_path
-
-
-def test_an_epoch_is_chosen_by_the_mean_of_same_and_cross(two_worlds):
-    top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best")
-    assert row["top1_best"] == 1  # every copy is next to a photo of its person
-    # Of those of ann, who alone has a second photo, the foggy one goes to bob where its own does not count.
-    assert row["top1_cross"] == 1 / 2
-    assert row["top1_clean"] == 0  # her two photos are at a right angle, bob's is nearer to both
-    assert top1 == (1 + 1 / 2) / 2
-    assert (row["top1_foggy"], row["top1_rainy"]) == (1, 1)
-
-
-def test_the_row_tells_how_near_each_kind_of_copy_is_to_its_photo(two_worlds):
-    write(two_worlds / "bob/distortion/other_9_rainy.png", (0, 0, 200))  # of no photo that is known
-    _, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best")
-    assert row["cosine_foggy"] == pytest.approx(1)  # ann_1's and bob_1's, each of its photo's colour
-    assert row["cosine_rainy"] == pytest.approx(20 / math.hypot(20, 200))  # ann_1's alone
-    assert sum(name.startswith("cosine_") for name in row) == 2
-
-
-def test_only_the_persons_asked_for_choose_the_epoch(two_worlds, caplog):
-    top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best", persons=["bob"])
-    assert top1 == row["top1_best"] == 1 and not {"top1_cross", "top1_clean"} & row.keys()
-    assert "nobody that epochs are chosen on has a second clean photo" in caplog.text
-
-
-def test_those_with_a_second_photo_need_not_ask(two_worlds, caplog):
-    """Ann has two clean photos and no distorted one: nobody asks under "cross", and under "clean" she does."""
-    for path in (two_worlds / "ann/distortion").iterdir():
-        path.unlink()
-    top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best")
-    assert top1 == row["top1_best"] == 1 and "top1_cross" not in row and row["top1_clean"] == 0
-    assert "nobody that epochs are chosen on has a second clean photo" in caplog.text
-
-
-def test_a_kind_called_like_a_figure_does_not_take_its_place(two_worlds):
-    for name in ("mean", "best", "cross", "clean"):
-        write(two_worlds / f"bob/distortion/bob_1_{name}.png", (0, 200, 0))  # ann's
-    top1, row = validate(MeanColour(), two_worlds, as_float, "cpu", template="best")
-    assert row["top1_best"] == 3 / 7 and (row["top1_cross"], row["top1_clean"]) == (1 / 2, 0)
-    assert top1 == (3 / 7 + 1 / 2) / 2
+            assert groups[kind].figures["rank-1"]["value"] == pytest.approx(figures["top1"][template])
+            rows = queries.groups()[kind]
+            assert torch.equal(groups[kind].values["mAP"], groups["all"].values["mAP"][rows])
+    assert torch.equal(measured["mean"]["all"].values["mAP"], measured["best"]["all"].values["mAP"])

@@ -311,7 +311,7 @@ def tiny(image: Image.Image) -> torch.Tensor:
 
 
 def pairs_of(root: Path) -> FacePairDataset:
-    return FacePairDataset(root, tiny, negatives=False, seed=3)
+    return FacePairDataset(root, tiny, seed=3)
 
 
 def test_a_repeated_anchor_gets_another_positive_and_another_augmentation(tree):

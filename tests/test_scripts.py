@@ -101,7 +101,7 @@ def test_evaluate_prints_the_table_and_how_the_checkpoint_was_chosen(trained, ca
     printed = capsys.readouterr().out
     assert "chosen on val" in printed and "HOLDOUT_PERSONS" in printed
     assert "same: 3 clean photos of 2 persons, 6 queries; mean template" in printed
-    assert "cross: 3 clean photos of 2 persons, 4 queries of 1 persons; the other 1 ask nothing; mean" in printed
+    assert "cross: 3 clean photos of 2 persons, 4 queries of 1 persons; the other 1 have no query; mean" in printed
     assert "blurred" in printed and "lowlight" in printed
     assert printed.count("rank-1 of all by template: mean ") == 3
 
@@ -150,7 +150,7 @@ def test_evaluate_leaves_out_a_protocol_that_nobody_can_ask_in(trained, monkeypa
     assert set(strict_json(trained / "figures.json")["protocols"]) == {"same"}
     assert "PROTOCOL 'cross': no query" in caplog.text and "PROTOCOL 'clean': no query" in caplog.text
     monkeypatch.setattr(evaluate, "PROTOCOLS", ("cross",))
-    with pytest.raises(ValueError, match="nobody who has a second clean photo"):
+    with pytest.raises(ValueError, match="no person with a distorted photo has a second clean photo"):
         evaluate.main()
 
 

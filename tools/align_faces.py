@@ -1,16 +1,16 @@
-"""Cut the faces out of loose photos, so that the network sees a face and little else (train with FACE_CROP = 1 then).
+"""Cut the faces out of loose photos, so that the network sees a face and little else (then train with FACE_CROP = 1).
 
     python -m tools.align_faces
 
     IN_DIR/.../<person>/*.jpg  or  IN_DIR/.../<person>/clean/*.jpg  ->  OUT_DIR/.../<person>/clean/*.jpg
     IN_DIR/.../<person>/distortion/*.jpg                            ->  OUT_DIR/.../<person>/distortion/*.jpg
 
-at any depth, so that train/, val/ and test/ keep their names, and so does each photo: its distorted copies are tied to
-it by name. A distortion often hides the face from the detector: a distorted photo takes the box found in its clean one
-where both have the same size in pixels, and is searched itself otherwise.
+at any depth, so train/, val/ and test/ keep their names. Photos keep theirs too: a distorted photo is matched to its
+clean photo by name. A distortion often hides the face from the detector, so a distorted photo is cut at the box found
+in its clean photo if both have the same size in pixels; if not, the distorted photo itself is searched.
 
-Writes into OUT_DIR besides: align_faces.csv (a row per photo), no_face.txt, align_faces.png (what was cut) and
-align_faces.json (the constants). Nothing in IN_DIR is touched. Stopped at any moment, a second run goes on.
+OUT_DIR also gets align_faces.csv (a row per photo), no_face.txt, align_faces.png (examples) and align_faces.json (the
+constants). Nothing in IN_DIR is changed. If a run is stopped, the next one continues where it was.
 """
 
 import contextlib
@@ -29,29 +29,30 @@ import checkpoints
 import common
 from common import UserError
 from datasets import CLEAN, DISTORTION, find_photos, source_photo
+from faces import NO_FACE, UNREADABLE, FaceDetector, choose, crop_face
 from faces import WHICH as CHOICES
-from faces import FaceDetector, choose, crop_face
 from transforms import load_image
 
 IN_DIR = Path("photos")  # loose photos, a folder per person at any depth
-OUT_DIR = Path("Task_B")  # new, or an earlier run's with the same constants; neither inside IN_DIR nor around it
+OUT_DIR = Path("Task_B")  # new, or of an earlier run with the same constants; not inside IN_DIR and not around it
 # --- which face ---
-WHICH = "central"  # the face nearest to the photo's middle, or "largest": where the person may stand at the side
-MIN_PROBABILITY = 0.9  # that it is a face, 0..1; lower finds more faces and more that are none
-MIN_FACE = 20  # px, side of the smallest face looked for, >= 12; half of it takes up to four times as long
+WHICH = "central"  # the face nearest to the middle of the photo; or "largest", if the person may stand at the side
+MIN_PROBABILITY = 0.9  # that it is a face, 0..1; a lower value finds more faces, and more that are none
+MIN_FACE = 20  # px, side of the smallest face searched for, >= 12; half of it takes up to four times as long
 # --- what is cut ---
 MARGIN = 0.06  # share of the box's longer side that is added to it, 0..3; 0.06 frames LFW as FACE_CROP = 0.52 does
-SIZE = None  # px, side of each crop, 16..4096; None: as cut, and training resizes once instead of twice
-JPEG_QUALITY = 95  # 1..100, of photos that are JPEGs; all others become PNGs, which lose nothing
+SIZE = None  # px, side of each crop, 16..4096; None: as cut, so that training resizes once instead of twice
+JPEG_QUALITY = 95  # 1..100, for photos that are JPEGs; others become PNGs, which lose nothing
 # --- contact sheet ---
-SHEET = 24  # photos on it, >= 0
+SHEET = 24  # examples on it, >= 0
 SHEET_CELL = 160  # px, side of one picture, >= 16
 SEED = 0  # of the choice for the sheet: 0, 1, 2, ...
 
-CUT, NO_FACE, UNREADABLE, LEFT_OUT, GONE = "cut", "no face", "unreadable", "left out", "photo gone"
+CUT, LEFT_OUT, GONE = "cut", "left out", "photo gone"  # beside NO_FACE and UNREADABLE
 BOX = ("left", "top", "right", "bottom")
-# `box_of`: the photo in which the box was found. `version`: see below; last, since a torn one equals no other.
-BORROWED = ("faces", "probability", *BOX, "box_of")  # of a clean photo, by its distorted copies
+# `box_of`: the photo in which the box was found. `version`: see below; last, because a line that was cut short then
+# has a version that matches no photo.
+BORROWED = ("faces", "probability", *BOX, "box_of")  # what a distorted photo takes from its clean photo
 COLUMNS = ("path", "done", "target", *BORROWED, "width", "height", "reason", "version")
 
 Row = dict[str, str]  # of align_faces.csv
@@ -59,49 +60,48 @@ Row = dict[str, str]  # of align_faces.csv
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo, where its face goes, and the clean photo of which it is a distorted copy, if it is one; relative to
-    IN_DIR and OUT_DIR."""
+    """A photo, its crop, and the clean photo of a distorted one."""
 
-    path: Path
-    target: Path
-    source: Path | None
+    path: Path  # relative to IN_DIR
+    target: Path  # relative to OUT_DIR
+    source: Path | None  # relative to IN_DIR
 
 
 def main() -> dict[str, int]:
-    """Cut every face that has not been cut yet; returns the number of photos for each value of the column `done`."""
+    """Cut every face that has not been cut yet; returns how many photos have each value of the column `done`."""
     check_constants()
     photos, left_out = find_all(IN_DIR)
     check_targets(photos)
     claim_out_dir()
     earlier = read_rows(OUT_DIR / "align_faces.csv")
     device = common.pick_device()
-    torch.backends.cudnn.benchmark = False  # no two photos need have the same shape
-    detector = FaceDetector(device, MIN_FACE, MIN_PROBABILITY)
+    torch.backends.cudnn.benchmark = False  # photos differ in shape
+    detector = FaceDetector(device, min_face=MIN_FACE, min_probability=MIN_PROBABILITY)
 
     rows: dict[Path, Row] = {}
-    searched = 0
+    processed = 0
     with journal(OUT_DIR / "align_faces.csv", earlier) as note:
         for photo in tqdm(photos, desc="aligning", unit="photo"):
             row, source = earlier.get(photo.path.as_posix()), rows.get(photo.source)
             if row is None or not is_done(photo, row, source):
                 row = align(photo, detector, source)
                 note(row)
-                searched += 1
+                processed += 1
             rows[photo.path] = row
     rows |= {path: blank(path) | {"done": LEFT_OUT, "reason": reason} for path, reason in left_out.items()}
     rows |= gone_rows(earlier, rows)
-    return report(list(rows.values()), searched)
+    return report(list(rows.values()), processed)
 
 
 def check_constants() -> None:
-    """Raise ValueError for a constant out of range; FileNotFoundError if there is no IN_DIR."""
+    """Raise UserError for a constant out of range, or if there is no IN_DIR."""
     if not IN_DIR.is_dir():
         raise UserError(f"{IN_DIR}: no such folder; set IN_DIR to the folder that holds the photos")
     source, target = IN_DIR.resolve(), OUT_DIR.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise UserError(
-            f"OUT_DIR = {OUT_DIR} and IN_DIR = {IN_DIR}: one is, or lies in, the other; choose an OUT_DIR elsewhere, "
-            "so that no photo is overwritten or cut twice"
+            f"OUT_DIR = {OUT_DIR} and IN_DIR = {IN_DIR}: one is the other or lies inside it, so photos would be "
+            "overwritten or cut twice; choose another OUT_DIR"
         )
     if WHICH not in CHOICES:
         raise UserError(f"WHICH = {WHICH!r}: expected one of {', '.join(map(repr, CHOICES))}")
@@ -127,10 +127,10 @@ def check_constants() -> None:
 
 
 def find_all(root: Path) -> tuple[list[Photo], dict[Path, str]]:
-    """Every photo below `root`, each clean one before its distorted copies, and path -> reason of those left out.
+    """Every photo below `root`, clean photos before their distorted ones, and path -> reason of those left out.
 
-    What counts is what datasets.scan_persons counts: photos directly in a person's folder are clean photos, unless it
-    has some in clean/. Raises ValueError if there is none.
+    By the rules of datasets.scan_persons: photos directly in a person's folder are clean photos, unless there are some
+    in clean/. Raises UserError if there is no photo.
     """
     photos: list[Photo] = []
     left_out: dict[Path, str] = {}
@@ -151,7 +151,7 @@ def find_all(root: Path) -> tuple[list[Photo], dict[Path, str]]:
             target = person / DISTORTION / target_name(path)
             photos.append(Photo(path.relative_to(root), target, source and source.relative_to(root)))
         for part in (folder / CLEAN, folder / DISTORTION):
-            reason = f"lies deeper than {part.name}/, where no script looks"
+            reason = f"lies deeper than {part.name}/, where no script reads"
             left_out.update((path.relative_to(root), reason) for path in photos_below(part))
         for path in below:
             visit(path)
@@ -170,24 +170,24 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def photos_below(folder: Path) -> list[Path]:
-    """The photos in the sub-folders of `folder`, at any depth."""
+    """The photos in the subfolders of `folder`, at any depth."""
     return [photo for path in subfolders(folder) for photo in find_photos(path) + photos_below(path)]
 
 
 def target_name(photo: Path) -> str:
-    """The name of what is cut from `photo`: the same, but .png for what is neither JPEG nor PNG."""
+    """The name of the crop of `photo`: the same, with .png in place of a suffix that is neither JPEG nor PNG."""
     return photo.name if photo.suffix.lower() in (".jpg", ".jpeg", ".png") else f"{photo.stem}.png"
 
 
 def check_targets(photos: Sequence[Photo]) -> None:
-    """Raise ValueError if two photos would become one file, on a disk that ignores case too."""
+    """Raise UserError if the crops of two photos would be one file, also on a disk that ignores case."""
     by_target: dict[str, Photo] = {}
     for photo in photos:
         other = by_target.setdefault(photo.target.as_posix().casefold(), photo)
         if other is not photo:
             raise UserError(
                 f"{IN_DIR / other.path} and {IN_DIR / photo.path} would both become {OUT_DIR / photo.target}; "
-                "rename one of them, and its distorted copies with it"
+                "rename one of them, and its distorted photos with it"
             )
 
 
@@ -195,9 +195,9 @@ def check_targets(photos: Sequence[Photo]) -> None:
 
 
 def claim_out_dir() -> None:
-    """Note the constants that crops depend on in OUT_DIR/align_faces.json.
+    """Write the constants that crops depend on to OUT_DIR/align_faces.json.
 
-    Raises FileExistsError if OUT_DIR holds something else, or what other constants have cut.
+    Raises UserError if OUT_DIR holds something else, or crops made with other constants.
     """
     now = {"IN_DIR": str(IN_DIR), "WHICH": WHICH, "MIN_PROBABILITY": MIN_PROBABILITY, "MIN_FACE": MIN_FACE}
     now |= {"MARGIN": MARGIN, "SIZE": SIZE, "JPEG_QUALITY": JPEG_QUALITY}
@@ -211,13 +211,13 @@ def claim_out_dir() -> None:
                     "delete the folder, or give OUT_DIR another name"
                 )
     elif OUT_DIR.exists() and any(OUT_DIR.iterdir()):
-        raise UserError(f"{OUT_DIR}: holds files that are not this script's; give OUT_DIR another name")
+        raise UserError(f"{OUT_DIR}: holds files of something else; give OUT_DIR another name")
     else:
         checkpoints.write_json(path, now)
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """align_faces.csv of an earlier run by the column `path`, the last of each counts; a torn line has no version."""
+    """Path -> its last row in the align_faces.csv of an earlier run; a line that was cut short has no version."""
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
@@ -226,7 +226,7 @@ def read_rows(path: Path) -> dict[str, Row]:
 
 @contextlib.contextmanager
 def journal(path: Path, earlier: dict[str, Row]) -> Iterator:
-    """A function that adds a row to the csv at `path` at once: a killed run loses the photo at hand and no more."""
+    """Yield a function that appends a row to the csv at `path` at once: a killed run loses only its current photo."""
     checkpoints.write_csv(path, earlier.values() or [dict.fromkeys(COLUMNS, "")])  # for the header
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -238,12 +238,12 @@ def journal(path: Path, earlier: dict[str, Row]) -> Iterator:
         try:
             yield note
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; run it again to go on, {OUT_DIR} keeps what is cut") from None
+            raise KeyboardInterrupt(f"interrupted; run it again to continue, {OUT_DIR} keeps what is cut") from None
 
 
 def is_done(photo: Photo, row: Row, source: Row | None) -> bool:
-    """Whether the earlier run's `row` still holds: the photo has not changed since, its box is that of its clean photo
-    `source` if it takes it from there, and the crop exists."""
+    """Whether the `row` of an earlier run is still true: the photo is unchanged, the crop exists, and its box is still
+    that of its clean photo (whose row is `source`), if it was taken from there."""
     try:
         same = row["version"] == version(IN_DIR / photo.path)
     except OSError:
@@ -256,13 +256,13 @@ def is_done(photo: Photo, row: Row, source: Row | None) -> bool:
 
 
 def version(path: Path) -> str:
-    """Size in bytes and time of the last change: another one means another photo."""
+    """Size in bytes and time of the last change: if it differs, so does the photo."""
     stat = path.stat()
     return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def takes_box(row: Row, source: Row | None) -> bool:
-    """Whether the distorted photo of `row` takes the box of its clean one: there is a face, in an image as large."""
+    """Whether the distorted photo of `row` is cut at its clean photo's box: that shows a face and has the same size."""
     return source is not None and source["done"] == CUT and all(row[n] == source[n] for n in ("width", "height"))
 
 
@@ -271,7 +271,7 @@ def blank(path: Path) -> Row:
 
 
 def gone_rows(earlier: dict[str, Row], rows: dict[Path, Row]) -> dict[Path, Row]:
-    """Rows of crops that are still in OUT_DIR while their photo has left IN_DIR, or is now left out."""
+    """Rows of crops that are still in OUT_DIR although their photo is no longer in IN_DIR, or is now left out."""
     still_cut = {row["target"] for row in rows.values() if row["done"] == CUT}
     gone = {}
     for name, row in earlier.items():
@@ -286,28 +286,28 @@ def gone_rows(earlier: dict[str, Row], rows: dict[Path, Row]) -> dict[Path, Row]
 
 
 def align(photo: Photo, detector: FaceDetector, source: Row | None) -> Row:
-    """Find the face of `photo`, cut it into OUT_DIR and return its row; `source`: the row of its clean photo."""
+    """Find the face in `photo`, write its crop to OUT_DIR and return its row; `source`: the row of its clean photo."""
     path, target = IN_DIR / photo.path, OUT_DIR / photo.target
     row = blank(photo.path)
     try:
         row["version"] = version(path)
         image = load_image(path)
     except (OSError, UserError) as error:
-        target.unlink(missing_ok=True)  # cut from what the photo was before
+        target.unlink(missing_ok=True)  # a crop of the photo as it was before
         return row | {"done": UNREADABLE, "reason": str(error.__cause__ or error)}
     row |= {"width": str(image.width), "height": str(image.height)}
     if takes_box(row, source):
         row |= {name: source[name] for name in BORROWED}
     else:
         faces = detector.find(image)
-        face = choose(faces, image.size, WHICH)
+        face = choose(faces, image.size, which=WHICH)
         row["faces"] = str(len(faces))
         if face is None:
             target.unlink(missing_ok=True)
             return row | {"done": NO_FACE}
         row |= {"probability": f"{face.probability:.4f}", "box_of": photo.path.as_posix()}
         row |= {name: f"{value:.2f}" for name, value in zip(BOX, face.box, strict=True)}
-    crop = crop_face(image, box_of(row), MARGIN, SIZE)
+    crop = crop_face(image, box_of(row), margin=MARGIN, size=SIZE)
     with checkpoints.atomic_file(target) as file:
         if target.suffix.lower() == ".png":
             crop.save(file, "PNG")
@@ -317,15 +317,15 @@ def align(photo: Photo, detector: FaceDetector, source: Row | None) -> Row:
 
 
 def box_of(row: Row) -> tuple[float, float, float, float]:
-    """As the csv has it, not as it was found: so a resumed run cuts the same pixels."""
+    """The box as rounded in the csv, so that a resumed run cuts the same pixels."""
     left, top, right, bottom = (float(row[name]) for name in BOX)
     return left, top, right, bottom
 
 
-# --- what the user is told --------------------------------------------------------------------------------------------
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Row], searched: int) -> dict[str, int]:
+def report(rows: Sequence[Row], processed: int) -> dict[str, int]:
     """Write align_faces.csv in the order of the tree, no_face.txt and align_faces.png, and print the counts."""
     of = {done: [row for row in rows if row["done"] == done] for done in (CUT, NO_FACE, UNREADABLE, LEFT_OUT, GONE)}
     checkpoints.write_csv(OUT_DIR / "align_faces.csv", [dict.fromkeys(COLUMNS, "") | row for row in rows])
@@ -337,22 +337,22 @@ def report(rows: Sequence[Row], searched: int) -> dict[str, int]:
         with checkpoints.atomic_file(OUT_DIR / "align_faces.png") as file:
             contact_sheet(shown, SHEET_CELL).save(file, "PNG")
 
-    print(f"{OUT_DIR}: {len(of[CUT])} of {len(rows) - len(of[GONE])} photos cut; this run looked at {searched}")
+    print(f"{OUT_DIR}: {len(of[CUT])} of {len(rows) - len(of[GONE])} photos cut; {processed} processed in this run")
     several = [row for row in of[CUT] if row["box_of"] == row["path"] and int(row["faces"]) > 1]
     borrowed = [row for row in of[CUT] if row["box_of"] != row["path"]]
-    tell(several, f"with several faces, of which the {WHICH} was taken")
-    tell(borrowed, "cut where their clean photo has its face")
-    tell(of[NO_FACE], f"without a face, all of them in {OUT_DIR / 'no_face.txt'}")
-    tell(of[UNREADABLE], "that cannot be read")
-    tell(of[LEFT_OUT], "left out")
-    tell(of[GONE], f"no longer in {IN_DIR}, their crops still in {OUT_DIR}")
-    look = f", a look at some: {OUT_DIR / 'align_faces.png'}" if sheet else ""
-    print(f"a row per photo: {OUT_DIR / 'align_faces.csv'}{look}")
+    print_rows(several, f"with several faces, of which the {WHICH} one was cut")
+    print_rows(borrowed, "cut at the face of their clean photo")
+    print_rows(of[NO_FACE], f"without a face, all listed in {OUT_DIR / 'no_face.txt'}")
+    print_rows(of[UNREADABLE], "unreadable")
+    print_rows(of[LEFT_OUT], "left out")
+    print_rows(of[GONE], f"no longer in {IN_DIR}, with crops still in {OUT_DIR}")
+    examples = f"; examples: {OUT_DIR / 'align_faces.png'}" if sheet else ""
+    print(f"a row per photo: {OUT_DIR / 'align_faces.csv'}{examples}")
     return {done: len(found) for done, found in of.items()}
 
 
-def tell(rows: Sequence[Row], what: str, most: int = 5) -> None:
-    """Print a line on `rows`, with the first few and the reason where there is one; nothing if there are none."""
+def print_rows(rows: Sequence[Row], what: str, most: int = 5) -> None:
+    """Print how many `rows` there are, with the first few and their reasons; nothing if there are none."""
     if rows:
         names = [row["path"] + (f" ({row['reason']})" if row["reason"] else "") for row in rows[:most]]
         more = f" and {len(rows) - most} more" if len(rows) > most else ""
@@ -360,7 +360,7 @@ def tell(rows: Sequence[Row], what: str, most: int = 5) -> None:
 
 
 def contact_sheet(rows: Sequence[Row], cell: int) -> Image.Image:
-    """Photo with its box beside what was cut, three such pairs in a line, each picture within `cell` px."""
+    """Each photo with its box, beside its crop: three such pairs per line, each picture within `cell` px."""
     pairs, caption = 3, 14
     lines = -(-len(rows) // pairs)
     sheet = Image.new("RGB", (2 * pairs * cell, lines * (cell + caption)), "white")

@@ -1,0 +1,106 @@
+"""Validation during training: the figure that the best epoch is chosen by."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common import warn_once
+from datasets import Person, folder_of, persons_of
+from gallery import Gallery, NoQueries, Queries, embed_split, retrieve, score, select_queries
+from transforms import Transform
+
+CHOICE = "mean of same and cross"  # of the best epoch, by `validate`; kept in checkpoints
+QUICK_STRIDE = 3  # prime to the seven kinds, so that quick validation sees all of them
+
+
+def validate(
+    model: nn.Module,
+    root: Path | str | Sequence[Person],
+    transform: Transform,
+    device: torch.device | str,
+    *,
+    template: str,
+    quick: bool = False,
+    num_workers: int = 0,
+) -> tuple[float, dict[str, float]]:
+    """The figure that the best epoch is chosen by, and its row for the log, on persons whom training does not see.
+
+    The figure: the mean of top-1 under the protocols "same" and "cross", by `template`. "same" alone rewards finding
+    the photo again, a stranger's as well as a friend's; "cross" alone leaves out the persons with one photo. Where
+    no person has a second photo there is "same" only, and a warning once.
+    The row: `summary` of "same"; top1_cross and top1_clean where a person has a second photo; cosine_<kind>, the mean
+    cosine of the distorted photos to their sources, where the file names show these.
+    quick: every QUICK_STRIDE-th distorted photo only, and no photo's mirror image: a fifth of the time. Its figures
+    compare epochs; those to report are `evaluate`'s.
+    Raises what `build_gallery` and `embed_queries` raise.
+    """
+    persons = persons_of(root)
+    with _without_mirror(model) if quick else contextlib.nullcontext():
+        gallery, queries = embed_split(
+            model,
+            thinned(persons, QUICK_STRIDE) if quick else persons,
+            transform,
+            device,
+            template=template,
+            num_workers=num_workers,
+        )
+    details = _answers(gallery, queries, "same")
+    same, row = details["top1"][template], summary(details)
+    for protocol in ("cross", "clean"):
+        with contextlib.suppress(NoQueries):
+            row[f"top1_{protocol}"] = _answers(gallery, queries, protocol)["top1"][template]
+    row |= copy_cosines(gallery, queries)
+    if "top1_cross" in row:
+        return (same + row["top1_cross"]) / 2, row
+    warn_once(
+        f"{folder_of(persons)}: no person has a second clean photo, so the best epoch is chosen by finding photos "
+        "again, which says little about recognising people"
+    )
+    return same, row
+
+
+def _answers(gallery: Gallery, queries: Queries, protocol: str) -> dict:
+    """`retrieve`'s details under one protocol."""
+    chosen = select_queries(gallery, queries, protocol)
+    return retrieve(gallery, chosen, score(gallery, chosen))
+
+
+def thinned(persons: Sequence[Person], stride: int) -> list[Person]:
+    """`persons` with every `stride`-th of all their distorted photos, counted through: every kind stays."""
+    taken, start = [], 0
+    for person in persons:
+        taken.append(Person(person.name, person.clean, person.distorted[-start % stride :: stride]))
+        start += len(person.distorted)
+    return taken
+
+
+@contextlib.contextmanager
+def _without_mirror(model: nn.Module) -> Iterator[None]:
+    """Embed each photo once meanwhile, not as the mean of it and its mirror image."""
+    mirror, model.mirror = getattr(model, "mirror", False), False
+    try:
+        yield
+    finally:
+        model.mirror = mirror
+
+
+def copy_cosines(gallery: Gallery, queries: Queries) -> dict[str, float]:
+    """cosine_<kind> -> mean cosine of that kind's queries to their sources, over queries whose source is known."""
+    known = queries.sources >= 0
+    cosines = (queries.embeddings * gallery.embeddings[queries.sources.clamp(min=0)]).sum(1)
+    of_kind: dict[str, list[float]] = {}
+    for kind, cosine, is_known in zip(queries.kinds, cosines.tolist(), known.tolist(), strict=True):
+        if is_known:
+            of_kind.setdefault(kind, []).append(cosine)
+    return {f"cosine_{kind}": sum(values) / len(values) for kind, values in sorted(of_kind.items())}
+
+
+def summary(details: dict) -> dict[str, float]:
+    """One flat row of `retrieve`'s details: top1_mean, top1_best, and top1_<kind> under the gallery's template."""
+    chosen = details["template"]
+    overall = {f"top1_{template}": value for template, value in details["top1"].items()}
+    kinds = {f"top1_{kind}": figures["top1"][chosen] for kind, figures in details["per_kind"].items()}
+    return overall | kinds | overall  # a kind called "mean" does not replace the mean
