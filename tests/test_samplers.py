@@ -306,8 +306,8 @@ def tree(tmp_path) -> Path:
 
 
 def tiny(image: Image.Image) -> torch.Tensor:
-    """An image as 4 numbers, and what a random augmentation would draw."""
-    return torch.cat([torch.tensor(np.array(image.resize((2, 2)).convert("L"))).flatten(), torch.rand(2)])
+    """An image (1, 2, 3): 4 of its pixels, and what a random augmentation would draw."""
+    return torch.cat([torch.tensor(np.array(image.resize((2, 2)).convert("L")))[None], torch.rand(1, 2, 1)], dim=2)
 
 
 def pairs_of(root: Path) -> FacePairDataset:
@@ -330,7 +330,7 @@ def test_a_batch_with_repeats_loads_as_tensors_labels_and_anchor_indices(tree):
     batches = PersonBatches([label for _, label in dataset.anchors], persons=4, pairs=3, seed=0)
     indices = epoch_of(batches)[0]
     [(anchors, positives, labels, places), *_] = DataLoader(dataset, batch_sampler=batches)
-    assert anchors.shape == positives.shape == (12, 6)
+    assert anchors.shape == positives.shape == (12, 1, 2, 3)
     assert places.tolist() == [index % len(dataset) for index in indices] != indices
     assert [dataset.anchors[place][1] for place in places] == labels.tolist()
     assert Counter(labels.tolist()) == {0: 3, 1: 3, 2: 3, 3: 3}

@@ -608,7 +608,7 @@ def test_clean_positives_and_those_distorted_on_the_fly_open_no_distorted_file(s
         trained = train(stages[1], f"{clean} {distort}", {"CLEAN": clean, "DISTORT": distort})
         folders = Counter(path.parent.name for path in opened if path.is_relative_to(train_dir))
         pairs, anchors = pairs_of_an_epoch(trained), 7  # each anchor is opened once more for the bank
-        twice = distort * pairs  # the anchor that is its own positive as it is, is opened once
+        twice = clean * pairs  # an anchor that is distorted on the fly is opened once
         assert folders == Counter(clean=anchors + pairs + twice, distortion=0 if clean or distort else pairs)
     dataset = trained.run.loader.dataset
     files = [dataset.files(index) for index in range(10 * len(dataset))]
