@@ -1,14 +1,12 @@
 """Checkpoints and other files: written atomically, read strictly."""
 
 import contextlib
-import csv
-import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import nn
@@ -16,6 +14,9 @@ from torch.optim import Optimizer
 
 from common import UserError, list_names, read_plain
 from models import Crops, FaceNet
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
 # What every checkpoint states, besides its weights.
@@ -43,15 +44,13 @@ def write_json(path: Path, content: dict) -> None:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
-def write_csv(path: Path, rows: Iterable[dict]) -> None:
-    """`rows` under the keys of all of them, in order of first appearance; a missing value stays empty."""
-    rows = list(rows)
+def write_csv(path: Path, rows: "Iterable[dict] | DataFrame") -> None:
+    """`rows` under the keys of all of them, in order of first appearance; a missing value or NaN stays empty."""
+    from pandas import DataFrame  # takes half a second, which importing this module can do without
+
     with atomic_file(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()  # leaves `file` open for the flush to disk
+        table = DataFrame(rows, dtype=object)  # object: an int beside a missing value stays an int
+        table.to_csv(file, mode="wb", index=False, lineterminator="\n")
 
 
 def save_checkpoint(path: Path, facts: dict, parts: dict) -> None:

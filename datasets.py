@@ -1,4 +1,4 @@
-"""From a folder of persons to tensors: the scanner, the datasets of both stages and the image transforms.
+"""From a folder of persons to labelled images: the scanner, and the datasets of both stages.
 
 root/<person>/clean/*.jpg          clean photos (or directly in the person folder, as FACECOM is released)
 root/<person>/distortion/*.jpg     their distorted copies, <clean stem>_<kind>.jpg
@@ -30,23 +30,25 @@ CLEAN, DISTORTION = "clean", "distortion"
 
 @dataclass(frozen=True)
 class Person:
-    """One folder of the tree; both lists sorted by name."""
+    """One person's folder; the photos of both kinds sorted by file name."""
 
     name: str
     clean: tuple[Path, ...]
     distorted: tuple[Path, ...]
 
+    @property
+    def photos(self) -> tuple[Path, ...]:
+        return self.clean + self.distorted
+
+
+Split = Path | str | Sequence[Person]  # a folder of persons, or what `scan_persons` found there
+
 
 def find_photos(folder: Path) -> list[Path]:
-    """Sorted image files directly in `folder`; hidden and other files are passed over; [] if there is no folder."""
-    if not folder.is_dir():
-        return []
-    photos = [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    ]
-    return sorted(photos, key=lambda path: path.name)  # paths themselves sort by other rules on Windows
+    """Sorted image files directly in `folder`, without hidden ones; [] if there is no such folder."""
+    # Paths themselves sort by other rules on Windows.
+    files = sorted(folder.iterdir() if folder.is_dir() else (), key=lambda path: path.name)
+    return [path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()]
 
 
 @functools.cache
@@ -62,7 +64,7 @@ def _read_error(path: Path, size: int, mtime_ns: int) -> str | None:
 
 
 def find_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
-    """Decode every file once; path -> reason of those that Pillow cannot read to their end."""
+    """Decode every file once; path -> reason for each one that Pillow cannot read to its end."""
 
     def check(path: Path) -> str | None:
         try:
@@ -71,8 +73,8 @@ def find_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
             return str(error)
         return _read_error(path, stat.st_size, stat.st_mtime_ns)
 
-    # An odd EXIF block or a large photo is no reason to leave it out. Ignored here, not in the threads: the filters
-    # belong to the process, and threads that put them back in another order would leave them off for good.
+    # Pillow warns of odd EXIF blocks and large photos, which are readable. Ignored here, not in the threads: filters
+    # belong to the process, and threads that restore them out of order would leave warnings off for good.
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:  # Pillow decodes outside the GIL
         warnings.simplefilter("ignore")
         return {path: reason for path, reason in zip(paths, pool.map(check, paths), strict=True) if reason}
@@ -82,30 +84,28 @@ def scan_persons(root: Path | str, *, check_images: bool = True) -> list[Person]
     """Persons of `root`, sorted by name: every visible sub-folder with at least one photo.
 
     Clean photos lie in `<person>/clean/` or directly in `<person>/`; where both hold some, `clean/` counts.
-    With `check_images`, every file is decoded once and unreadable ones are listed and left out. Folders without a
-    photo, and persons without a clean one (they cannot be enrolled or be an anchor), are told once.
-    Raises FileNotFoundError if `root` is no folder, ValueError if it holds no person with a readable photo.
+    With `check_images`, every file is decoded once; unreadable ones are listed in a warning and left out. Folders
+    without a photo, and persons without a clean one (never enrolled, never an anchor), are counted in a warning.
+    Raises UserError if `root` is not a folder, or holds no person with a readable photo.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set DATA_DIR to the folder that holds train/ and val/")
-    persons, empty, loose = [], [], []
+    persons, loose = [], []
     folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     for folder in sorted(folders, key=lambda path: path.name):
         in_clean, direct = find_photos(folder / CLEAN), find_photos(folder)
         if in_clean and direct:
             loose.append(folder.name)
-        person = Person(folder.name, tuple(in_clean or direct), tuple(find_photos(folder / DISTORTION)))
-        if person.clean or person.distorted:
-            persons.append(person)
-        else:
-            empty.append(folder.name)
+        persons.append(Person(folder.name, tuple(in_clean or direct), tuple(find_photos(folder / DISTORTION))))
+    empty = [person.name for person in persons if not person.photos]
     if loose:
         warn_once(f"{root}: {len(loose)} persons hold photos beside their clean/ folder, ignored ({list_names(loose)})")
     if empty:
         warn_once(f"{root}: {len(empty)} folders without a photo, ignored ({list_names(empty)})")
     if check_images:
         persons = _without_unreadable(root, persons)
+    persons = [person for person in persons if person.photos]
     if not persons:
         raise UserError(
             f"{root}: no person with a photo; expected {root}/<person>/clean/*.jpg or {root}/<person>/*.jpg, "
@@ -121,38 +121,41 @@ def scan_persons(root: Path | str, *, check_images: bool = True) -> list[Person]
 
 
 def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
-    bad = find_unreadable([path for person in persons for path in person.clean + person.distorted])
+    bad = find_unreadable([path for person in persons for path in person.photos])
     if not bad:
         return persons
     listed = "\n".join(f"  {path}: {reason}" for path, reason in bad.items())
     warn_once(f"{root}: {len(bad)} unreadable images, left out; replace or delete them:\n{listed}")
-    readable = [
+    return [
         Person(p.name, tuple(f for f in p.clean if f not in bad), tuple(f for f in p.distorted if f not in bad))
         for p in persons
     ]
-    return [person for person in readable if person.clean or person.distorted]
 
 
 def distortion_kind(path: Path) -> str:
-    """'blurred' of a_0001_blurred.jpg: what follows the stem's last underscore; 'unknown' if that is no word."""
+    """'blurred' for a_0001_blurred.jpg: what follows the last underscore; 'unknown' if that is nothing or a number."""
     _, underscore, kind = path.stem.rpartition("_")
     return kind.lower() if underscore and kind and not kind.isdigit() else "unknown"
 
 
-def persons_of(root: Path | str | Sequence[Person]) -> list[Person]:
-    """The persons of a folder, scanned now; those that an earlier `scan_persons` found, as they are."""
-    return scan_persons(root) if isinstance(root, (Path, str)) else list(root)
+def persons_of(root: Split) -> list[Person]:
+    """The persons of a folder, or those already scanned. Raises what `scan_persons` raises, or UserError for none."""
+    if isinstance(root, (Path, str)):
+        return scan_persons(root)
+    folder_of(root)  # raises if no person is left
+    return list(root)
 
 
 def folder_of(persons: Sequence[Person]) -> Path:
-    """The folder that holds the folders of `persons`, for messages."""
-    person = next(person for person in persons if person.clean or person.distorted)
-    photo = (person.clean or person.distorted)[0]
-    return next((folder.parent for folder in photo.parents if folder.name == person.name), photo.parent)
+    """The folder that holds the folders of `persons`, for messages. Raises UserError if none of them has a photo."""
+    for person in persons:
+        for photo in person.photos[:1]:
+            return next((folder.parent for folder in photo.parents if folder.name == person.name), photo.parent)
+    raise UserError("no person is left; if all of them are held out, lower HOLDOUT_PERSONS and train stage 1 again")
 
 
 def split_persons(persons: Sequence[Person], holdout: Collection[str]) -> tuple[list[Person], list[Person]]:
-    """Those to train on, and those named in `holdout`. Raises UserError for a name that is not among `persons`."""
+    """The persons to train on, and those named in `holdout`. Raises UserError if one of the latter is missing."""
     missing = sorted(set(holdout) - {person.name for person in persons})
     if missing:
         raise UserError(
@@ -164,58 +167,49 @@ def split_persons(persons: Sequence[Person], holdout: Collection[str]) -> tuple[
 
 
 def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Person]:
-    """`persons` less their distorted photos of these kinds, less those persons who then have no photo.
+    """`persons` without their distorted photos of these kinds, and without persons that have no other photo.
 
-    Raises UserError if nobody is left.
+    Raises UserError if no person is left.
     """
     _warn_unknown_kinds("SKIP_KINDS", kinds, persons)
     kept = [
         Person(p.name, p.clean, tuple(path for path in p.distorted if distortion_kind(path) not in kinds))
         for p in persons
     ]
-    kept = [person for person in kept if person.clean or person.distorted]
+    kept = [person for person in kept if person.photos]
     if not kept:
         raise UserError(f"{folder_of(persons)}: SKIP_KINDS leaves no photo to train on")
     return kept
 
 
 def _warn_unknown_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person]) -> None:
-    """A warning for each of `kinds` that no photo is of: perhaps misspelt."""
+    """Warn of each of `kinds` that no photo is of: it may be misspelt."""
     found = {distortion_kind(path) for person in persons for path in person.distorted}
-    there = list_names(sorted(found), most=10) or "no distorted ones"
+    present = list_names(sorted(found), most=10) or "no distorted photos"
     for kind in kinds:
         if kind not in found:
-            warn_once(f"{constant}: no train photo is of kind {kind!r}; there are {there}")
+            warn_once(f"{constant}: no train photo is of kind {kind!r}; there are {present}")
 
 
 def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
-    """The clean photo that `distorted` was made from: the longest clean stem that prefixes its name, None if none does.
+    """The clean photo that `distorted` was made from: the one with the longest stem that begins its name, else None.
 
-    The prefix ends at an underscore: a_10_blurred.jpg comes from a_10.jpg, never from a_1.jpg.
+    The stem ends at an underscore of the name: a_10_blurred.jpg comes from a_10.jpg, never from a_1.jpg.
     """
     sources = [photo for photo in clean if distorted.stem == photo.stem or distorted.stem.startswith(photo.stem + "_")]
     return max(sources, key=lambda photo: len(photo.stem), default=None)
 
 
-def _copies(person: Person) -> dict[Path, tuple[Path, ...]]:
-    """The distorted copies of each clean photo of a person that has any."""
-    copies: dict[Path, list[Path]] = {}
-    for path in person.distorted:
-        if source := source_photo(path, person.clean):
-            copies.setdefault(source, []).append(path)
-    return {source: tuple(paths) for source, paths in copies.items()}
-
-
 def files_digest(persons: Sequence[Person]) -> str:
-    """What tells one set of files from another: their number, and 12 hexadecimal digits of their names and persons."""
-    names = [f"{person.name}/{path.name}" for person in persons for path in person.clean + person.distorted]
+    """Identifies a set of files: their number, and 12 hexadecimal digits of the SHA-256 of their persons and names."""
+    names = [f"{person.name}/{path.name}" for person in persons for path in person.photos]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
     return f"{len(names)} files, {digest}"
 
 
 def warn_shared_persons(train: Sequence[Person], val: Sequence[Person]) -> None:
-    """Tell what would make val figures flatter or labels wrong: persons of both splits, and one image file (by content)
-    under two persons, within or across the splits."""
+    """Warn of what makes val figures too high or labels wrong: persons in both splits, and identical image files
+    under two persons, within one split or across both."""
     val_names = {person.name for person in val}
     shared = [person.name for person in train if person.name in val_names]
     if shared:
@@ -223,7 +217,7 @@ def warn_shared_persons(train: Sequence[Person], val: Sequence[Person]) -> None:
             f"{len(shared)} of {len(val)} val persons are train persons too: val then does not measure unseen persons "
             f"({list_names(shared)})"
         )
-    owners: dict[Path, str] = {p: person.name for person in [*train, *val] for p in person.clean + person.distorted}
+    owners = {path: person.name for person in [*train, *val] for path in person.photos}
     _warn_equal_files(
         [paths for paths in equal_files(list(owners)) if len({owners[path] for path in paths}) > 1],
         "images lie under more than one person; one of the names is wrong",
@@ -231,11 +225,11 @@ def warn_shared_persons(train: Sequence[Person], val: Sequence[Person]) -> None:
 
 
 def warn_duplicate_photos(persons: Sequence[Person]) -> None:
-    """Tell clean photos of one person that are one file: a query's own source then has a twin in the gallery, which
-    no protocol leaves out."""
+    """Warn of identical clean files of one person: the source photo of a query then has a double in the gallery,
+    which no protocol leaves out."""
     _warn_equal_files(
         [paths for person in persons for paths in equal_files(person.clean)],
-        "clean photos of one person are one file: its copy then passes for another photo of the person; delete one",
+        "clean photos of one person are one file: its double then passes for another photo of the person; delete one",
     )
 
 
@@ -262,10 +256,10 @@ def _warn_equal_files(groups: list[list[Path]], what: str) -> None:
 def split_holdout(persons: Sequence[str], count: int, seed: int) -> list[str]:
     """`count` names drawn from `persons` by `seed`, sorted; the same for any order of `persons`.
 
-    Raises ValueError unless 0 <= count and at least two persons are left to train on.
+    Raises UserError for a negative count, or one that leaves fewer than two persons to train on.
     """
     if count and not 0 < count <= len(persons) - 2:
-        raise UserError(f"HOLDOUT_PERSONS = {count}: {len(persons)} persons are there, two must stay in training")
+        raise UserError(f"HOLDOUT_PERSONS = {count}: {len(persons)} persons are there, and two must stay in training")
     order = torch.randperm(len(persons), generator=torch.Generator().manual_seed(seed)).tolist()
     return sorted(sorted(persons)[i] for i in order[:count])
 
@@ -274,36 +268,36 @@ def split_holdout(persons: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 class _SeededDataset(Dataset):
-    """What an item draws depends on (seed, epoch, index) alone: not on the worker, nor on what was drawn before."""
+    """The random draws of an item depend on (seed, epoch, index) alone, not on the worker or on earlier draws."""
 
     def __init__(self, transform: Transform, seed: int):
         self.transform, self.seed = transform, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that live on between epochs
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the epoch that the coming items are drawn for."""
+        """Draw items for `epoch` from now on, in every worker."""
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[tuple]:
-        return (self[index] for index in range(len(self)))  # Python's own way ends at an IndexError: none comes
+        return (self[index] for index in range(len(self)))  # Python's default stops at an IndexError, and there is none
 
     def files(self, index: int) -> list[Path]:
-        """The files that item `index` is made of, in the present epoch."""
+        """The files that item `index` is made from in the current epoch."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def _seeded(self, index: int) -> Iterator[torch.Generator]:
-        """A generator for this item; torch's own, which transforms draw from, is seeded as well and then put back."""
+        """A generator for this item. torch's own, which transforms draw from, is seeded too, then restored."""
         seed = derived_seed(self.seed, int(self._epoch), index)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's too
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU's
             yield torch.Generator().manual_seed(seed ^ 1)
 
 
 class _LabelledPhotos(_SeededDataset):
-    """(image (3, H, W) float32, label int) of `samples`, a list of (path, label).
+    """(image (3, H, W) float32, label int) for each (path, label) of `samples`.
 
-    Index i + n * len(self) is sample i once more, with another crop (see ShuffledBatches).
+    Index i + n * len(self) is sample i again, with random draws of its own (see ShuffledBatches).
     """
 
     samples: list[tuple[Path, int]]
@@ -323,37 +317,28 @@ class _LabelledPhotos(_SeededDataset):
 class FaceClassificationDataset(_LabelledPhotos):
     """Every photo of the training persons, clean and distorted.
 
-    Item: image (3, H, W) float32 from `transform`; label int in 0..len(persons)-1. root: a folder of persons, or what
-    `scan_persons` found there.
-    `.persons` (sorted) and `.label2idx` (person -> label) are the mapping that a head is trained with.
-    Raises what `scan_persons` raises.
+    Item: image (3, H, W) float32 from `transform`; label int in 0..len(persons)-1.
+    `.persons` (sorted) and `.label2idx` (person -> label) are the labels that a head is trained with.
+    Raises what `persons_of` raises.
     """
 
-    def __init__(self, root: Path | str | Sequence[Person], transform: Transform, *, seed: int = 0):
+    def __init__(self, root: Split, transform: Transform, *, seed: int = 0):
         super().__init__(transform, seed)
         scanned = persons_of(root)
         self.persons = [person.name for person in scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
-        self.samples = [(path, self.label2idx[p.name]) for p in scanned for path in p.clean + p.distorted]
+        self.samples = [(path, label) for label, person in enumerate(scanned) for path in person.photos]
 
 
 class FaceCleanValDataset(_LabelledPhotos):
-    """The clean photos of a validation split, labelled by the mapping of a training set.
+    """The clean photos of a validation split, with the labels of a training set.
 
-    Item and root as in FaceClassificationDataset; persons, label2idx: that dataset's.
-    Raises UserError if the split holds a person whom the mapping does not know, or no clean photo.
+    Item and root as in FaceClassificationDataset; persons, label2idx: those of the training set.
+    Raises what `persons_of` raises; UserError if a person has no label, or if there is no clean photo.
     """
 
-    def __init__(
-        self,
-        root: Path | str | Sequence[Person],
-        persons: Sequence[str],
-        label2idx: dict[str, int],
-        transform: Transform,
-        *,
-        seed: int = 0,
-    ):
-        super().__init__(transform, seed)
+    def __init__(self, root: Split, persons: Sequence[str], label2idx: dict[str, int], transform: Transform):
+        super().__init__(transform, seed=0)
         if set(persons) != set(label2idx):
             raise UserError("persons and label2idx hold different persons; pass both from the same training dataset")
         self.persons, self.label2idx = list(persons), dict(label2idx)
@@ -372,25 +357,23 @@ class FaceCleanValDataset(_LabelledPhotos):
 
 
 class FacePairDataset(_SeededDataset):
-    """Positive pairs: each clean photo is an anchor once per epoch, beside a distorted photo of the same person.
+    """Positive pairs: each clean photo is an anchor once per epoch, paired with a distorted photo of the same person.
 
-    Item: anchor (clean) and positive, (3, H, W) float32; the person's label, int in 0..len(persons)-1; the anchor's
-    place in `.anchors`. The negative of the triplet (Schroff et al. 2015, arXiv:1503.03832) is mined where all
-    embeddings are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
-    The positive is a distorted copy of the anchor itself (see source_photo), or of another photo of the person where it
+    Item: anchor and positive, (3, H, W) float32 each; the person's label, int in 0..len(persons)-1; the anchor's index
+    in `.anchors`. The negative of the triplet (Schroff et al. 2015, arXiv:1503.03832) is mined where all embeddings
+    are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
+    The positive is a distorted copy of the anchor (see source_photo), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
-    `distort(anchor)`, such as RandomDistortion, instead of a file. Kinds in `often` are drawn twice as often as others.
-    Both photos of every second item are mirrored: `transform` alone would do it to one of a pair and not to the other.
-    All of it is drawn by (seed, epoch, index). Index i + n * len(self) is anchor i once more, with another positive
-    (see PersonBatches). root as in FaceClassificationDataset; persons without clean or without distorted photos give no
-    pair, and are counted in a warning.
-    Raises what `scan_persons` raises; UserError if no pair or fewer than two persons are left, or for a share outside
-    0..1.
+    `distort(anchor)`, for example a RandomDistortion. Kinds in `often` are drawn twice as often as others.
+    Each item is mirrored with probability 0.5, both photos alike: `transform` would mirror each on its own.
+    Index i + n * len(self) is anchor i again, with random draws of its own (see PersonBatches).
+    root as in FaceClassificationDataset; persons without clean or without distorted photos are counted in a warning.
+    Raises what `persons_of` raises; UserError if fewer than two persons have pairs, or for a share outside 0..1.
     """
 
     def __init__(
         self,
-        root: Path | str | Sequence[Person],
+        root: Split,
         transform: Transform,
         *,
         clean: float = 0.0,
@@ -401,42 +384,43 @@ class FacePairDataset(_SeededDataset):
     ):
         super().__init__(transform, seed)
         if not (clean >= 0 and on_the_fly >= 0 and clean + on_the_fly <= 1):
-            raise UserError(f"CLEAN = {clean}, DISTORT = {on_the_fly}: expected shares in 0..1, together 1 at most")
+            raise UserError(f"CLEAN = {clean}, DISTORT = {on_the_fly}: expected shares in 0..1 whose sum is at most 1")
         if on_the_fly and distort is None:
-            raise UserError(f"DISTORT = {on_the_fly}: no distortion is given to distort the photos with")
+            raise UserError(f"DISTORT = {on_the_fly}: photos are to be distorted on the fly, but `distort` is None")
         self.clean, self.on_the_fly, self.distort = clean, on_the_fly, distort
         scanned = persons_of(root)
         self.persons = [person.name for person in scanned]
-        self.label2idx = {name: label for label, name in enumerate(self.persons)}
         _warn_unknown_kinds("OFTEN", often, scanned)
         self.anchors: list[tuple[Path, int]] = []  # (path, label)
         self._positives: list[tuple[Path, ...]] = []  # of each anchor
+        unpaired = []
         for label, person in enumerate(scanned):
-            if person.clean and person.distorted:
-                # What is drawn twice as often stands there twice.
-                twice = tuple(path for path in person.distorted if distortion_kind(path) in often)
-                drawn = Person(person.name, person.clean, person.distorted + twice)
-                copies = _copies(drawn)
-                self.anchors += [(path, label) for path in person.clean]
-                self._positives += [copies.get(path, drawn.distorted) for path in person.clean]
-        unpaired = [p.name for p in scanned if not (p.clean and p.distorted)]
+            if not (person.clean and person.distorted):
+                unpaired.append(person.name)
+                continue
+            # What is listed twice is drawn twice as often.
+            distorted = person.distorted + tuple(path for path in person.distorted if distortion_kind(path) in often)
+            sources = [source_photo(path, person.clean) for path in distorted]
+            for photo in person.clean:
+                copies = tuple(path for path, source in zip(distorted, sources, strict=True) if source == photo)
+                self.anchors.append((photo, label))
+                self._positives.append(copies or distorted)
+        if len(unpaired) > len(scanned) - 2:
+            raise UserError(
+                f"{folder_of(scanned)}: training on pairs needs two persons with both clean and distorted photos, "
+                f"found {len(scanned) - len(unpaired)} among {len(scanned)}"
+            )
         if unpaired:
             warn_once(
-                f"{folder_of(scanned)}: {len(unpaired)} of {len(self.persons)} persons lack clean or distorted photos "
+                f"{folder_of(scanned)}: {len(unpaired)} of {len(scanned)} persons lack clean or distorted photos "
                 f"and give no pair ({list_names(unpaired)})"
             )
-        if not self.anchors:
-            raise UserError(
-                f"{folder_of(scanned)}: no person has both clean and distorted photos, so there is no pair to train on"
-            )
-        if len(self.persons) < 2:
-            raise UserError(f"{folder_of(scanned)}: a negative needs a second person, found only {self.persons[0]}")
 
     def __len__(self) -> int:
         return len(self.anchors)
 
     def _draw(self, index: int, generator: torch.Generator) -> tuple[Path, Path | None, bool]:
-        """The anchor's path; the positive's, None where it is the anchor distorted on the fly; whether to mirror."""
+        """The anchor's path; the positive's, or None for the anchor distorted on the fly; whether both are mirrored."""
         anchor, positives = self.anchors[index % len(self)][0], self._positives[index % len(self)]
         torch.randint(len(self.persons) - 1, (), generator=generator)
         positive = positives[int(torch.randint(len(positives), (), generator=generator))]

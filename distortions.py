@@ -1,10 +1,12 @@
-"""Seven kinds of bad image, modelled on the distorted photos of FACECOM, and five that are for testing only.
+"""The kinds of bad image: those of DISTORTIONS, modelled on FACECOM's photos, and those of UNSEEN, for testing only.
 
-Every kind is `(image, severity, generator) -> image`: RGB in, RGB of the same size out, the input left as it is.
-severity 0 is the mildest one still sees, 0.5 the average FACECOM file, 1 the heaviest. In the formulas x is a
-pixel in 0..1, s the severity and side the image's shorter side. Lengths are meant for side = 250 and grow or
-shrink with it, so a 2048 x 3072 photo looks as bad as a 250 x 250 one. The same generator state gives the same
-pixels, and with the same state a higher severity only adds to a lower one.
+A kind is a function (image, severity, generator) -> image: RGB in, RGB of the same size out, the input left as it is.
+A new one is a function here and a line in DISTORTIONS, and needs no other change.
+
+Severity 0 is just visible, 0.5 the average FACECOM file, 1 the heaviest. In the formulas x is a pixel in 0..1, s the
+severity and side the image's shorter side. Lengths are given for side = 250 and scale with it, so a 2048 x 3072 photo
+looks as bad as a 250 x 250 one. The same generator state gives the same pixels; from the same state, a higher severity
+only adds to a lower one.
 """
 
 import io
@@ -17,13 +19,13 @@ REFERENCE_SIDE = 250  # px, shorter side of the FACECOM photos on which the leng
 
 
 def blurred(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """Lens out of focus: a Gaussian of radius 1.0 + 4.5 s px (FACECOM: 2.5..4.0). Draws nothing at random.
+    """Lens out of focus: a Gaussian of radius 1.0 + 4.5 s px (FACECOM: 2.5..4.0). Deterministic.
 
-    On a photo of side 60 and less the mildest blur is far below one pixel and changes nothing.
+    On a photo of side 60 or less the mildest blur is far below one pixel and changes nothing.
     """
     check(image, severity)
     radius = (1.0 + 4.5 * severity) * min(image.size) / REFERENCE_SIDE
-    return image.filter(ImageFilter.GaussianBlur(float(radius)))  # Pillow chokes on a numpy float
+    return image.filter(ImageFilter.GaussianBlur(float(radius)))  # Pillow does not take a numpy float
 
 
 def foggy(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
@@ -40,7 +42,7 @@ def foggy(image: Image.Image, severity: float, generator: np.random.Generator) -
 
 
 def lowlight(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """Too little light: (0.5 - 0.4 s) x (FACECOM: 0.3 x). Draws nothing at random."""
+    """Too little light: (0.5 - 0.4 s) x (FACECOM: 0.3 x). Deterministic."""
     check(image, severity)
     return image.point([round((0.5 - 0.4 * severity) * value) for value in range(256)] * 3)
 
@@ -54,7 +56,7 @@ def noisy(image: Image.Image, severity: float, generator: np.random.Generator) -
     share = 0.02 + 0.10 * severity
     columns, rows = scaled(image.size, min(1.0, REFERENCE_SIDE / min(image.size)))
     draw = generator.random((rows, columns), dtype=np.float32)
-    grains = np.full((rows, columns), 128, np.uint8)  # 128: left as it is
+    grains = np.full((rows, columns), 128, np.uint8)  # 128: no grain
     grains[draw < share / 2] = 0
     grains[draw > 1 - share / 2] = 255
     grains = np.asarray(Image.fromarray(grains).resize(image.size, Image.Resampling.NEAREST))
@@ -87,7 +89,7 @@ def rainy(image: Image.Image, severity: float, generator: np.random.Generator) -
 
 
 def resized(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """Low resolution: down by f = 2 + 6 s and up again, bilinear (FACECOM: 4..6). Draws nothing at random.
+    """Low resolution: down by f = 2 + 6 s and up again, bilinear (FACECOM: 4..6). Deterministic.
 
     At another side the factor is 1 + (f - 1) side / 250: above 1 always, so even a tiny photo loses detail.
     """
@@ -100,7 +102,7 @@ def resized(image: Image.Image, severity: float, generator: np.random.Generator)
 
 
 def sunny(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """Glare: a white disc burnt into the middle of the frame. Draws nothing at random.
+    """Glare: a white disc burnt into the middle of the frame. Deterministic.
 
     White up to radius (0.15 + 0.30 s) side, then fading to nothing over 0.10 side (FACECOM: 0.30 to 0.40).
     """
@@ -127,7 +129,7 @@ def motionblur(image: Image.Image, severity: float, generator: np.random.Generat
 
 
 def jpegblocks(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """Compression: JPEG of quality 12 - 9 s, its blocks 8 px at side = 250. Draws nothing at random."""
+    """Compression: JPEG of quality 12 - 9 s, its blocks 8 px at side = 250. Deterministic."""
     check(image, severity)
     small = image.resize(scaled(image.size, min(1.0, REFERENCE_SIDE / min(image.size))), Image.Resampling.BILINEAR)
     file = io.BytesIO()
@@ -137,7 +139,7 @@ def jpegblocks(image: Image.Image, severity: float, generator: np.random.Generat
 
 
 def pixelated(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """Squares of one colour, 4 + 4 s px wide. Draws nothing at random."""
+    """Squares of one colour, 4 + 4 s px wide. Deterministic."""
     check(image, severity)
     side = (4 + 4 * severity) * min(image.size) / REFERENCE_SIDE
     small = image.resize(scaled(image.size, 1 / max(1.0, side)), Image.Resampling.BOX)
@@ -145,7 +147,7 @@ def pixelated(image: Image.Image, severity: float, generator: np.random.Generato
 
 
 def colournoise(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """A sensor at its limit: Gaussian noise of deviation 0.08 + 0.16 s, in each channel its own, grains as `noisy`."""
+    """A sensor at its limit: Gaussian noise of deviation 0.08 + 0.16 s, independent in each channel."""
     check(image, severity)
     columns, rows = scaled(image.size, min(1.0, REFERENCE_SIDE / min(image.size)))
     noise = generator.normal(0, 0.08 + 0.16 * severity, (rows, columns, 3)).astype(np.float32)
@@ -154,7 +156,7 @@ def colournoise(image: Image.Image, severity: float, generator: np.random.Genera
 
 
 def gammadark(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-    """Darkness that swallows the shadows: x ^ (2.5 + 2 s). Draws nothing at random."""
+    """Darkness that swallows the shadows: x ^ (2.5 + 2 s). Deterministic."""
     check(image, severity)
     return image.point([round(255 * (value / 255) ** (2.5 + 2 * severity)) for value in range(256)] * 3)
 
@@ -192,7 +194,7 @@ DISTORTIONS: dict[str, Distortion] = {
     "resized": resized,
     "sunny": sunny,
 }
-# For testing alone (see unseen_kinds.py): training draws from DISTORTIONS, so no network has met their form.
+# For testing only, see tools/unseen_kinds.py: training draws from DISTORTIONS, so no network has seen these.
 UNSEEN: dict[str, Distortion] = {
     "motionblur": motionblur,
     "jpegblocks": jpegblocks,

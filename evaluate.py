@@ -1,4 +1,4 @@
-"""Retrieval on one split: a gallery of clean photos, distorted ones ask it; every figure, with its interval.
+"""Retrieval on one split: clean photos are the gallery, distorted ones the queries; every figure with its interval.
 
     python evaluate.py
 
@@ -6,25 +6,20 @@ Writes RESULTS_DIR/<split>_<stage>/: report.html with everything in it, figures.
 queries.csv, persons.csv and the pictures.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 
 import checkpoints
 import common
 import fast
 import metrics
-import plots
+import report
 from common import UserError, warn_once
 from datasets import Person, PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
 from gallery import (
-    Gallery,
     NoQueries,
-    Queries,
     build_gallery,
     check_protocol,
     discard_curves,
@@ -35,18 +30,18 @@ from gallery import (
     score,
     select_queries,
 )
-from report import comparison_table, figures_table
-from results import Evaluated, discard_summary, missing_figures, told, write_report, write_results
-from scores import check_template, mean_templates
-from transforms import FaceCrop, Transform, eval_transform, load_image
+from report import Evaluated
+from scores import check_template
+from transforms import Transform, eval_transform
 
 # --- what to evaluate ---
 DATA_DIR = Path("Task_B")  # holds one folder per split
 SPLIT = "val"  # "val", "test" or "train"
 CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None: the PRETRAINED network as it is
-COMPARE_WITH = None  # checkpoint asked the same, the "before" of tables and pictures; "pretrained": that network; None
-TEMPLATE = "mean"  # whose figures count: a person's "mean" clean embedding, or the "best" match among its photos
-# Who asks: all distorted photos ("same"), these without their own source ("cross"), clean photos ("clean").
+COMPARE_WITH = None  # "before" of tables and pictures: a checkpoint; "pretrained": the network below; None
+TEMPLATE = "mean"  # a person is matched by the "mean" of its clean embeddings or by the "best" of its clean photos
+# Queries: distorted photos against all clean ones ("same") or against all but their source ("cross"); clean photos,
+# each against the others ("clean").
 PROTOCOLS = ("same", "cross", "clean")
 RESULTS_DIR = Path("results")
 CHECK_IMAGES = True  # decode every file once first, list the broken ones and go on without them
@@ -91,33 +86,22 @@ def main() -> dict:
             before = replace(before, title=f"{before.title}, before")
     comparison = compared(before, after) if before else {}
 
-    for protocol, details in after.details.items():
-        groups = after.measured[protocol][TEMPLATE]
-        print(f"\n{protocol}: {told(details)}; {TEMPLATE} template")
-        print(figures_table(groups))
-        top1 = {template: f"{100 * value:.1f}" for template, value in details["top1"].items()}
-        print(f"rank-1 of all by template: mean {top1['mean']}, best {top1['best']}")
-        if after.discard_curves[protocol]:
-            print(discard_summary(after.discard_curves[protocol]))
-        if protocol in comparison:
-            print(f"difference to {before.title}, with 95 % interval (* clear of 0)")
-            print(comparison_table(comparison[protocol]))
-    for line in missing_figures(after):
-        print(line)
-    print(f"\ntop-1, {TEMPLATE} template")
-    for protocol, details in after.details.items():
-        who = f"{details['queries']} queries of {len(details['per_person'])} persons"
-        print(f"{protocol:<6}{100 * details['top1'][TEMPLATE]:7.2f} %, {who}")
-    details = next(iter(after.details.values()))
-
-    if not common.is_main():  # of several processes one writes
-        return details
-    results = RESULTS_DIR / f"{SPLIT}_{after.title}"
-    write_results(results, after, before, comparison)
-    if PICTURES:
-        write_report(results, draw_pictures(after, before), after, comparison, before)
-    print(f"figures{', pictures and report.html' if PICTURES else ''}: {results}")
-    return details
+    report.print_results(after, before, comparison)
+    if common.is_main():  # of several processes one writes
+        folder = RESULTS_DIR / f"{SPLIT}_{after.title}"
+        report.write_results(folder, after, before, comparison)
+        if PICTURES:
+            pictures = report.draw_pictures(
+                after,
+                before,
+                persons=PLOT_PERSONS,
+                mistakes=MISTAKES,
+                mistakes_per_kind=MISTAKES_PER_KIND,
+                seed=SEED,
+            )
+            report.write_report(folder, pictures, after, before, comparison)
+        print(f"figures{', pictures and report.html' if PICTURES else ''}: {folder}")
+    return next(iter(after.details.values()))
 
 
 def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torch.device) -> Evaluated:
@@ -152,7 +136,7 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
             f"  {len(known)} of {len(gallery.persons)} persons in {root} were trained on: not a test of unseen persons"
         )
     if len(gallery.persons) == 1:
-        warn_once(f"{root}: the gallery holds one person, whom every query is answered: the figures say nothing")
+        warn_once(f"{root}: the gallery holds one person, who is the answer to every query, so the figures say nothing")
     distorted = None
     if set(PROTOCOLS) != {"clean"}:
         distorted = embed_queries(
@@ -163,7 +147,7 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
     for protocol in PROTOCOLS:
         try:
             queries[protocol] = select_queries(gallery, distorted, protocol)
-        except NoQueries as error:  # nobody has a second photo: said, the other protocols still tell something
+        except NoQueries as error:  # no second photo in the split: the other protocols still say something
             if len(PROTOCOLS) == 1:
                 raise
             warn_once(str(error))
@@ -213,91 +197,6 @@ def compared(before: Evaluated, after: Evaluated) -> dict[str, dict[str, dict]]:
             for group, rows in queries.groups().items()
         }
     return found
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def draw_pictures(after: Evaluated, before: Evaluated | None) -> dict[str, Figure]:
-    """File name without its suffix -> picture, from what has already been embedded."""
-    models = [model for model in (before, after) if model]
-    pictures: dict[str, Figure] = {}
-    for protocol, measured in after.measured.items():
-        everything = {model.title: model.measured[protocol][TEMPLATE]["all"] for model in models}
-        pictures[f"cmc_{protocol}"] = plots.cmc({title: of.cmc.tolist() for title, of in everything.items()})
-        curve = measured[TEMPLATE]["all"].roc
-        if curve.impostor_pairs and curve.genuine_pairs:
-            curves = {title: (of.roc.far.tolist(), of.roc.tar.tolist()) for title, of in everything.items()}
-            pictures[f"roc_{protocol}"] = plots.roc(curves, curve.impostor_pairs)
-            point, chosen = chosen_threshold(measured[TEMPLATE]["all"])
-            pictures[f"scores_{protocol}"] = plots.score_histogram(
-                curve.edges.tolist(), curve.genuine_bins.tolist(), curve.impostor_bins.tolist(), chosen, point
-            )
-        groups = [group for group in measured[TEMPLATE] if group != "all" or len(measured[TEMPLATE]) > 2]
-        groups = groups or ["all"]
-        rank1 = {model.title: model.measured[protocol][TEMPLATE] for model in models}
-        bars = {
-            title: [tuple(of[group].figures["rank-1"][part] for part in ("value", "low", "high")) for group in groups]
-            for title, of in rank1.items()
-        }
-        pictures[f"kinds_{protocol}"] = plots.bars(groups, bars)
-        left = after.discard_curves[protocol]
-        if left and left["all"][0]:
-            pictures[f"discard_{protocol}"] = plots.discard({"all": left["all"]} | left)  # "all" first
-    pictures |= embedding_pictures(after.gallery, next(iter(after.queries.values())))
-    details = next(iter(after.details.values()))
-    crop = FaceCrop(after.facts["image_size"], after.facts["face_crop"])
-    pictures["mistakes"] = plots.mistakes_sheet(mistake_rows(after.gallery, details, crop))
-    return pictures
-
-
-def chosen_threshold(measured: metrics.Measured) -> tuple[float, float | None]:
-    """(FAR, cosine) of the lowest false accept rate that there are pairs enough to know, down to 0.001."""
-    for far in (1e-3, 1e-2):
-        if f"TAR@FAR={far:g}" in measured.thresholds:
-            return far, measured.thresholds[f"TAR@FAR={far:g}"]
-    return 1e-2, None
-
-
-def embedding_pictures(gallery: Gallery, queries: Queries) -> dict[str, Figure]:
-    """tsne and similarity of the first PLOT_PERSONS persons."""
-    shown = len(gallery.persons[:PLOT_PERSONS])
-    of_query = ((queries.truth >= 0) & (queries.truth < shown)).nonzero()[:, 0]
-    of_gallery = (gallery.labels < shown).nonzero()[:, 0]
-    asking, labels = queries.embeddings[of_query], queries.truth[of_query].tolist()
-    persons, pictures = gallery.persons[:shown], {}
-    if len(of_query) + len(of_gallery) >= 4:
-        is_query = [False] * len(of_gallery) + [True] * len(of_query)
-        embeddings = torch.cat([gallery.embeddings[of_gallery], asking])
-        pictures["tsne"] = plots.tsne(embeddings, gallery.labels[of_gallery].tolist() + labels, is_query, persons, SEED)
-    if labels:
-        templates = mean_templates(gallery.weighted, gallery.labels)[:shown]
-        pictures["similarity"] = plots.similarity_matrix(asking @ templates.T, labels, persons, templates)
-    return pictures
-
-
-def mistake_rows(
-    gallery: Gallery, details: dict, crop: Callable[[Image.Image], Image.Image]
-) -> list[tuple[Sequence[Image.Image], Sequence[str]]]:
-    """The most confident wrong answers: cropped images (as the network sees them) and captions."""
-    template = details["template"]
-    wrong = [q for q in details["per_query"] if q[template]["predicted"] != q["person"]]
-    first_photo = {}
-    for path, label in zip(gallery.paths, gallery.labels.tolist(), strict=True):
-        first_photo.setdefault(gallery.persons[label], path)
-    rows, of_kind = [], {}
-    for query in sorted(wrong, key=lambda q: -q[template]["score"]):
-        if len(rows) == MISTAKES:
-            break
-        of_kind[query["kind"]] = of_kind.get(query["kind"], 0) + 1
-        if of_kind[query["kind"]] > MISTAKES_PER_KIND:
-            continue
-        predicted, score = query[template]["predicted"], query[template]["score"]
-        true_photo = first_photo.get(query["person"], query["path"])  # not enrolled: nothing clean to show
-        paths = (Path(query["path"]), Path(true_photo), first_photo[predicted])
-        captions = (Path(query["path"]).name, query["person"], f"{predicted}  (cosine {score:.2f})")
-        rows.append(([crop(load_image(path)) for path in paths], captions))
-    return rows
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Faster embedding with the same numbers: a fused copy of the network, a compiled one, ONNX files and their runtime."""
+"""Faster embedding: a copy of the network with fused layers, a compiled one, and ONNX files with their runtimes."""
 
 import copy
-import hashlib
 import importlib
 import io
 import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -18,23 +16,23 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from common import UserError
-from models import EMBEDDING_DIM
+from models import FaceNet
 
-# Backends other than torch, on the CPU, and the optional packages that they need.
+# Backends that run outside torch, on the CPU, and the optional packages that they need.
 PACKAGES = {
     "onnxruntime": ("onnx", "onnxruntime"),
     "openvino": ("onnx", "openvino"),
     "openvino-int8": ("onnx", "openvino", "nncf"),
 }
 BACKENDS = ("torch", "fused", "compiled", *PACKAGES)
-OPSET = 17  # of ONNX: runtimes since 2022 read it, and nothing here needs a later one
-# OpenVINO's names of what Int8FaceNet leaves in float32, beside FaceNet's own products.
+OPSET = 17  # ONNX version: runtimes since 2022 read it, and nothing here needs a later one
+# Operations, by OpenVINO's names, that Int8FaceNet leaves in float32, besides FaceNet's own products.
 EXACT = ["ReduceL2", "Divide", "Broadcast", "MatMul", "ReduceMean", "Interpolate", "AvgPool", "Unsqueeze"]
 INPUT, OUTPUT, QUALITY = "images", "embeddings", "quality"  # names in the ONNX file
 
 
 def accelerated(
-    model: nn.Module,
+    model: FaceNet,
     backend: str,
     image_size: int,
     device: torch.device | str,
@@ -42,13 +40,12 @@ def accelerated(
 ) -> nn.Module:
     """`model` for embedding on `device`: the same embeddings but for rounding, in eval mode, without gradients.
 
-    "torch": `model` itself, as it is. The others are copies, which later training does not reach:
-    "fused": see `fused`. "compiled": that through torch.compile, which takes a minute or so at the first batch, again
-    at the first batch of another size, and a C++ compiler. "onnxruntime": see OnnxFaceNet; "openvino": see
-    OpenVinoFaceNet; "openvino-int8": see Int8FaceNet, whose embeddings are other ones, and which needs `photos`; all
-    three on the CPU only.
-    A copy has a `fingerprint` of its own: take that of `model`.
-    Raises ValueError for another backend, one of these three on a GPU, or a package that is not installed.
+    "torch" returns `model` itself. The others return copies, which later training of `model` does not change; for a
+    gallery's made_by take the fingerprint of `model`.
+    "fused": see `fused`. "compiled": that through torch.compile, which needs a C++ compiler and takes about a minute at
+    the first batch, and again at the first batch of another size. On the CPU only: "onnxruntime", see OnnxFaceNet;
+    "openvino", see OpenVinoFaceNet; "openvino-int8", see Int8FaceNet, which needs `photos` and whose embeddings differ.
+    Raises UserError for an unknown backend, a CPU backend on a GPU, or a package that is not installed.
     """
     if backend not in BACKENDS:
         raise UserError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
@@ -60,30 +57,33 @@ def accelerated(
                 f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
             )
         for package in PACKAGES[backend]:
-            _package(package)  # before the export takes its second
-        content = to_onnx(model, image_size, {})
+            _package(package)  # before the export, which takes seconds
+        exported = to_onnx(model, image_size, metadata={})
         if backend == "openvino-int8":
-            return Int8FaceNet(content, image_size, photos)
-        return (OnnxFaceNet if backend == "onnxruntime" else OpenVinoFaceNet)(content, image_size)
+            return Int8FaceNet(exported, photos)
+        return OnnxFaceNet(exported) if backend == "onnxruntime" else OpenVinoFaceNet(exported)
     network = fused(model).to(device)
-    return torch.compile(network) if backend == "compiled" else network
+    if backend == "compiled":
+        network.forward = torch.compile(network.forward)
+        network.rated = torch.compile(network.rated)  # what gallery.embed calls
+    return network
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
-def fused(model: nn.Module) -> nn.Module:
-    """A copy of `model` in eval mode and channels_last, without gradients, that has each BatchNorm of an
-    InceptionResnetV1 folded into the layer before it; `model` stays as it is.
+def fused(model: FaceNet) -> FaceNet:
+    """A copy of `model` in eval mode and channels_last, without gradients; each BatchNorm of an InceptionResnetV1 is
+    folded into the layer before it.
 
-    In eval mode BatchNorm is y = g (x - mean) / sqrt(var + eps) + b with x = W z: the same as y = W' z + b' with
+    In eval mode BatchNorm of x = W z is y = g (x - mean) / sqrt(var + eps) + b, which equals y = W' z + b' with
     W' = g W / sqrt(var + eps), b' = b - g mean / sqrt(var + eps).
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, BasicConv2d) and not isinstance(module.bn, nn.Identity):
+        if isinstance(module, BasicConv2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
-        if isinstance(module, InceptionResnetV1) and not isinstance(module.last_bn, nn.Identity):
+        if isinstance(module, InceptionResnetV1):
             module.last_linear = fuse_linear_bn_eval(module.last_linear, module.last_bn)
             module.last_bn = nn.Identity()
     return model.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -92,188 +92,146 @@ def fused(model: nn.Module) -> nn.Module:
 # --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-def to_onnx(model: nn.Module, image_size: int, metadata: Mapping[str, object]) -> bytes:
-    """`model`, fused, as the bytes of an ONNX file; `model` stays as it is.
+def to_onnx(model: FaceNet, image_size: int, metadata: Mapping[str, object]) -> bytes:
+    """`model`, fused, as the bytes of an ONNX file.
 
     Input "images": (B, 3, image_size, image_size) float32, any B >= 1, as transforms.eval_transform gives them: RGB,
-    (x - 127.5) / 128. Outputs "embeddings": (B, D) float32, rows of norm 1, D as the model's; and of a FaceNet
-    "quality": (B,) float32, see models.FaceNet.
+    (x - 127.5) / 128. Outputs "embeddings": (B, D) float32, rows of norm 1, and "quality": (B,) float32, see
+    FaceNet.rated.
     metadata: fingerprint, face_crop and the like, kept as strings in metadata_props; image_size is added.
-    Raises ValueError if the package onnx is not installed.
+    Raises UserError if the package onnx is not installed.
     """
     onnx = _package("onnx")
     network = fused(model).cpu().to(memory_format=torch.contiguous_format)
-    outputs = [OUTPUT]
-    if getattr(model, "rates", False):
-        network, outputs = _Rated(network), [OUTPUT, QUALITY]
-    example, content = torch.zeros(2, 3, image_size, image_size), io.BytesIO()
+    example, file = torch.zeros(2, 3, image_size, image_size), io.BytesIO()
     with warnings.catch_warnings():
-        # Deprecated, but alike in every torch since 2.5 and content with onnx; its successor wants onnxscript too.
+        # Deprecated, but the same in every torch since 2.5, and its successor needs another package, onnxscript.
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            network,
+            _Rated(network),
             (example,),
-            content,
+            file,
             dynamo=False,
             opset_version=OPSET,
             input_names=[INPUT],
-            output_names=outputs,
-            dynamic_axes={name: {0: "B"} for name in (INPUT, *outputs)},
+            output_names=[OUTPUT, QUALITY],
+            dynamic_axes={name: {0: "B"} for name in (INPUT, OUTPUT, QUALITY)},
         )
-    graph = onnx.load_from_string(content.getvalue())
+    graph = onnx.load_from_string(file.getvalue())
     columns = graph.graph.output[0].type.tensor_type.shape.dim[1]
-    embeddings = network(example)[0] if QUALITY in outputs else network(example)
-    columns.dim_value = embeddings.shape[1]  # the tracer loses it in the normalization
-    onnx.helper.set_model_props(
-        graph, {name: str(value) for name, value in {**metadata, "image_size": image_size}.items()}
-    )
+    columns.dim_value = network(example).shape[1]  # the tracer loses it in the normalization
+    props = {name: str(value) for name, value in metadata.items()} | {"image_size": str(image_size)}
+    onnx.helper.set_model_props(graph, props)
     onnx.checker.check_model(graph)
     return graph.SerializeToString()
 
 
 class _Rated(nn.Module):
-    """Both outputs of a FaceNet."""
+    """Both outputs of a FaceNet: the exporter calls forward()."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: FaceNet):
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.network(images, "rated")
+        return self.network.rated(images)
 
 
 class _Exported(nn.Module):
-    """An ONNX file of `export`, or its bytes, run by another runtime than torch, with torch's number of threads, on the
-    CPU.
+    """What to_onnx returns, run outside torch: on the CPU, with as many threads as torch.
 
-    Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format -> embeddings (B, D) float32 of
-    norm 1, without gradients; and, asked for "rated", the quality (B,) too, if the file has it (`rates`).
-    Raises UserError if it is no such file, of another image size, or the runtime is not installed.
+    Images (B, 3, image_size, image_size) float32 on the CPU, of any memory format, B >= 1 -> embeddings (B, D) float32
+    of norm 1, without gradients. Raises UserError if the runtime is not installed.
     """
 
     memory_format = torch.contiguous_format  # what the runtimes take without a copy
-    package: str  # the runtime's
+    rates = True  # has rated()
+    package: str  # of the runtime
 
-    def __init__(self, source: Path | str | bytes, image_size: int):
+    def __init__(self, exported: bytes):
         super().__init__()
-        runtime = _package(self.package)
-        name = "these bytes" if isinstance(source, bytes) else str(source)
-        if not isinstance(source, bytes):
-            if not Path(source).is_file():
-                raise UserError(f"{name}: no such file; export_onnx.py writes it")
-            source = Path(source).read_bytes()
-        try:
-            ends = self._load(runtime, source)
-        except Exception as error:  # the runtimes' own kinds of RuntimeError and of Exception
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"{name}: not an ONNX file that {self.package} can run ({reason}); export_onnx.py writes one"
-            ) from error
-        widths = ([EMBEDDING_DIM], [2 * EMBEDDING_DIM])  # of the face alone, or with the whole frame (models.Crops)
-        names = [name for name, _ in ends]
-        self.rates = names == [INPUT, OUTPUT, QUALITY]  # files of earlier versions have no quality
-        if not (self.rates or names == [INPUT, OUTPUT]) or ends[1][1] not in widths:
-            raise UserError(f"{name}: an ONNX file, but not a FaceNet of export_onnx.py; found {ends}")
-        if ends[0][1] != [3, image_size, image_size]:
-            raise UserError(
-                f"{name}: takes images of {' x '.join(map(str, ends[0][1][1:]))} pixels, but the image size here is "
-                f"{image_size}; set that, or export it anew"
-            )
-        self.dims, self.image_size = ends[1][1][0], image_size
-        # The weights are the runtime's: without this, any two of these would have one and the same fingerprint.
-        digest = bytearray(hashlib.sha256(source).digest())
-        self.register_buffer("digest", torch.frombuffer(digest, dtype=torch.uint8))
+        self._load(_package(self.package), exported)
 
-    def _load(self, runtime: ModuleType, content: bytes) -> list[tuple[str, list]]:
-        """Make the network ready; the names of its inputs and outputs with their shapes, the batch's size left out."""
+    def _load(self, runtime: ModuleType, exported: bytes) -> None:
         raise NotImplementedError
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
-        """Its outputs, in the file's order."""
+        """Embeddings and quality."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor, part: str = "both") -> Tensor | tuple[Tensor, Tensor]:
-        if images.device.type != "cpu" or images.shape[1:] != (3, self.image_size, self.image_size):
-            raise UserError(
-                f"images of shape {tuple(images.shape)} on {images.device}: "
-                f"expected (B, 3, {self.image_size}, {self.image_size}) on the CPU"
-            )
-        if len(images) == 0:
-            outputs = [torch.empty(0, self.dims), torch.empty(0)]
-        else:
-            outputs = [torch.from_numpy(of) for of in self._run(images.detach().float().contiguous().numpy())]
-        return (outputs[0], outputs[1]) if part == "rated" else outputs[0]
+    def forward(self, images: Tensor) -> Tensor:
+        return self.rated(images)[0]
+
+    def rated(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As FaceNet.rated."""
+        embeddings, quality = self._run(images.float().contiguous().numpy())
+        return torch.from_numpy(embeddings), torch.from_numpy(quality)
 
 
 class OnnxFaceNet(_Exported):
-    """By onnxruntime; see _Exported. metadata: the file's, strings by name."""
+    """A network run by onnxruntime, see _Exported."""
 
     package = "onnxruntime"
 
-    def _load(self, runtime: ModuleType, content: bytes) -> list[tuple[str, list]]:
+    def _load(self, runtime: ModuleType, exported: bytes) -> None:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors only, and those are raised
-        self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
-        return [(end.name, end.shape[1:]) for end in (*self.session.get_inputs(), *self.session.get_outputs())]
+        self.session = runtime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
-        return self.session.run(None, {INPUT: images})
+        return self.session.run([OUTPUT, QUALITY], {INPUT: images})
 
 
 class OpenVinoFaceNet(_Exported):
-    """By OpenVINO, in float32; see _Exported."""
+    """A network run by OpenVINO in float32, see _Exported."""
 
     package = "openvino"
 
-    def _load(self, runtime: ModuleType, content: bytes) -> list[tuple[str, list]]:
+    def _load(self, runtime: ModuleType, exported: bytes) -> None:
         core = runtime.Core()
-        network = self._prepared(core.read_model(io.BytesIO(content)))
-        # Left to itself it computes in bfloat16 where the CPU can: three digits in place of seven.
+        network = self._prepared(core.read_model(io.BytesIO(exported)))
+        # By default it computes in bfloat16 on CPUs that can: three digits instead of seven.
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         self.network = core.compile_model(network, "CPU", options)
-        ends = (*network.inputs, *network.outputs)
-        return [(end.any_name, [side.get_length() for side in list(end.partial_shape)[1:]]) for end in ends]
 
     def _prepared(self, network: object) -> object:
-        """What is to be run of an openvino.Model."""
+        """The openvino.Model that is run in place of `network`."""
         return network
 
     def _run(self, images: np.ndarray) -> list[np.ndarray]:
         outputs = self.network(images)
-        return [outputs[end].copy() for end in self.network.outputs]  # the next call writes into the same memory
+        return [outputs[name].copy() for name in (OUTPUT, QUALITY)]  # the next call writes into the same memory
 
 
 class Int8FaceNet(OpenVinoFaceNet):
-    """By OpenVINO, in whole numbers of 8 bits, by NNCF's post-training quantization; see _Exported.
+    """A network run by OpenVINO in 8-bit integers, by NNCF's post-training quantization; see _Exported.
 
-    Much faster, and no longer the same embeddings: measure what it costs. photos: some hundred images
-    (3, image_size, image_size) like those that will be embedded, to which the ranges of the numbers are fitted.
-    Raises ValueError for no photo.
+    Much faster, but the embeddings differ: measure what that costs. photos: some hundred images
+    (3, image_size, image_size) like those that will be embedded, which the quantization is calibrated on.
+    Raises UserError without photos.
     """
 
-    def __init__(self, source: Path | str | bytes, image_size: int, photos: Sequence[Tensor] | None):
+    def __init__(self, exported: bytes, photos: Sequence[Tensor] | None):
         if not photos:
             raise UserError("BACKEND = 'openvino-int8': needs photos to fit its ranges to, and got none")
         self._photos = photos
-        super().__init__(source, image_size)
+        super().__init__(exported)
 
     def _prepared(self, network: object) -> object:
         nncf = _package("nncf")
-        logging.getLogger("nncf").setLevel(logging.ERROR)  # its own set_log_level() silences everybody
+        logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level() would silence other packages too
         images = nncf.Dataset(self._photos, lambda image: {INPUT: image[None].numpy()})
-        # The convolutions are the work. What makes an embedding of their results, the gate included, keeps its digits.
+        # The convolutions take the time. What turns their results into an embedding, gate included, stays exact.
         exact = nncf.IgnoredScope(types=EXACT, patterns=["^(/network)?/Mul.*"], validate=False)
         mixed = nncf.QuantizationPreset.MIXED  # for activations that are not symmetric around 0, as after a ReLU
-        options = {"preset": mixed, "subset_size": len(self._photos), "ignored_scope": exact}
-        return nncf.quantize(network, images, **options)
+        return nncf.quantize(network, images, preset=mixed, subset_size=len(self._photos), ignored_scope=exact)
 
 
 def _package(name: str) -> ModuleType:
-    """The optional package `name`. Raises ValueError, which a script tells in its one sentence, if it is missing."""
+    """The optional package `name`. Raises UserError if it is missing."""
     if name == "nncf":
-        os.environ.setdefault("NNCF_CI", "1")  # else it reports its use over the internet, without asking
+        os.environ.setdefault("NNCF_CI", "1")  # else it sends usage statistics over the internet
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,6 +1,5 @@
 """What a training run writes for people: logs, TensorBoard events, curves; and the means of an epoch."""
 
-import csv
 import time
 from pathlib import Path
 
@@ -32,14 +31,13 @@ class Journal:
 
     def flush(self) -> None:
         """Bring the steps to disk."""
-        path = self.run_dir / "steps.csv"
         if self._rows:
-            new = not path.exists()
-            with open(path, "a", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, self._rows[0], lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerows(self._rows)
+            import pandas  # takes half a second, which importing this module can do without
+
+            path = self.run_dir / "steps.csv"
+            table = pandas.DataFrame(self._rows, dtype=object)
+            # A skipped step's loss is written as "nan": `steps` takes an empty cell for a line cut short.
+            table.to_csv(path, mode="a", header=not path.exists(), index=False, na_rep="nan", lineterminator="\n")
             self._rows.clear()
         self._open_events().flush()
 
@@ -59,10 +57,12 @@ class Journal:
     def steps(self) -> list[dict]:
         """The rows of steps.csv, as text; a line cut short by a kill is left out."""
         path = self.run_dir / "steps.csv"
-        if not path.exists():
+        if not path.exists() or path.stat().st_size == 0:
             return []
-        with open(path, encoding="utf-8", newline="") as file:
-            return [row for row in csv.DictReader(file) if not {None, ""} & set(row.values())]
+        import pandas
+
+        table = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+        return table.dropna().to_dict("records")
 
     def _open_events(self, purge_step: int | None = None):
         if self._events is None:

@@ -12,12 +12,12 @@ from common import UserError
 class ArcMarginProduct(nn.Module):
     """Additive angular margin logits: Deng et al. 2019, arXiv:1801.07698, eq. 3; feed to cross_entropy.
 
-    Row i, column j: s cos(t_ij), and s cos(t_ij + m) in the column of label i, where t_ij is the angle between
-    embedding i and class centre j; m: margin, radians; s: scale, no unit.
-    cos(t + m) turns up again beyond t = pi - m; there the target is cos(t) - m sin(m), so that it falls all the way.
+    Row i, column j: s cos(t_ij), and s cos(t_ij + m) in the column of label i. t_ij: angle between embedding i and
+    class centre j; m: margin, radians; s: scale, no unit.
+    cos(t + m) rises again beyond t = pi - m; there the target is cos(t) - m sin(m), so that it falls all the way.
     With `easy_margin` the margin applies only where cos(t) > 0, and the target is cos(t) elsewhere.
     Shapes: embeddings (B, D) of any norm, labels (B,) int64 in 0..C-1 -> logits (B, C), float32 even under autocast.
-    Raises ValueError if s <= 0 or m is outside [0, pi/2).
+    Raises UserError if s <= 0 or m is outside [0, pi/2).
     """
 
     def __init__(self, in_features: int, out_features: int, s: float, m: float, easy_margin: bool = False):
@@ -32,12 +32,12 @@ class ArcMarginProduct(nn.Module):
 
     @torch.no_grad()
     def start_at(self, means: Tensor, labels: Tensor) -> None:
-        """Put the centres of the classes `labels` (N,) int64 at `means` (N, D); the others stay."""
+        """Move the centres of the classes `labels` (N,) int64 to `means` (N, D); the others stay."""
         self.weight[labels] = F.normalize(means).to(self.weight)
 
     def cosine(self, embeddings: Tensor) -> Tensor:
-        """cos(t_ij), (B, C): what classifies, without margin and scale."""
-        with torch.autocast(embeddings.device.type, enabled=False):  # half precision cannot tell 10 from 0 degrees
+        """cos(t_ij), (B, C), without margin and scale: what a prediction is read from."""
+        with torch.autocast(embeddings.device.type, enabled=False):  # in half precision 10 degrees may round to 0
             embeddings = embeddings.to(self.weight.dtype)
             return F.linear(F.normalize(embeddings), F.normalize(self.weight))
 
@@ -62,7 +62,7 @@ class ContrastiveLoss(nn.Module):
     degrees, and a negative farther away than that gives no gradient.
     Shapes: anchor, positive, negative (B, D), weight (B,) in 0..1 -> scalar, the mean over triplets by weight; 0 if
     all weights are. The gradient is finite, and 0, where a pair coincides.
-    Raises ValueError if the margin is outside (0, 2], the distances that unit embeddings can have.
+    Raises UserError if the margin is outside (0, 2], the distances that unit embeddings can have.
     """
 
     def __init__(self, margin: float = 1.0):
@@ -80,15 +80,15 @@ class ContrastiveLoss(nn.Module):
 
 
 class SourceLoss(nn.Module):
-    """Cross-entropy of finding the clean photo that a distorted one was made from, among many: instance discrimination,
-    Wu et al. 2018, arXiv:1805.01978, eq. 2, with a bank of clean embeddings; InfoNCE where the bank is the batch.
+    """mean_i -log( exp(z_i b_s / t) / sum_j exp(z_i b_j / t) ), s the source of i: Wu et al. 2018, arXiv:1805.01978,
+    eq. 2 (instance discrimination), with a bank of clean embeddings; InfoNCE where the bank is the batch.
 
-    mean_i -log( exp(z_i b_s / t) / sum_j exp(z_i b_j / t) ), s the source of i, j over the bank less the other photos
-    of the same person: they are no wrong answer. t: temperature, no unit; the smaller, the more the nearest rivals
-    count.
+    The cross-entropy of finding, in the bank, the clean photo that a distorted one was made from. j runs over the bank
+    without the other photos of the same person, which are not wrong answers. t: temperature, no unit; the lower, the
+    more the nearest wrong answers count.
     Shapes: embeddings z (B, D) and bank b (N, D), rows of norm 1; source (B,) int64 in 0..N-1; bank_labels (N,), the
-    persons -> scalar, the mean.
-    Raises ValueError if the temperature is not positive.
+    persons -> scalar.
+    Raises UserError if the temperature is not positive.
     """
 
     def __init__(self, temperature: float):
@@ -112,7 +112,7 @@ def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def euclidean(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise distance of (B, D) and (B, D) -> (B,); sqrt's infinite slope at 0 is cut off at 1e-6."""
+    """Row-wise distance of (B, D) and (B, D) -> (B,), at least 1e-6: sqrt has infinite slope at 0."""
     return (a - b).square().sum(1).clamp_min(1e-12).sqrt()
 
 
@@ -123,7 +123,7 @@ def hardest_negatives(anchors: Tensor, anchor_labels: Tensor, candidates: Tensor
 
     Two random faces are about 1.41 apart, beyond a margin of 1: only mined negatives push.
     Shapes: (B, D), (B,), (N, D), (N,) -> (B,) int64; rows of norm 1. A tie goes to the lower index.
-    Raises ValueError if an anchor has no candidate of another person.
+    Raises UserError if an anchor has no candidate of another person.
     """
     same_person = anchor_labels[:, None] == candidate_labels[None, :]  # (B, N)
     if same_person.all(1).any():

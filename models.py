@@ -1,4 +1,4 @@
-"""The backbone: FaceNet's InceptionResnetV1, pretrained, as one module from image to unit embedding."""
+"""The network: one module from images to unit embeddings, and the pretrained weights that it starts from."""
 
 import copy
 import hashlib
@@ -16,45 +16,65 @@ from torch import Tensor, nn
 
 from common import UserError, first_line, read_plain
 
-EMBEDDING_DIM = 512
+# --- the backbone: another one replaces build_backbone and BLOCKS -----------------------------------------------------
+
+EMBEDDING_DIM = 512  # numbers in the embedding of a face
+# Blocks that FREEZE_UNTIL may name, in the order of the data. The last linear layer and its BatchNorm always train.
+BLOCKS = (
+    "conv2d_1a",
+    "conv2d_2a",
+    "conv2d_2b",
+    "conv2d_3b",
+    "conv2d_4a",
+    "conv2d_4b",
+    "repeat_1",
+    "mixed_6a",
+    "repeat_2",
+    "mixed_7a",
+    "repeat_3",
+    "block8",
+)
+
+
+def build_backbone(dropout: float) -> nn.Module:
+    """A network with random weights: face crops (B, 3, H, W) -> features (B, EMBEDDING_DIM), not normalized.
+
+    InceptionResnetV1: Szegedy et al. 2016, arXiv:1602.07261, as in facenet-pytorch. `dropout` (0..1) acts before the
+    last linear layer, in training only.
+    """
+    network = InceptionResnetV1(pretrained=None, dropout_prob=dropout)
+    network.classify, network.logits = True, nn.Identity()  # else it returns normalized features
+    return network
+
 
 _RELEASE = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
 PRETRAINED_URLS = {
     "vggface2": _RELEASE + "20180402-114759-vggface2.pt",  # 107 MB
     "casia-webface": _RELEASE + "20180408-102900-casia-webface.pt",  # 111 MB
 }
-# In the order of the data, the last linear layer and its BatchNorm excepted: something must train.
-BLOCKS = (
-    *("conv2d_1a", "conv2d_2a", "conv2d_2b", "conv2d_3b", "conv2d_4a", "conv2d_4b"),
-    *("repeat_1", "mixed_6a", "repeat_2", "mixed_7a", "repeat_3", "block8"),
-)
-CONNECT_TIMEOUT = 30  # seconds without an answer before a download is given up
+CONNECT_TIMEOUT = 30  # seconds without a response after which a download is given up
 
+
+# --- the model --------------------------------------------------------------------------------------------------------
 
 BURNT = (250 - 127.5) / 128  # standardized pixel from which a channel counts as burnt out: 250 of 255
-BURNT_SHARE = 0.3  # of the face crop's pixels burnt out in all channels, above which it shows no face
+BURNT_SHARE = 0.3  # share of burnt-out pixels (in all channels) above which a face crop shows no face
 
 
 @dataclass(frozen=True)
 class Crops:
-    """What FaceNet takes from a photo's frame: the face, and with a weight of its own the frame as a whole.
+    """What FaceNet takes from a photo: its centre, the face, and the whole frame. Raises UserError if out of range."""
 
-    face: side of the centre square that is the face crop, as a share (0..1) of the frame's. wide_size: pixels that the
-    frame is shrunk to, 76 or more. wide_weight: of the wide embedding, where the face's has 1, > 0.
-    Raises ValueError for a number out of range.
-    """
-
-    face: float
-    wide_size: int
-    wide_weight: float
+    face: float  # side of the centre square that is the face crop, share of the frame's side, 0..1
+    wide_size: int  # pixels, side that the whole frame is shrunk to, 76 or more
+    wide_weight: float  # weight of the whole frame's embedding, > 0; the face's is 1
 
     def __post_init__(self):
         if not 0 < self.face < 1:
             raise UserError(f"FACE_CROP = {self.face}: a wide crop needs photos with more than the face in them, < 1")
         if not (isinstance(self.wide_size, int) and self.wide_size >= 76):
             raise UserError(
-                f"WIDE_SIZE = {self.wide_size}: expected a whole number of pixels, 76 or more; below, nothing is left "
-                "to see"
+                f"WIDE_SIZE = {self.wide_size}: expected a whole number of pixels, 76 or more, which the network needs"
             )
         if not 0 < self.wide_weight < float("inf"):
             raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.1..1")
@@ -63,22 +83,24 @@ class Crops:
 class FaceNet(nn.Module):
     """Images (B, 3, H, W) float -> embeddings (B, D) float32 of norm 1: Schroff et al. 2015, arXiv:1503.03832.
 
-    The network is InceptionResnetV1 (Szegedy et al. 2016, arXiv:1602.07261, as in facenet-pytorch); images are
-    standardized as (x - 127.5) / 128. `pretrained` is "vggface2", "casia-webface" (downloaded once), the path of a
-    state dict, or None for random weights. `dropout` (0..1) acts before the last linear layer, in training only.
-    `freeze_until` names the last block, in BLOCKS, of a trunk that stays as loaded: its weights take no gradient, so no
-    backward runs through it, and its BatchNorm keeps to its statistics in train mode too. None: everything trains.
+    Images are standardized as (x - 127.5) / 128.
+    pretrained: "vggface2", "casia-webface" (downloaded once), the path of a state dict, or None for random weights.
+    dropout: see build_backbone. freeze_until: the last of the BLOCKS that stay as loaded; None: everything trains.
+    Frozen weights take no gradient, so no backward pass runs through them, and frozen BatchNorm keeps its statistics
+    in train mode too.
 
-    Without `crops`, images are face crops and D = 512. With them images are whole frames, and a second network sees
-    each of them entire: z = [g f, w v] / norm, D = 1024, where f is the embedding of the frame's centre, the face, v
-    that of the whole frame, w = wide_weight, and the gate g is 0 where the face is burnt out and 1 elsewhere. So one
-    cosine compares faces, with w^2 / (1 + w^2) of it from hair, clothes and background, and where a photo shows no
-    face all of what it says is the latter's. f knows persons, v knows photos.
-    With `mirror`, f and v are in eval mode each the mean of an image's and its mirror image's, of norm 1 again.
-    Raises what `load_pretrained` raises.
+    Without `crops`, images are face crops and D = EMBEDDING_DIM. With them images are whole frames, which a second
+    network sees as a whole, and D = 2 EMBEDDING_DIM:
+        z = [g f, w v] / norm
+    f: embedding of the face, the frame's centre; v: embedding of the whole frame; w: wide_weight; g: the gate, 0 where
+    the face is burnt out, else 1. In the cosine of two such embeddings hair, clothes and background have a share of
+    w^2 / (1 + w^2), and where a photo shows no face they are all that counts. f recognises persons, v photos.
+    mirror: in eval mode, f and v are each the mean over an image and its mirror image, normalized again.
+
+    Raises UserError for a dropout or a block out of range, and what load_pretrained raises.
     """
 
-    rates = True  # forward() knows "rated"
+    rates = True  # has rated()
 
     def __init__(
         self,
@@ -94,8 +116,7 @@ class FaceNet(nn.Module):
             raise UserError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, BLOCKS))}")
         if not 0 <= dropout < 1:
             raise UserError(f"DROPOUT = {dropout}: expected a probability in [0, 1)")
-        self.backbone = InceptionResnetV1(pretrained=None, dropout_prob=dropout)
-        self.backbone.classify, self.backbone.logits = True, nn.Identity()  # its features, before it normalizes them
+        self.backbone = build_backbone(dropout)
         if pretrained is not None:
             self.backbone.load_state_dict(load_pretrained(pretrained))
         self.crops, self.wide = None, None
@@ -106,7 +127,7 @@ class FaceNet(nn.Module):
         self.train()
 
     def widen(self, crops: Crops) -> None:
-        """From now on take whole frames; the wide crop's network starts as a copy of the face's, nothing frozen."""
+        """Take whole frames from now on. The network for them starts as a copy of the face's, nothing frozen."""
         self.crops, self.wide = crops, copy.deepcopy(self.backbone).requires_grad_(True).train(self.training)
 
     def train(self, mode: bool = True) -> "FaceNet":
@@ -115,25 +136,28 @@ class FaceNet(nn.Module):
             block.eval()
         return self
 
-    def forward(self, images: Tensor, part: str = "both") -> Tensor | tuple[Tensor, Tensor]:
-        """The embedding; with crops, "face" and "wide" ask for one part of it alone, (B, 512) of norm 1.
+    def forward(self, images: Tensor, part: str = "both") -> Tensor:
+        """The embedding; with crops, `part` "face" or "wide" gives that part alone, (B, EMBEDDING_DIM) of norm 1."""
+        if part == "face" or self.crops is None:  # without crops the face is all there is
+            return self._embed(self.backbone, self.face(images))[0]
+        return self._embed(self.wide, self.whole(images))[0] if part == "wide" else self.rated(images)[0]
 
-        "rated" asks for the embedding and a quality (B,), the norm of the face's features before they are normalized
-        (as in MagFace, Meng et al. 2021, arXiv:2103.06627): small where no face shows that the network could know.
+    def rated(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The embedding, and the quality (B,): the norm of the face's features before they are normalized.
+
+        The quality is low where the network finds no face that it could know (as in MagFace, Meng et al. 2021,
+        arXiv:2103.06627).
         """
-        if part == "wide" and self.crops is not None:  # without crops the face is all there is
-            return self._embed(self.wide, self.whole(images))[0]
-        embedding, quality = self._embed(self.backbone, self.face(images))
-        if part != "face" and self.crops is not None:
-            wide = self._embed(self.wide, self.whole(images))[0]
-            embedding = F.normalize(
-                torch.cat([self.gate(images)[:, None] * embedding, self.crops.wide_weight * wide], 1)
-            )
-        return (embedding, quality) if part == "rated" else embedding
+        face, quality = self._embed(self.backbone, self.face(images))
+        if self.crops is None:
+            return face, quality
+        wide = self._embed(self.wide, self.whole(images))[0]
+        both = torch.cat([self.gate(images)[:, None] * face, self.crops.wide_weight * wide], 1)
+        return F.normalize(both), quality
 
     def _embed(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 512) of norm 1, and the norm that it had, (B,)."""
-        features = network(images).float()  # under autocast in half precision, where a norm of 1 is so to three digits
+        """(B, EMBEDDING_DIM) of norm 1, and the norm before normalization, (B,)."""
+        features = network(images).float()  # half precision under autocast would give a norm of 1 to three digits only
         embedding, norm = F.normalize(features), features.norm(dim=1)
         if self.mirror and not self.training:
             mirrored = network(images.flip(3)).float()
@@ -142,7 +166,7 @@ class FaceNet(nn.Module):
         return embedding, norm
 
     def face(self, frames: Tensor) -> Tensor:
-        """The face crop: the centre of whole frames, pixel for pixel; without crops, the images as they are."""
+        """The face crop: the centre of whole frames, not resampled; without crops, the images as they are."""
         if self.crops is None:
             return frames
         size = int(frames.shape[-1])  # int: ONNX tracing would make a tensor of it, which has no round()
@@ -153,7 +177,7 @@ class FaceNet(nn.Module):
     def whole(self, frames: Tensor) -> Tensor:
         """The wide crop: whole frames, shrunk to wide_size."""
         size = self.crops.wide_size
-        if frames.shape[-1] >= 2 * size:  # bilinear sampling alone would skip pixels; ONNX has no antialiasing
+        if frames.shape[-1] >= 2 * size:  # bilinear sampling alone would skip pixels, and ONNX has no antialiasing
             frames = F.avg_pool2d(frames, 2)
         return F.interpolate(frames, size=(size, size), mode="bilinear", align_corners=False)
 
@@ -164,7 +188,7 @@ class FaceNet(nn.Module):
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that two models share only if all their weights are equal, on whatever device they lie."""
+    """16 hexadecimal digits that two models share only if all their weights are equal, on any device."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -172,11 +196,13 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_pretrained(source: str | Path) -> dict[str, Tensor]:
-    """State dict of InceptionResnetV1, checked for names and shapes, without its classifier (`logits`).
+# --- pretrained weights -----------------------------------------------------------------------------------------------
 
-    Raises ConnectionError if a named one cannot be downloaded, FileNotFoundError if there is no file at the path,
-    ValueError if the file is no such state dict; each says what to do.
+
+def load_pretrained(source: str | Path) -> dict[str, Tensor]:
+    """State dict of the backbone, checked for names and shapes, without the classifier (`logits`) of released files.
+
+    source: see FaceNet. Raises UserError if it cannot be downloaded, is no file, or is not such a state dict.
     """
     path = _downloaded(str(source)) if str(source) in PRETRAINED_URLS else Path(source)
     if not path.is_file():
@@ -184,22 +210,23 @@ def load_pretrained(source: str | Path) -> dict[str, Tensor]:
             f"PRETRAINED = {str(source)!r}: no such file; give the path of a state dict, "
             f"{' or '.join(map(repr, PRETRAINED_URLS))}, or None for random weights"
         )
-    state = read_plain(path, "not a state dict that torch can read", "delete it and fetch it anew")
+    state = read_plain(path, "not a state dict that torch can read", "delete it and download it again")
     is_dict = isinstance(state, dict)
     if not is_dict or not all(isinstance(n, str) and isinstance(value, Tensor) for n, value in state.items()):
-        hint = "; this is a checkpoint: name it where the script asks for one" if is_dict and "model" in state else ""
-        raise UserError(f"{path}: expected a state dict of InceptionResnetV1 (parameter name -> tensor){hint}")
+        hint = "; this is a checkpoint, which belongs into CHECKPOINT or STAGE1_CHECKPOINT"
+        hint = hint if is_dict and "model" in state else ""
+        raise UserError(f"{path}: expected a state dict (parameter name -> tensor){hint}")
     state = {name: value for name, value in state.items() if not name.startswith("logits.")}
     _check_state(path, state)
     return state
 
 
 def _check_state(path: Path, state: dict[str, Tensor]) -> None:
-    """ValueError naming up to three parameters that are missing, unknown or of another shape."""
+    """Raise UserError with up to three parameters each that are missing, unknown or of another shape."""
     with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn
-        expected = InceptionResnetV1(pretrained=None).state_dict()
+        network = build_backbone(dropout=0.0)
     found = {name: tuple(value.shape) for name, value in state.items()}
-    wanted = {name: tuple(value.shape) for name, value in expected.items()}
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     faults = {
         "missing": [name for name in wanted if name not in found],
         "unknown": [name for name in found if name not in wanted],
@@ -209,19 +236,19 @@ def _check_state(path: Path, state: dict[str, Tensor]) -> None:
             if name in found and found[name] != wanted[name]
         ],
     }
-    told = [
+    listed = [
         f"{len(names)} {fault}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for fault, names in faults.items()
         if names
     ]
-    if told:
-        raise UserError(f"{path}: not a state dict of InceptionResnetV1: {'; '.join(told)}")
+    if listed:
+        raise UserError(f"{path}: not a state dict of {type(network).__name__}: {'; '.join(listed)}")
 
 
 def _downloaded(name: str) -> Path:
-    """The cached file of a named pretrained network, fetched first if need be (whole or not at all)."""
+    """The cached file of a named pretrained network, downloaded first if it is not there (whole or not at all)."""
     url = PRETRAINED_URLS[name]
-    folder = Path(get_torch_home()) / "checkpoints"  # facenet-pytorch's own cache: nobody downloads twice
+    folder = Path(get_torch_home()) / "checkpoints"  # facenet-pytorch's own cache, so nothing is downloaded twice
     path = folder / os.path.basename(url)
     if path.is_file():
         return path

@@ -1,8 +1,9 @@
-"""Pictures as matplotlib Figures: rates, scores, look-alikes and mistakes of a retrieval, and a run's curves."""
+"""Pictures as matplotlib Figures: rates, scores, embeddings and mistakes of a retrieval, and the curves of a run."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,8 +17,8 @@ from torch.nn import functional as F
 
 DPI = 110
 
-# One evaluation, one look. The colours are told apart by colour-blind readers (Okabe & Ito 2008); in grey print line,
-# marker and hatch do that. Later lines are thinner, so that an equal one beneath still shows.
+# One style per evaluation. Colour-blind readers can distinguish the colours (Okabe & Ito 2008), and in grey print the
+# lines, markers and hatches differ. Later lines are thinner, so that an equal one beneath still shows.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "D", "^", "v", "P")
@@ -25,23 +26,23 @@ HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
 WIDTHS = (3.2, 2.4, 1.8, 1.8, 1.4, 1.4)  # points
 
 MARKED_FAR = (1e-2, 1e-3, 1e-4)  # the false accept rates that papers report
-RESOLVED_PAIRS = 10  # a rate of fewer pairs is chance
+RESOLVED_PAIRS = 10  # a rate that rests on fewer accepted pairs is mostly chance
 
 
 def cmc(curves: dict[str, Sequence[float]]) -> Figure:
     """Cumulative match characteristic: share of queries whose true person is among the first k answers, over k.
 
-    curves: title -> rates (0..1) at k = 1, 2, ...; the legend repeats the one at rank 1. Lengths may differ.
+    curves: title -> rates (0..1) at k = 1, 2, ...; the legend repeats the rate at rank 1. Lengths may differ.
     Raises ValueError if there is no curve or one is empty.
     """
     if not curves or not all(len(rates) for rates in curves.values()):
         raise ValueError(f"cmc: no rates to draw in {list(curves)}, expected one or more per title")
     figure, axes = _one_plot(len(curves))
-    for look, (title, rates) in zip(_looks(), curves.items(), strict=False):
+    for style, (title, rates) in zip(_styles(), curves.items(), strict=False):
         percent = 100 * np.asarray(rates, float)
         label = f"{_plain(title)} (rank 1: {percent[0]:.1f} %)"
-        every = -(-len(percent) // 20)  # a marker per rank, as long as they keep apart
-        axes.plot(np.arange(1, len(percent) + 1), percent, markersize=6, markevery=every, label=label, **look)
+        every = -(-len(percent) // 20)  # at most 20 markers, so that they do not overlap
+        axes.plot(np.arange(1, len(percent) + 1), percent, markersize=6, markevery=every, label=label, **style)
     _fit_percent(axes, [line.get_ydata() for line in axes.lines])
     last = max(len(rates) for rates in curves.values())
     axes.set_xlim(1 - 0.03 * last, last + 0.03 * last)
@@ -53,34 +54,33 @@ def cmc(curves: dict[str, Sequence[float]]) -> Figure:
 
 
 def roc(curves: dict[str, tuple[Sequence[float], Sequence[float]]], pairs: int) -> Figure:
-    """True over false accept rate: the shares of genuine and of impostor pairs that pass a threshold, for all of them.
+    """True accept rate over false accept rate: the shares of genuine and impostor pairs that reach a threshold.
 
     curves: title -> (FAR, TAR), each 0..1 and ascending, an entry per threshold; between two FAR the lower's TAR holds.
-    pairs: impostor pairs behind FAR. Below 10 / pairs the curve is left out and the ground shaded: so few are chance.
-    Markers at FAR 1e-2, 1e-3, 1e-4; the legend repeats TAR at 1e-3, at 1e-2 if that is too fine for so few pairs.
+    pairs: impostor pairs behind FAR. Below 10 / pairs there is a shaded area and no curve: so few pairs are chance.
+    Markers at FAR 1e-2, 1e-3, 1e-4. The legend repeats TAR at 1e-3, or at 1e-2 where there are too few pairs for that.
     Raises ValueError for no curve, no pair, an empty curve, or FAR and TAR of different length.
     """
     if not curves or pairs < 1:
         raise ValueError(f"roc: expected a curve and an impostor pair or more, got {len(curves)} and {pairs}")
     resolved = min(RESOLVED_PAIRS / pairs, 1)
     marked = [rate for rate in MARKED_FAR if rate >= resolved]
-    told = [rate for rate in (1e-3, 1e-2) if rate >= resolved][:1]
+    in_legend = [rate for rate in (1e-3, 1e-2) if rate >= resolved][:1]
     figure, axes = _one_plot(len(curves))
     drawn = []
-    for look, (title, (far, tar)) in zip(_looks(), curves.items(), strict=False):
+    for style, (title, (far, tar)) in zip(_styles(), curves.items(), strict=False):
         far, percent = np.asarray(far, float), 100 * np.asarray(tar, float)
         if len(far) == 0 or len(far) != len(percent):
             raise ValueError(f"roc: {title}: expected as many FAR as TAR, not 0; got {len(far)} and {len(percent)}")
-        beyond = far > resolved  # what lies below, FAR = 0 included, counts where the resolved part starts
+        beyond = far > resolved  # TAR of a lower FAR, 0 included, counts where the resolved part starts
         x = np.concatenate([[resolved], far[beyond], [1]])
         y = np.concatenate([_at([resolved], far, percent), percent[beyond], percent[-1:]])
-        at_told = zip(told, _at(told, far, percent), strict=True)
-        label = _plain(title) + "".join(f" ({value:.1f} % at FAR {_power(rate)})" for rate, value in at_told)
-        marker = look.pop("marker")
-        axes.plot(x, y, drawstyle="steps-post", **look)
-        axes.plot([], [], marker=marker, markersize=7, label=label, **look)  # line and marker, for the legend
-        look |= {"linestyle": "", "marker": marker, "markersize": 8, "markeredgecolor": "white"}
-        axes.plot(marked, _at(marked, far, percent), **look, zorder=3)
+        values = zip(in_legend, _at(in_legend, far, percent), strict=True)
+        label = _plain(title) + "".join(f" ({value:.1f} % at FAR {_power(rate)})" for rate, value in values)
+        axes.plot(x, y, drawstyle="steps-post", **style | {"marker": None})
+        axes.plot([], [], markersize=7, label=label, **style)  # line and marker, for the legend
+        dots = style | {"linestyle": "", "markersize": 8, "markeredgecolor": "white"}
+        axes.plot(marked, _at(marked, far, percent), **dots, zorder=3)
         drawn.append(y)
     _fit_percent(axes, drawn)
     axes.set(xscale="log", xlim=(resolved / 4, 1), title="Accepted pairs, over all thresholds")
@@ -96,10 +96,10 @@ def roc(curves: dict[str, tuple[Sequence[float], Sequence[float]]], pairs: int) 
 def score_histogram(
     edges: Sequence[float], genuine: Sequence[int], impostor: Sequence[int], threshold: float | None, far: float | None
 ) -> Figure:
-    """Cosines of genuine and impostor pairs: how much of each, in % of its own pairs, falls into a bin.
+    """Histogram of the cosines of genuine and of impostor pairs, each in % of its own pairs.
 
     edges: (N + 1,) of N equally wide bins; genuine, impostor: (N,) pairs per bin. Empty bins at the ends are cut off.
-    threshold: drawn as a line, with the FAR (0..1) it stands for; None for either leaves it out.
+    threshold: drawn as a line, labelled with its FAR (0..1); None leaves out the line or the label.
     Raises ValueError if the lengths do not fit.
     """
     edges, counts = np.asarray(edges, float), np.asarray([genuine, impostor], float)
@@ -128,11 +128,11 @@ def score_histogram(
 
 
 def discard(left: dict[str, Sequence[float] | Tensor]) -> Figure:
-    """Error versus discard (ISO/IEC 29794-1): the share of the wrong answers that is left, over the share of the
-    queries refused, those of lowest quality first; beside all queries together the kinds, each within itself.
+    """Error versus discard (ISO/IEC 29794-1): the share of the wrong answers left, over the share of queries refused,
+    lowest quality first. On the left all queries together, on the right each kind by itself.
 
-    left: title -> counts of metrics.wrong_left, all queries together first. Who has no wrong answer is not drawn.
-    Grey: the ideal, which refuses wrong answers only, and chance. The legend tells what is left after a fifth.
+    left: title -> counts of metrics.wrong_left, all queries together first. A title without wrong answers is left out.
+    Grey: the ideal, which refuses wrong answers first, and chance. The legend gives the share left at 20 % refused.
     Raises ValueError if there is nothing to draw.
     """
     left = {title: np.asarray(counts, float) for title, counts in left.items() if counts[0] > 0}
@@ -141,12 +141,12 @@ def discard(left: dict[str, Sequence[float] | Tensor]) -> Figure:
     together, *kinds = left
     figure = Figure(figsize=(11, 4.6 + 0.22 * len(left)), layout="constrained", dpi=DPI)
     for axes, titles in zip(figure.subplots(1, 2), ([together], kinds or [together]), strict=True):
-        for look, title in zip(_looks(), titles, strict=False):
+        for style, title in zip(_styles(), titles, strict=False):
             refused = np.linspace(0, 100, len(left[title]))
             share = 100 * left[title] / left[title][0]
-            look |= {"marker": None, "linewidth": 2.2 if title == together else 1.4}
+            style |= {"marker": None, "linewidth": 2.2 if title == together else 1.4}
             label = f"{_plain(title)} ({np.interp(20, refused, share):.0f} % left at 20 %)"
-            axes.plot(refused, share, label=label, **look)
+            axes.plot(refused, share, label=label, **style)
         if titles == [together]:
             ideal = 100 * left[together][0] / (len(left[together]) - 1)  # so many are wrong, %
             style = {"color": "#707070", "linewidth": 1.2}
@@ -163,7 +163,7 @@ def discard(left: dict[str, Sequence[float] | Tensor]) -> Figure:
 def bars(
     kinds: Sequence[str], evaluations: dict[str, Sequence[tuple[float | None, float | None, float | None]]]
 ) -> Figure:
-    """A group of bars per kind, in it one per evaluation, from top to bottom in the order given.
+    """A group of bars per kind, one bar per evaluation, from top to bottom in the order given.
 
     evaluations: title -> (rate, low, high) per kind, each 0..1; low and high: the ends of the 95 % interval, or None.
     A rate of None or NaN shows as a dash. Raises ValueError for no kind, no evaluation or one of another length.
@@ -185,7 +185,7 @@ def bars(
         for place, value, (_, low, high) in zip(places, values, rates, strict=True):
             end = value
             if low is not None and high is not None and np.isfinite(value):
-                # Rounding may put a bound of 0 or 1 a hair beyond the rate, and a negative length is an error.
+                # Rounding may put a bound slightly beyond the rate, and a negative length is an error.
                 lengths = [[max(value - 100 * low, 0)], [max(100 * high - value, 0)]]
                 axes.errorbar(value, place, xerr=lengths, color="black", linewidth=1, capsize=2)
                 end, intervals = max(100 * high, value), True
@@ -206,7 +206,7 @@ def tsne(
     """Two-dimensional t-SNE (van der Maaten & Hinton 2008) of embeddings (N, D) under cosine distance.
 
     labels: (N,) index into persons, gives the colour; is_query: (N,) cross for a distorted photo, dot for a clean one.
-    Raises ValueError for fewer than 4 points, too few to lay out.
+    Raises ValueError for fewer than 4 points.
     """
     if len(embeddings) < 4:
         raise ValueError(f"t-SNE needs at least 4 photos, got {len(embeddings)}")
@@ -232,9 +232,9 @@ def tsne(
 def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequence[str], templates: Tensor) -> Figure:
     """Heat map of cosines (Q, P): a row per query, grouped by person, a column per person's mean template.
 
-    query_labels: (Q,) index into persons; templates: (P, D), of any norm. Rows and columns are in the same order, which
-    puts look-alikes side by side: leaves of the average-linkage tree of the templates, turned so that neighbours are
-    as near as they can be (Bar-Joseph et al. 2001). A good model shows a bright staircase on a dark ground.
+    query_labels: (Q,) index into persons; templates: (P, D), of any norm. Rows and columns have the same order, with
+    similar persons side by side: the leaves of the average-linkage tree of the templates, in the order that puts
+    neighbours nearest (Bar-Joseph et al. 2001). A good model shows a bright staircase on a dark ground.
     """
     order = np.arange(len(persons))
     if len(persons) > 2:
@@ -244,10 +244,10 @@ def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequ
     of_query = place[np.asarray(query_labels)]
     counts = np.bincount(of_query, minlength=len(persons))
     ends = np.cumsum(counts)
-    names, asking = [_plain(persons[label]) for label in order], counts > 0
+    names, has_query = [_plain(persons[label]) for label in order], counts > 0
     figure = Figure(figsize=(8, 7.5), layout="constrained", dpi=DPI)
     axes = figure.subplots()
-    shown = axes.imshow(
+    heat_map = axes.imshow(
         cosine.cpu().numpy()[np.argsort(of_query, kind="stable")][:, order],
         aspect="auto",
         cmap="viridis",
@@ -258,14 +258,14 @@ def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequ
     axes.hlines(ends[:-1] - 0.5, -0.5, len(persons) - 0.5, color="white", linewidth=0.4)
     size = 9 if len(persons) <= 24 else 7
     axes.set_xticks(range(len(persons)), names, rotation=90, fontsize=size)
-    rows = [name for name, asks in zip(names, asking, strict=True) if asks]
-    axes.set_yticks((ends - counts / 2 - 0.5)[asking], rows, fontsize=size)
+    rows = [name for name, shown in zip(names, has_query, strict=True) if shown]
+    axes.set_yticks((ends - counts / 2 - 0.5)[has_query], rows, fontsize=size)
     axes.set(
-        title="Cosine similarity, look-alikes side by side",
+        title="Cosine similarity, similar persons side by side",
         xlabel="person in the gallery (mean of clean photos)",
         ylabel="distorted queries",
     )
-    figure.colorbar(shown, shrink=0.6, label="cosine")
+    figure.colorbar(heat_map, shrink=0.6, label="cosine")
     return figure
 
 
@@ -298,37 +298,18 @@ def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
     """
     figure = Figure(figsize=(13, 4), layout="constrained", dpi=DPI)
     loss_axes, top1_axes, kind_axes = figure.subplots(1, 3)
-
-    update = [int(row["update"]) for row in steps]
-    loss = np.array([float(row["loss"]) for row in steps])
-    loss_axes.plot(update, loss, color="#b0b0b0", linewidth=0.6)
-    if len(loss) >= 20:  # the trend under the noise of single batches; a skipped step's NaN leaves a gap
-        width = max(5, len(loss) // 50)
-        smooth = np.convolve(loss, np.ones(width) / width, mode="valid")
-        loss_axes.plot(update[width - 1 :], smooth, color="#0072b2", linewidth=1.8)
     loss_axes.set(title="loss per step", xlabel="step")
-    rates = [name for name in (steps[0] if steps else {}) if name.endswith("_lr")]
-    rate_axes = loss_axes.twinx()
-    for name, style in zip(rates, ("--", ":"), strict=False):
-        values = [float(row[name]) for row in steps]
-        rate_axes.plot(update, values, style, color="#d55e00", linewidth=1, label=name.replace("_", " "))
-    if any(float(row[name]) > 0 for row in steps for name in rates):
-        rate_axes.set_yscale("log")  # head and backbone differ by orders of magnitude
     loss_axes.xaxis.get_major_locator().set_params(integer=True)
-    rate_axes.tick_params(colors="#d55e00")
-    if rates:
-        rate_axes.legend(loc="upper right", frameon=False, fontsize=8)
+    if steps:
+        _draw_steps(loss_axes, pd.DataFrame(steps).astype(float))
 
-    epoch = [row["epoch"] for row in history]
-    names = [name for row in history for name in row if "top1_" in name]
-    for name in dict.fromkeys(names):
+    epochs = pd.DataFrame(history)
+    for name in epochs.columns[epochs.columns.str.contains("top1_")]:
         overall = name.endswith(("top1_mean", "top1_best", "top1_cross", "top1_clean"))
-        axes, style = (top1_axes, "-") if overall else (kind_axes, "-")
-        if name.startswith("ema_"):
-            style = "--"  # of the averaged weights
-        values = [100 * row.get(name, np.nan) for row in history]
+        axes = top1_axes if overall else kind_axes
+        line = "--" if name.startswith("ema_") else "-"  # ema: of the averaged weights
         label = name.replace("ema_", "averaged: ").replace("top1_", "")
-        axes.plot(epoch, values, style, marker="o", markersize=3, linewidth=1.2, label=label)
+        axes.plot(epochs["epoch"], 100 * epochs[name], line, marker="o", markersize=3, linewidth=1.2, label=label)
     top1_axes.set(title="top-1, %, by template and protocol", xlabel="epoch")
     kind_axes.set(title="top-1, %, by kind", xlabel="epoch")
     for axes in (top1_axes, kind_axes):
@@ -340,27 +321,45 @@ def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
     return figure
 
 
+def _draw_steps(axes: Axes, steps: pd.DataFrame) -> None:
+    """The loss with its trend, and on a second axis the learning rates."""
+    axes.plot(steps["update"], steps["loss"], color="#b0b0b0", linewidth=0.6)
+    if len(steps) >= 20:  # the trend under the noise of single batches; a skipped step's NaN leaves a gap
+        trend = steps["loss"].rolling(max(5, len(steps) // 50)).mean()
+        axes.plot(steps["update"], trend, color="#0072b2", linewidth=1.8)
+    rates = steps.filter(regex="_lr$")
+    rate_axes = axes.twinx()
+    rate_axes.tick_params(colors="#d55e00")
+    for name, line in zip(rates, ("--", ":"), strict=False):
+        label = name.replace("_", " ")
+        rate_axes.plot(steps["update"], rates[name], line, color="#d55e00", linewidth=1, label=label)
+    if (rates > 0).any(axis=None):
+        rate_axes.set_yscale("log")  # head and backbone differ by orders of magnitude
+    if len(rates.columns):
+        rate_axes.legend(loc="upper right", frameon=False, fontsize=8)
+
+
 def _one_plot(legend_rows: int) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4.2 + 0.22 * legend_rows), layout="constrained", dpi=DPI)
     return figure, figure.subplots()
 
 
 def _legend(figure: Figure, axes: Axes, place: str) -> None:
-    """Outside of the axes, where it hides nothing; one row if the labels are short, else one below another."""
+    """Outside of the axes, where it hides nothing; in one row if the labels are short, else in one column."""
     handles, labels = axes.get_legend_handles_labels()
     columns = len(labels) if sum(len(label) + 8 for label in labels) <= 90 else 1
     figure.legend(handles, labels, loc=place, ncols=columns, handlelength=3.5, frameon=False)
 
 
-def _looks() -> Iterator[dict]:
-    """Colour, line, width and marker of the first, second, ... evaluation; the seventh looks like the first."""
+def _styles() -> Iterator[dict]:
+    """Colour, line, width and marker of the first, second, ... evaluation; the seventh has those of the first."""
     while True:
         for colour, line, width, marker in zip(COLOURS, LINES, WIDTHS, MARKERS, strict=True):
             yield {"color": colour, "linestyle": line, "linewidth": width, "marker": marker}
 
 
 def _plain(name: str) -> str:
-    """`name` so that matplotlib shows it as it is: $...$ would become a formula, a leading _ be left out of legends."""
+    """`name` so that matplotlib shows it unchanged: $...$ would be a formula, and a leading _ hides it in legends."""
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
@@ -371,7 +370,7 @@ def _power(rate: float) -> str:
 
 
 def _fit_percent(axes: Axes, values: Sequence[np.ndarray]) -> None:
-    """End the y axis near the lowest and highest of `values` (0..100, or NaN), so that near curves come apart."""
+    """End the y axis near the lowest and highest of `values` (0..100, or NaN), so that similar curves can be seen."""
     values = np.concatenate(values)
     high = np.nanmax(values)
     low = max(min(np.nanmin(values), high - 1), 0)  # a narrower range would blow up noise
@@ -381,5 +380,5 @@ def _fit_percent(axes: Axes, values: Sequence[np.ndarray]) -> None:
 
 
 def _at(rates: Sequence[float], far: np.ndarray, tar: np.ndarray) -> np.ndarray:
-    """TAR of the last threshold whose FAR is at most the rate, but for rounding; NaN where there is none."""
+    """TAR of the last threshold whose FAR is at most the rate, rounding aside; NaN where there is none."""
     return np.append(np.nan, tar)[np.searchsorted(far, np.asarray(rates) * (1 + 1e-9), side="right")]

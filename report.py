@@ -1,317 +1,469 @@
-"""Figures as text tables, and a report as one HTML file that needs nothing else: no network, no script."""
+"""What an evaluation shows and writes: tables, JSON and CSV files, pictures, and report.html, which holds all of it."""
 
 import base64
-import html
 import io
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from torch import Tensor
 
+import checkpoints
 import metrics
-from scores import TEMPLATES
+import plots
+from gallery import Gallery, Queries
+from scores import TEMPLATES, mean_templates
+from transforms import FaceCrop, load_image
 
-# What a column of numbers may hold: 97.3, 1,234, -0.2, 95.1–98.4, 97.3 ± 0.4, 1e-3, 58 of 60.
-NUMBERS = re.compile(r"[-+−±<≤]? ?\d[\d.,\s%±–/()\[\]x×e+−-]*(of [\d,]+)?")
+# What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
+FACTS = ("stage", "epoch", "pretrained", "image_size", "face_crop", "selected_on", "template", "made_by")
+COMPARED = ("rank-1", "mAP", "TAR@FAR=0.001", "DIR@FPIR=0.01")  # in the printed comparison; the page has all figures
+REFUSED = 0.2  # of the queries, where the share of the wrong answers left is one number and not a curve
 
 
 @dataclass(frozen=True)
-class Table:
-    """rows: each as long as header, the first cell its name.
+class Evaluated:
+    """One model on one split: its gallery, and per protocol the queries, the answers and the figures."""
 
-    Shown: a str as it is; an int with thousands' commas; a float with one decimal, or with three where no float of the
-    column is beyond -1..1; None, a figure of too few samples, as a dash that says so.
+    title: str
+    source: str  # the checkpoint, or the pretrained network
+    split: str
+    facts: dict  # what the checkpoint states besides its weights
+    gallery: Gallery
+    queries: dict[str, Queries]
+    details: dict[str, dict]  # of gallery.retrieve
+    measured: dict[str, dict]  # of gallery.measure: template -> group -> Measured
+    discard_curves: dict[str, dict]  # of gallery.discard_curves, under the template that counts
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def top1_table(evaluations: dict[str, dict]) -> str:
+    """Text table of top-1 in %: a row per kind with its number of queries, columns mean and best per evaluation.
+
+    evaluations: title -> details of `gallery.retrieve`, all of the same queries.
     """
+    first = next(iter(evaluations.values()))
+    queries = pd.Series({kind: figures["queries"] for kind, figures in first["per_kind"].items()})
+    columns = {
+        (title, template): {kind: figures["top1"][template] for kind, figures in details["per_kind"].items()}
+        for title, details in evaluations.items()
+        for template in TEMPLATES
+    }
+    top1 = pd.DataFrame(columns)
+    # A tight crop cannot see FACECOM's sunny at all, which drags the overall figure down: the others have a row too.
+    others = queries.drop("sunny", errors="ignore")
+    if 0 < len(others) < len(queries):
+        top1.loc["without sunny"] = top1.loc[others.index].mul(others, axis=0).sum() / others.sum()
+        queries["without sunny"] = others.sum()
+    top1.loc["all"] = [evaluations[title]["top1"][template] for title, template in top1]
+    queries["all"] = first["queries"]
+    table = 100 * top1
+    table.insert(0, ("queries", ""), queries)
+    return table.rename_axis(columns=["top-1, %", "template"]).to_string(float_format="{:.1f}".format)
 
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str | float | None]]
+
+def figures_frame(groups: dict[str, metrics.Measured]) -> pd.DataFrame:
+    """A row per group: its number of queries; value, low and high of each figure, shares in 0..1 or NaN."""
+    rows = []
+    for measured in groups.values():
+        row = {}
+        for name, figure in measured.figures.items():
+            row |= {name: figure["value"], f"{name} low": figure["low"], f"{name} high": figure["high"]}
+        rows.append(row)
+    frame = pd.DataFrame(rows, index=list(groups), dtype=float)
+    frame.insert(0, "queries", [len(measured.values["rank-1"]) for measured in groups.values()])
+    return frame
+
+
+def figures_table(groups: dict[str, metrics.Measured]) -> str:
+    """Text table in %: a row per group with its number of queries, rank-1 with its 95 % interval, then the others.
+
+    A dash: too few samples for that figure.
+    """
+    frame = figures_frame(groups)
+    table = 100 * frame[list(metrics.FIGURES)]
+    table.insert(0, "queries", frame["queries"])
+    table.insert(2, "95 % interval", [interval(measured.figures["rank-1"]) for measured in groups.values()])
+    table.columns = table.columns.str.replace("@FAR=", "@").str.replace("@FPIR=", "@")
+    return table.rename_axis(columns="%").to_string(float_format="{:.1f}".format, na_rep="-")
+
+
+def comparison_table(differences: dict[str, dict[str, dict]]) -> str:
+    """Text table in percentage points: group -> figure -> {value, low, high} of `metrics.compare`."""
+    return comparison_cells(differences, COMPARED).rename_axis(columns="points").to_string()
+
+
+def figures_cells(groups: dict[str, metrics.Measured]) -> pd.DataFrame:
+    """Every figure with its interval, in %: the cells of the page's table."""
+    rows = [
+        {"queries": len(measured.values["rank-1"])}
+        | {name: percent(measured.figures[name]) for name in metrics.FIGURES}
+        for measured in groups.values()
+    ]
+    return pd.DataFrame(rows, index=list(groups)).rename_axis(columns="kind")
+
+
+def comparison_cells(differences: dict[str, dict[str, dict]], names: Sequence[str]) -> pd.DataFrame:
+    """The differences of some figures in percentage points, with a star where the interval excludes 0."""
+
+    def cell(difference: dict | None) -> str:
+        if difference is None:
+            return "-"
+        if difference["low"] is None:
+            return percent(difference, "+")
+        return percent(difference, "+") + ("*" if difference["low"] > 0 or difference["high"] < 0 else " ")
+
+    rows = [{name: cell(of_group.get(name)) for name in names} for of_group in differences.values()]
+    return pd.DataFrame(rows, index=list(differences)).rename_axis(columns="kind")
+
+
+def summary_cells(after: Evaluated) -> pd.DataFrame:
+    """Top-1 under the template that counts, a row per protocol."""
+    rows = [
+        {
+            "top-1, %": f"{100 * details['top1'][after.gallery.template]:.2f}",
+            "queries": details["queries"],
+            "persons with a query": len(details["per_person"]),
+        }
+        for details in after.details.values()
+    ]
+    return pd.DataFrame(rows, index=list(after.details)).rename_axis(columns="protocol")
+
+
+def percent(figure: dict, sign: str = "") -> str:
+    """'98.1 [97.0, 99.0]', in %; '-' without a value. sign: '+' for a difference."""
+    if figure["value"] is None:
+        return "-"
+    return f"{100 * figure['value']:{sign}.1f} {interval(figure, sign)}".rstrip()
+
+
+def interval(figure: dict, sign: str = "") -> str:
+    """'[97.0, 99.0]', in %; nothing where there is no interval."""
+    return "" if figure["low"] is None else f"[{100 * figure['low']:{sign}.1f}, {100 * figure['high']:{sign}.1f}]"
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def print_results(after: Evaluated, before: Evaluated | None, comparison: dict) -> None:
+    """Print every protocol's figures, the differences to `before`, the figures that are missing, and top-1 last."""
+    template = after.gallery.template
+    for protocol, details in after.details.items():
+        print(f"\n{protocol}: {describe(details)}; {template} template")
+        print(figures_table(after.measured[protocol][template]))
+        top1 = ", ".join(f"{name} {100 * value:.1f}" for name, value in details["top1"].items())
+        print(f"rank-1 of all by template: {top1}")
+        if after.discard_curves[protocol]:
+            print(describe_discard(after.discard_curves[protocol]))
+        if before:
+            print(f"difference to {before.title}, with 95 % interval (*: it excludes 0)")
+            print(comparison_table(comparison[protocol]))
+    for line in missing_figures(after):
+        print(line)
+    print(f"\n{template} template")
+    print(summary_cells(after).to_string())
+
+
+def describe(details: dict) -> str:
+    """The sizes behind a protocol's figures."""
+    sizes = f"{details['photos']} clean photos of {details['persons']} persons in the gallery, "
+    sizes += f"{details['queries']} queries of {len(details['per_person'])} persons"
+    if details["not_enrolled"]:
+        sizes += f", {details['not_enrolled']} of them of persons outside the gallery"
+    if details["persons_without_query"]:
+        sizes += f"; {details['persons_without_query']} persons of the gallery have no query"
+    return sizes
+
+
+def describe_discard(left: dict[str, Tensor]) -> str:
+    """`gallery.discard_curves` in one line."""
+    wrong, queries = round(left["all"][0].item()), len(left["all"]) - 1
+    refused = f"refusing the {100 * REFUSED:.0f} % of the queries of lowest quality"
+    if not wrong:
+        return f"no answer is wrong, so {refused} cannot help"
+    kinds = ", ".join(f"{group} {100 * share:.0f}" for group, share in errors_left(left).items() if share is not None)
+    ideal = max(0.0, 1 - metrics.rounded_down(REFUSED, queries) / wrong)
+    return f"wrong answers left, %, after {refused}: {kinds} (of {wrong}; ideal: {100 * ideal:.0f})"
+
+
+def errors_left(left: dict[str, Tensor]) -> dict[str, float | None]:
+    """Group -> share (0..1) of its wrong answers left after refusing REFUSED of its queries; None: none is wrong."""
+    return {group: metrics.share_left(counts, REFUSED) for group, counts in left.items()}
+
+
+def missing_figures(after: Evaluated) -> list[str]:
+    """A line per figure for which there are too few samples, with the number needed."""
+    lines = []
+    for protocol, measured in after.measured.items():
+        everything = measured[after.gallery.template]["all"]
+        for rates, name, samples, what, least in (
+            (metrics.FARS, "TAR@FAR", everything.roc.impostor_pairs, "impostor pairs", metrics.MIN_ERRORS),
+            # Half of the persons are strangers to either gallery.
+            (metrics.FPIRS, "DIR@FPIR", everything.roc.genuine_pairs, "queries", 2 * metrics.MIN_ERRORS),
+        ):
+            for rate in rates:
+                if everything.figures[f"{name}={rate:g}"]["value"] is None:
+                    needed = f"{samples} {what}, {round(least / rate)} needed"
+                    lines.append(f"{protocol}: {name}={rate:g} is not reported: {needed}")
+    return lines
+
+
+# --- JSON and CSV -----------------------------------------------------------------------------------------------------
+
+
+def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comparison: dict) -> None:
+    """figures.json, figures.csv (a row per protocol, template and group), comparison.csv, queries.csv, persons.csv."""
+    figures = {
+        (protocol, template): figures_frame(groups)
+        for protocol, measured in after.measured.items()
+        for template, groups in measured.items()
+    }
+    checkpoints.write_csv(
+        folder / "figures.csv", pd.concat(figures, names=["protocol", "template", "kind"]).reset_index()
+    )
+    checkpoints.write_csv(folder / "queries.csv", query_rows(after))
+    checkpoints.write_csv(folder / "persons.csv", person_rows(after))
+    found = {
+        "split": after.split,
+        "model": known_facts(after),
+        "template": after.gallery.template,
+        "protocols": {protocol: protocol_summary(after, protocol) for protocol in after.details},
+    }
+    if before:
+        found |= {"compared_with": known_facts(before), "difference": comparison}
+        differences = [
+            {"protocol": protocol, "kind": group, "figure": name, **figure}
+            for protocol, groups in comparison.items()
+            for group, of_group in groups.items()
+            for name, figure in of_group.items()
+        ]
+        checkpoints.write_csv(folder / "comparison.csv", differences)
+    checkpoints.write_json(folder / "figures.json", found)
+
+
+def known_facts(model: Evaluated) -> dict:
+    return {name: value for name, value in model.facts.items() if name in FACTS}
+
+
+def protocol_summary(after: Evaluated, protocol: str) -> dict:
+    """What figures.json holds of a protocol: all that is not per query."""
+    details, measured = after.details[protocol], after.measured[protocol]
+    return {name: value for name, value in details.items() if name not in ("per_query", "embeddings")} | {
+        "figures": {
+            template: {group: of_group.figures for group, of_group in groups.items()}
+            for template, groups in measured.items()
+        },
+        "thresholds": {template: groups["all"].thresholds for template, groups in measured.items()},
+        "cmc": {template: groups["all"].cmc.tolist() for template, groups in measured.items()},
+        "wrong_left": errors_left(after.discard_curves[protocol]),
+    }
+
+
+def query_rows(after: Evaluated) -> list[dict]:
+    """A row per protocol and query: the photo, and the answer under each template."""
+    rows = []
+    for protocol, details in after.details.items():
+        for query in details["per_query"]:
+            row = {"protocol": protocol} | {name: query[name] for name in ("path", "kind", "person", "quality")}
+            for template in TEMPLATES:
+                row |= {f"{name}_{template}": value for name, value in query[template].items()}
+            rows.append(row)
+    return rows
+
+
+def person_rows(after: Evaluated) -> list[dict]:
+    """A row per protocol and person: the number of its queries, their top-1 and mAP."""
+    rows = []
+    for protocol, details in after.details.items():
+        # Of photos, so the same under both templates.
+        precision = pd.Series(after.measured[protocol]["mean"]["all"].values["mAP"].tolist())
+        mean_precision = precision.groupby(after.queries[protocol].persons).mean()
+        for person, figures in details["per_person"].items():
+            row = {"protocol": protocol, "person": person, "queries": figures["queries"]}
+            row |= {f"top1_{template}": value for template, value in figures["top1"].items()}
+            rows.append(row | {"mAP": mean_precision[person]})
+    return rows
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def draw_pictures(
+    after: Evaluated, before: Evaluated | None, *, persons: int, mistakes: int, mistakes_per_kind: int, seed: int
+) -> dict[str, Figure]:
+    """File name without its suffix -> picture, from what has already been embedded.
+
+    persons: shown in t-SNE and similarity matrix, the first by name; mistakes: see mistake_rows; seed: of t-SNE.
+    """
+    pictures: dict[str, Figure] = {}
+    for protocol in after.measured:
+        drawn = protocol_pictures([model for model in (before, after) if model], protocol)
+        pictures |= {f"{name}_{protocol}": picture for name, picture in drawn.items()}
+    first = next(iter(after.details))
+    pictures |= embedding_pictures(after.gallery, after.queries[first], persons, seed)
+    crop = FaceCrop(after.facts["image_size"], after.facts["face_crop"])
+    rows = mistake_rows(after.gallery, after.details[first], crop, most=mistakes, most_per_kind=mistakes_per_kind)
+    return pictures | {"mistakes": plots.mistakes_sheet(rows)}
+
+
+def protocol_pictures(models: Sequence[Evaluated], protocol: str) -> dict[str, Figure]:
+    """The curves and bars of all `models` under a protocol; scores and discard of the last one."""
+    template = models[-1].gallery.template
+    groups = {model.title: model.measured[protocol][template] for model in models}
+    everything = {title: of_model["all"] for title, of_model in groups.items()}
+    pictures = {"cmc": plots.cmc({title: measured.cmc.tolist() for title, measured in everything.items()})}
+
+    last = models[-1].measured[protocol][template]
+    curve = last["all"].roc
+    if curve.impostor_pairs and curve.genuine_pairs:
+        curves = {title: (of.roc.far.tolist(), of.roc.tar.tolist()) for title, of in everything.items()}
+        pictures["roc"] = plots.roc(curves, curve.impostor_pairs)
+        far, threshold = chosen_threshold(last["all"])
+        pictures["scores"] = plots.score_histogram(
+            curve.edges.tolist(), curve.genuine_bins.tolist(), curve.impostor_bins.tolist(), threshold, far
+        )
+
+    shown = list(last) if len(last) > 2 else [group for group in last if group != "all"] or ["all"]
+    rates = {
+        title: [tuple(of_model[group].figures["rank-1"][end] for end in ("value", "low", "high")) for group in shown]
+        for title, of_model in groups.items()
+    }
+    pictures["kinds"] = plots.bars(shown, rates)
+    left = models[-1].discard_curves[protocol]
+    if left and left["all"][0]:
+        pictures["discard"] = plots.discard({"all": left["all"]} | left)  # "all" first
+    return pictures
+
+
+def chosen_threshold(measured: metrics.Measured) -> tuple[float, float | None]:
+    """(FAR, cosine) of the lowest false accept rate, down to 0.001, that has a threshold; (0.01, None) if none has."""
+    for far in (1e-3, 1e-2):
+        if f"TAR@FAR={far:g}" in measured.thresholds:
+            return far, measured.thresholds[f"TAR@FAR={far:g}"]
+    return 1e-2, None
+
+
+def embedding_pictures(gallery: Gallery, queries: Queries, persons: int, seed: int) -> dict[str, Figure]:
+    """tsne and similarity of the first `persons` of the gallery, where there is enough to draw."""
+    names = gallery.persons[:persons]
+    of_query = ((queries.truth >= 0) & (queries.truth < len(names))).nonzero()[:, 0]
+    of_gallery = (gallery.labels < len(names)).nonzero()[:, 0]
+    embeddings, truth = queries.embeddings[of_query], queries.truth[of_query].tolist()
+    pictures = {}
+    if len(of_query) + len(of_gallery) >= 4:
+        points = torch.cat([gallery.embeddings[of_gallery], embeddings])
+        labels = gallery.labels[of_gallery].tolist() + truth
+        is_query = [False] * len(of_gallery) + [True] * len(of_query)
+        pictures["tsne"] = plots.tsne(points, labels, is_query, names, seed)
+    if truth:
+        templates = mean_templates(gallery.weighted, gallery.labels)[: len(names)]
+        pictures["similarity"] = plots.similarity_matrix(embeddings @ templates.T, truth, names, templates)
+    return pictures
+
+
+def mistake_rows(
+    gallery: Gallery, details: dict, crop: Callable[[Image.Image], Image.Image], *, most: int, most_per_kind: int
+) -> list[tuple[Sequence[Image.Image], Sequence[str]]]:
+    """The wrong answers of highest score: cropped images, as the network sees them, and captions.
+
+    At most `most` of them, and `most_per_kind` of a kind, so that one hopeless kind does not fill the sheet.
+    """
+    first_photo = {}
+    for path, label in zip(gallery.paths, gallery.labels.tolist(), strict=True):
+        first_photo.setdefault(gallery.persons[label], path)
+    answers = pd.DataFrame([query | query[details["template"]] for query in details["per_query"]])
+    wrong = answers[answers["predicted"] != answers["person"]].sort_values("score", ascending=False, kind="stable")
+    rows = []
+    for query in wrong.groupby("kind").head(most_per_kind).head(most).itertuples():
+        true_photo = first_photo.get(query.person, query.path)  # not enrolled: no clean photo to show
+        images = [crop(load_image(Path(path))) for path in (query.path, true_photo, first_photo[query.predicted])]
+        captions = (Path(query.path).name, query.person, f"{query.predicted}  (cosine {query.score:.2f})")
+        rows.append((images, captions))
+    return rows
+
+
+# --- report.html ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Picture:
-    """image: a PNG or JPEG file's bytes; alt: what it shows, in words, for those who cannot see it."""
+    """A picture as a file; width and height in pixels."""
 
-    caption: str
-    image: bytes
-    alt: str
+    suffix: str  # ".png" or ".jpg"
+    data: bytes
+    width: int
+    height: int
 
-
-@dataclass(frozen=True)
-class Section:
-    """text: plain, a blank line between paragraphs."""
-
-    heading: str
-    text: str
-    tables: Sequence[Table] = ()
-    pictures: Sequence[Picture] = ()
+    @property
+    def uri(self) -> str:
+        kind = {".png": "png", ".jpg": "jpeg"}[self.suffix]
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
 
 
-def top1_table(evaluations: dict[str, dict]) -> str:
-    """Text table of top-1 in %, a row per kind with its number of queries, columns mean and best per evaluation.
-
-    `evaluations`: title -> details of `evaluate`, all of the same queries.
-    """
-    first = next(iter(evaluations.values()))
-    kinds = first["per_kind"]
-    # What a crop cannot see at all drags the overall figure down: FACECOM's sunny has its own row and its own rest.
-    others = [kind for kind in kinds if kind != "sunny"]
-
-    def without_sunny(details: dict, template: str) -> float:
-        per_kind = [details["per_kind"][kind] for kind in others]
-        queries = sum(kind["queries"] for kind in per_kind)
-        return sum(kind["top1"][template] * kind["queries"] for kind in per_kind) / queries if queries else math.nan
-
-    rows = [
-        (kind, kinds[kind]["queries"], [d["per_kind"][kind]["top1"] for d in evaluations.values()]) for kind in kinds
-    ]
-    if 0 < len(others) < len(kinds):
-        rest = [{t: without_sunny(d, t) for t in TEMPLATES} for d in evaluations.values()]
-        rows.append(("without sunny", sum(kinds[kind]["queries"] for kind in others), rest))
-    rows.append(("all", first["queries"], [details["top1"] for details in evaluations.values()]))
-
-    first_width = max(15, *(len(kind) + 2 for kind in kinds))
-    width = max(15, *(len(title) + 2 for title in evaluations))
-    lines = [
-        f"{'top-1, %':<{first_width}}{'queries':>8}" + "".join(f"{title:>{width}}" for title in evaluations),
-        f"{'template':<{first_width}}{'':>8}" + f"{'mean   best':>{width}}" * len(evaluations),
-    ]
-    for name, queries, values in rows:
-        cells = (f"{100 * value['mean']:.1f}  {100 * value['best']:>5.1f}" for value in values)
-        lines.append(f"{name:<{first_width}}{queries:>8}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join(lines)
-
-
-def figures_table(measured: dict[str, metrics.Measured]) -> str:
-    """Text table in %, a row per group with its number of queries: rank-1 with its 95 % interval, then the others.
-
-    A dash: too few samples for that figure.
-    """
-
-    def cell(figure: dict) -> str:
-        return f"{100 * figure['value']:.1f}" if figure["value"] is not None else "-"
-
-    first_width = max(15, *(len(group) + 2 for group in measured))
-    short = {name: name.replace("@FAR=", "@").replace("@FPIR=", "@") for name in metrics.FIGURES}
-    widths = {name: max(7, len(short[name]) + 2) for name in metrics.FIGURES}
-    header = f"{'%':<{first_width}}{'queries':>8}{'rank-1 [95 % interval]':>24}"
-    lines = [header + "".join(f"{short[name]:>{widths[name]}}" for name in metrics.FIGURES[1:])]
-    for group, of_group in measured.items():
-        rank1 = of_group.figures["rank-1"]
-        interval = f"[{100 * rank1['low']:.1f}, {100 * rank1['high']:.1f}]" if rank1["low"] is not None else ""
-        row = f"{group:<{first_width}}{len(of_group.values['rank-1']):>8}{cell(rank1):>8} {interval:>15}"
-        lines.append(row + "".join(f"{cell(of_group.figures[n]):>{widths[n]}}" for n in metrics.FIGURES[1:]))
-    return "\n".join(lines)
-
-
-def comparison_table(differences: dict[str, dict[str, dict]]) -> str:
-    """Text table in points: group -> figure -> {value, low, high} of `metrics.compare`; a star where 0 is outside."""
-    names = ("rank-1", "mAP", "TAR@FAR=0.001", "DIR@FPIR=0.01")
-    first_width = max(15, *(len(group) + 2 for group in differences))
-    lines = [f"{'points':<{first_width}}" + "".join(f"{name:>26}" for name in names)]
-    for group, of_group in differences.items():
-        cells = []
-        for name in names:
-            found = of_group.get(name)
-            if found is None:
-                cells.append("-")
-            elif found["low"] is None:
-                cells.append(f"{100 * found['value']:+.1f}")
-            else:
-                star = "*" if found["low"] > 0 or found["high"] < 0 else " "
-                cells.append(
-                    f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]{star}"
-                )
-        lines.append(f"{group:<{first_width}}" + "".join(f"{cell:>26}" for cell in cells))
-    return "\n".join(lines)
-
-
-def encoded(figure: Figure) -> tuple[str, bytes]:
-    """The suffix and content of a light file: JPEG where the figure shows photos, else PNG of 256 colours, a third of
-    the size and no visible loss."""
+def encode(figure: Figure) -> Picture:
+    """A small file: JPEG where the figure shows photos, else PNG of 256 colours, a third of the size and no visible
+    loss."""
     file, small = io.BytesIO(), io.BytesIO()
     figure.savefig(file, format="png")
     image = Image.open(file).convert("RGB")
     if any(shown.get_array().ndim == 3 for axes in figure.axes for shown in axes.images):  # (H, W, 3)
         image.save(small, format="jpeg", quality=88, optimize=True)
-        return ".jpg", small.getvalue()
+        return Picture(".jpg", small.getvalue(), image.width, image.height)
     image.quantize(256).save(small, format="png", optimize=True)
-    return ".png", small.getvalue()
+    return Picture(".png", small.getvalue(), image.width, image.height)
 
 
-def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """HTML5 page with a table of contents, to be written in UTF-8; every text is escaped, none is taken as HTML.
+def write_report(
+    folder: Path, figures: dict[str, Figure], after: Evaluated, before: Evaluated | None, comparison: dict
+) -> None:
+    """Each figure as <name>.png or, of photos, <name>.jpg; and report.html, which holds them all."""
+    pictures = {name: encode(figure) for name, figure in figures.items()}
+    for name, picture in pictures.items():
+        with checkpoints.atomic_file(folder / f"{name}{picture.suffix}") as file:
+            file.write(picture.data)
+        # Of an earlier evaluation: a sheet of mistakes shows photos, one without mistakes does not.
+        (folder / f"{name}{'.jpg' if picture.suffix == '.png' else '.png'}").unlink(missing_ok=True)
+    with checkpoints.atomic_file(folder / "report.html") as file:
+        # A file name may hold a byte that is no UTF-8; it becomes a question mark.
+        file.write(page(pictures, after, before, comparison).encode("utf-8", "replace"))
 
-    Raises ValueError if a row has another length than its header or a picture is no PNG or JPEG.
-    """
-    contents = [f'<li><a href="#s{n}">{_text(s.heading)}</a></li>' for n, s in enumerate(sections, 1)]
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            # Should escaping ever fail: no script runs and nothing is fetched.
-            '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-            "style-src 'unsafe-inline'\">",
-            f"<title>{_text(title)}</title>",
-            f"<style>{STYLE}</style>",
-            "</head>",
-            "<body>",
-            f'<header><h1>{_text(title)}</h1><p class="subtitle">{_text(subtitle)}</p></header>',
-            f'<nav aria-label="Contents"><ol>{"".join(contents)}</ol></nav>',
-            "<main>",
-            *(_section(f"s{number}", section) for number, section in enumerate(sections, 1)),
-            "</main>",
-            "</body>",
-            "</html>",
-            "",
-        ]
+
+def page(pictures: dict[str, Picture], after: Evaluated, before: Evaluated | None, comparison: dict) -> str:
+    """The HTML page by report.html.jinja; every text is escaped."""
+    template = after.gallery.template
+    protocols = []
+    for protocol, details in after.details.items():
+        tables = {f"Template “{name}”, %": figures_cells(groups) for name, groups in after.measured[protocol].items()}
+        if before:
+            groups = comparison[protocol]
+            names = [name for name in metrics.FIGURES if any(name in of_group for of_group in groups.values())]
+            caption = (
+                f"Template “{template}”: difference to {before.title}, percentage points; *: the interval excludes 0"
+            )
+            tables[caption] = comparison_cells(groups, names)
+        protocols.append({"name": protocol, "sizes": describe(details), "tables": tables})
+    facts = after.facts
+    size = f"{facts['image_size']} pixels, crop {facts['face_crop']}, model {facts['made_by']['fingerprint']}"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-
-
-def _section(anchor: str, section: Section) -> str:
-    paragraphs = [f"<p>{_text(text.strip())}</p>" for text in re.split(r"\n\s*\n", section.text) if text.strip()]
-    pictures = [_picture(picture) for picture in section.pictures]
-    return "\n".join(
-        [
-            f'<section id="{anchor}" aria-labelledby="{anchor}-heading">',
-            f'<h2 id="{anchor}-heading">{_text(section.heading)}</h2>',
-            *paragraphs,
-            *(_table(table) for table in section.tables),
-            *([f'<div class="pictures">{"".join(pictures)}</div>'] if pictures else []),
-            "</section>",
-        ]
+    return environment.get_template("report.html.jinja").render(
+        title=f"{after.title} on {after.split}",
+        subtitle=f"{after.source}: {size}",
+        template=template,
+        summary=summary_cells(after),
+        protocols=protocols,
+        missing=missing_figures(after),
+        pictures=pictures,
     )
-
-
-def _table(table: Table) -> str:
-    for row in table.rows:
-        if len(row) != len(table.header):
-            what = f"{table.caption}: a row of {len(row)} cells under a header of {len(table.header)}"
-            raise ValueError(f"{what}: {list(row)}; expected as many")
-    columns = [_column([row[place] for row in table.rows]) for place in range(len(table.header))]
-    aligned = [' class="number"' if numbers else "" for _, numbers in columns]
-    head = [f'<th scope="col"{a}>{_text(name)}</th>' for name, a in zip(table.header, aligned, strict=True)]
-    body = []
-    for cells in zip(*(cells for cells, _ in columns), strict=True):
-        first = f'<th scope="row"{aligned[0]}>{cells[0]}</th>'
-        rest = [f"<td{a}>{cell}</td>" for cell, a in zip(cells[1:], aligned[1:], strict=True)]
-        body.append(f"<tr>{first}{''.join(rest)}</tr>")
-    caption = _text(table.caption)
-    return (
-        f"<figure><figcaption>{caption}</figcaption>"
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{caption}"><table>\n'
-        f"<thead><tr>{''.join(head)}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table></div></figure>"
-    )
-
-
-def _column(values: Sequence[str | float | None]) -> tuple[list[str], bool]:
-    """The cells of a column as HTML, and whether they are numbers, which stand right-aligned."""
-    largest = max((abs(value) for value in values if isinstance(value, float)), default=0)
-    decimals = 3 if largest <= 1 else 1
-    cells, numbers = [], True
-    for value in values:
-        if value is None:
-            cells.append('<span title="too few samples">–</span>')
-            continue
-        if isinstance(value, str):
-            numbers = numbers and NUMBERS.fullmatch(value) is not None
-        elif isinstance(value, float):
-            value = f"{value:,.{decimals}f}"
-        else:
-            value = f"{value:,}"
-        cells.append(_text(value))
-    return cells, numbers
-
-
-def _picture(picture: Picture) -> str:
-    """A click, or the space bar, shows it large; without a script that is a hidden checkbox."""
-    try:
-        with Image.open(io.BytesIO(picture.image), formats=["PNG", "JPEG"]) as image:
-            (width, height), kind = image.size, image.format.lower()
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{picture.caption}: no PNG or JPEG, it begins with {picture.image[:8]!r}") from error
-    alt = _text(picture.alt)
-    data = base64.b64encode(picture.image).decode("ascii")
-    shape = ' class="wide"' if width > 1.8 * height else ""
-    return (
-        f'<figure{shape}><label><input type="checkbox" aria-label="Enlarge: {alt}"><span class="frame">'
-        f'<img src="data:image/{kind};base64,{data}" width="{width}" height="{height}" alt="{alt}">'
-        f"</span></label><figcaption>{_text(picture.caption)}</figcaption></figure>\n"
-    )
-
-
-def _text(text: str) -> str:
-    """Escaped for text and attributes; what UTF-8 cannot hold, such as a file name's stray byte, becomes a ?."""
-    return html.escape(text.encode("utf-8", "replace").decode("utf-8"))
-
-
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: #1b1f24; --soft: #59636e; --line: #d5dae0; --ground: #ffffff; --band: #f4f6f8; --link: #0059a3;
-}
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --soft: #a0a9b3; --line: #3b434c; --ground: #15181c; --band: #1f242a; --link: #7fc1ff; }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 76rem; padding: 1.5rem clamp(1rem, 4vw, 3rem) 4rem;
-  background: var(--ground); color: var(--ink); overflow-wrap: break-word;
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif;
-}
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0.5rem 0 0; }
-h2 { font-size: 1.35rem; line-height: 1.25; margin: 2.8rem 0 0.6rem; padding-top: 0.9rem; }
-h2 { border-top: 1px solid var(--line); }
-p { max-width: 68ch; margin: 0.7rem 0; }
-a { color: var(--link); }
-.subtitle { color: var(--soft); font-size: 1.05rem; margin-top: 0.4rem; }
-nav { margin: 1.2rem 0; padding: 0.7rem 1rem; background: var(--band); border-radius: 0.4rem; }
-nav ol { margin: 0; padding-left: 1.6rem; columns: 18rem; }
-figure { margin: 1.4rem 0; min-width: 0; }
-figcaption { color: var(--soft); font-size: 0.9rem; max-width: 75ch; margin: 0.4rem 0; }
-
-.scroll { overflow: auto; width: fit-content; max-width: 100%; max-height: 36rem; }
-.scroll, .frame { border: 1px solid var(--line); border-radius: 0.4rem; }
-table { border-collapse: separate; border-spacing: 0; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.65rem; text-align: left; white-space: nowrap; background: var(--ground); }
-tbody tr:nth-child(even) > * { background: var(--band); }
-tbody th { font-weight: 500; }
-thead th { position: sticky; top: 0; z-index: 1; background: var(--band); border-bottom: 1px solid var(--line); }
-th.number, td.number { text-align: right; }
-@media (min-width: 40rem) {  /* on a telephone the names would cover the figures */
-  th:first-child { position: sticky; left: 0; }
-  thead th:first-child { z-index: 2; }
-}
-
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 29rem), 1fr)); }
-.pictures { gap: 1rem 1.6rem; align-items: start; }
-.pictures figure { margin: 0.8rem 0; }
-.pictures .wide, .pictures figure:has(:checked) { grid-column: 1 / -1; }
-label { display: block; position: relative; cursor: zoom-in; }
-label input { position: absolute; opacity: 0; }
-.frame { display: block; width: fit-content; max-width: 100%; overflow: auto; padding: 0.5rem; background: #ffffff; }
-.frame img { display: block; width: auto; max-width: 100%; height: auto; margin: 0 auto; }
-:checked + .frame { width: auto; cursor: zoom-out; }
-:checked + .frame img { max-width: none; min-width: 100%; }
-:focus-visible + .frame, .scroll:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-
-@media print {
-  :root { --ink: #000000; --soft: #333333; --line: #bbbbbb; --ground: #ffffff; --band: #ffffff; --link: #000000; }
-  body { max-width: none; padding: 0; font-size: 10pt; }
-  .scroll { max-height: none; overflow: visible; }
-  .scroll, .frame { border: 0; padding: 0; }
-  table { font-size: 8.5pt; }
-  th, td, th:first-child { position: static; padding: 0.1rem 0.4rem; }
-  .pictures { display: block; }
-  .frame img, :checked + .frame img { min-width: 0; max-width: 100%; max-height: 11cm; }
-  tr, .pictures figure { break-inside: avoid; }
-  h2, figcaption:first-child { break-after: avoid; }  /* a picture's caption comes last */
-}
-"""

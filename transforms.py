@@ -27,7 +27,7 @@ _TO_TENSOR = (
 def load_image(path: Path) -> Image.Image:
     """`path` as RGB, turned upright by its EXIF orientation; transparency becomes white.
 
-    Raises OSError with the path if the file cannot be read to its end.
+    Raises UserError with the path if the file cannot be read to its end.
     """
     try:
         with warnings.catch_warnings():
@@ -54,14 +54,14 @@ class FaceCrop:
 
     fraction: side of the crop as a share (0..1] of the photo's shorter side.
     zoom, shift: random jitter of the side (+-share of it) and of the centre (+-share of the shorter side), 0 = none,
-    drawn from torch's generator; beyond the photo's edges its mirror image goes on.
-    Raises ValueError if one of them is out of range.
+    drawn from torch's generator; beyond the photo's edges it is continued by its mirror image.
+    Raises UserError if one of them is out of range.
     """
 
     def __init__(self, size: int, fraction: float, zoom: float = 0.0, shift: float = 0.0):
         if not 0 < fraction <= 1:
             raise UserError(f"FACE_CROP = {fraction}: expected a share of the shorter side in (0, 1]")
-        if size < 76:  # below, InceptionResnetV1's last stride-2 blocks have nothing left to see
+        if size < 76:  # less does not survive InceptionResnetV1's strides of 2
             raise UserError(f"IMAGE_SIZE = {size}: expected at least 76 pixels; the pretrained network knows 160")
         if not 0 <= zoom < 1:
             raise UserError(f"CROP_ZOOM = {zoom}: expected a share in [0, 1), usually about 0.1")
@@ -77,13 +77,13 @@ class FaceCrop:
             zoom, dx, dy = (2 * torch.rand(3) - 1).tolist()
             side = side * (1 + self.zoom * zoom)
             x, y = x + self.shift * shorter * dx, y + self.shift * shorter * dy
-            # Kept inside instead, a crop of nearly the whole photo could neither move nor grow.
+            # Clamped to the photo instead, a crop of nearly all of it could neither move nor grow.
             beyond = math.ceil(max(0, side / 2 - min(x, y, width - x, height - y)))
             if beyond:
                 pixels = np.pad(np.asarray(image), ((beyond, beyond), (beyond, beyond), (0, 0)), mode="symmetric")
                 image, x, y = Image.fromarray(pixels), x + beyond, y + beyond
                 width, height = image.size
-        # Rounding may put a corner a hair outside the photo, which Pillow refuses.
+        # Rounding may put a corner slightly outside the photo, which Pillow refuses.
         box = (max(x - side / 2, 0), max(y - side / 2, 0), min(x + side / 2, width), min(y + side / 2, height))
         return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
 
@@ -101,19 +101,23 @@ def train_transform(
     distort: Callable[[Image.Image], Image.Image] | None = None,
     mirror: bool = True,
 ) -> Transform:
-    """`eval_transform` with the crop jittered (see FaceCrop) and, with `mirror`, every second image mirrored;
-    `distort`, such as RandomDistortion, sees the photo before the crop."""
-    before, after = [distort] if distort else [], [v2.RandomHorizontalFlip()] if mirror else []
-    return v2.Compose([*before, FaceCrop(image_size, face_crop, zoom, shift), *after, *_TO_TENSOR])
+    """`eval_transform` with random jitter of the crop (see FaceCrop).
+
+    mirror: mirror each image with probability 0.5. distort: applied to the whole photo, such as RandomDistortion.
+    """
+    before = [distort] if distort else []
+    after = [v2.RandomHorizontalFlip()] if mirror else []
+    crop = FaceCrop(image_size, face_crop, zoom=zoom, shift=shift)
+    return v2.Compose([*before, crop, *after, *_TO_TENSOR])
 
 
 class RandomDistortion:
-    """With `probability` (0..1), 1..`most` kinds in turn, each of a severity even in 0..1: PIL image -> PIL image.
+    """With `probability` (0..1), 1..`most` distortions in turn, severities uniform in 0..1: PIL image -> PIL image.
 
-    kinds: name -> (image, severity, generator) -> image, as in distortions.DISTORTIONS; drawn without repeats, so that
-    photos meet mixtures such as fog in the dark that no file on disk shows. Whole frames of more than `side` pixels
-    (shorter side) are shrunk to it first: the kinds scale with the frame, and the crop would throw the pixels away.
-    Drawn from torch's generator. Raises ValueError if a number is out of range.
+    kinds: name -> (image, severity, generator) -> image, as in distortions.DISTORTIONS; drawn without repeats. So the
+    network sees mixtures, such as fog in the dark, that no file on disk shows. side: photos whose shorter side has more
+    pixels are shrunk to it first, which saves time: distortions scale with the photo, and the crop is small.
+    Drawn from torch's generator. Raises UserError if a number is out of range.
     """
 
     def __init__(self, kinds: dict[str, Callable], probability: float, most: int, side: int):

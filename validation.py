@@ -2,23 +2,22 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from common import warn_once
-from datasets import Person, folder_of, persons_of
+from datasets import Person, Split, distortion_kind, folder_of, persons_of
 from gallery import Gallery, NoQueries, Queries, embed_split, retrieve, score, select_queries
 from transforms import Transform
 
 CHOICE = "mean of same and cross"  # of the best epoch, by `validate`; kept in checkpoints
-QUICK_STRIDE = 3  # prime to the seven kinds, so that quick validation sees all of them
+QUICK_STRIDE = 3  # quick validation takes a third of the distorted photos
 
 
 def validate(
     model: nn.Module,
-    root: Path | str | Sequence[Person],
+    root: Split,
     transform: Transform,
     device: torch.device | str,
     *,
@@ -26,16 +25,16 @@ def validate(
     quick: bool = False,
     num_workers: int = 0,
 ) -> tuple[float, dict[str, float]]:
-    """The figure that the best epoch is chosen by, and its row for the log, on persons whom training does not see.
+    """The figure that the best epoch is chosen by, and a row for the log, on persons that are not trained on.
 
     The figure: the mean of top-1 under the protocols "same" and "cross", by `template`. "same" alone rewards finding
-    the photo again, a stranger's as well as a friend's; "cross" alone leaves out the persons with one photo. Where
-    no person has a second photo there is "same" only, and a warning once.
-    The row: `summary` of "same"; top1_cross and top1_clean where a person has a second photo; cosine_<kind>, the mean
-    cosine of the distorted photos to their sources, where the file names show these.
-    quick: every QUICK_STRIDE-th distorted photo only, and no photo's mirror image: a fifth of the time. Its figures
-    compare epochs; those to report are `evaluate`'s.
-    Raises what `build_gallery` and `embed_queries` raise.
+    the photo again, a stranger's as well as a friend's; "cross" alone leaves out the persons with one photo. Where no
+    query is left under "cross", it is top-1 under "same", with a warning.
+    The row: `summary` of "same"; top1_cross and top1_clean where those protocols have queries; cosine_<kind>, see
+    `copy_cosines`.
+    quick: only every QUICK_STRIDE-th distorted photo, and no mirror images: a fifth of the time. Such figures compare
+    epochs; those to report are `gallery.evaluate`'s.
+    Raises what `gallery.embed_split` raises.
     """
     persons = persons_of(root)
     with _without_mirror(model) if quick else contextlib.nullcontext():
@@ -56,8 +55,8 @@ def validate(
     if "top1_cross" in row:
         return (same + row["top1_cross"]) / 2, row
     warn_once(
-        f"{folder_of(persons)}: no person has a second clean photo, so the best epoch is chosen by finding photos "
-        "again, which says little about recognising people"
+        f"{folder_of(persons)}: no distorted photo shows a person with a second clean photo, so the best epoch is "
+        "chosen by how well photos are found again, which says little about recognising people"
     )
     return same, row
 
@@ -69,17 +68,28 @@ def _answers(gallery: Gallery, queries: Queries, protocol: str) -> dict:
 
 
 def thinned(persons: Sequence[Person], stride: int) -> list[Person]:
-    """`persons` with every `stride`-th of all their distorted photos, counted through: every kind stays."""
-    taken, start = [], 0
+    """`persons` with every `stride`-th distorted photo of each kind, counted across all persons.
+
+    The kinds start at different photos, so that together they show more source photos and persons than each alone.
+    Every kind of at least `stride` photos stays, however many kinds there are.
+    """
+    counts: dict[str, int] = {}  # kind -> its photos so far, plus its start
+    taken = []
     for person in persons:
-        taken.append(Person(person.name, person.clean, person.distorted[-start % stride :: stride]))
-        start += len(person.distorted)
+        distorted = []
+        for path in person.distorted:
+            kind = distortion_kind(path)
+            count = counts.setdefault(kind, len(counts))
+            counts[kind] += 1
+            if count % stride == 0:
+                distorted.append(path)
+        taken.append(Person(person.name, person.clean, tuple(distorted)))
     return taken
 
 
 @contextlib.contextmanager
 def _without_mirror(model: nn.Module) -> Iterator[None]:
-    """Embed each photo once meanwhile, not as the mean of it and its mirror image."""
+    """Meanwhile, `model` embeds a photo alone, not together with its mirror image."""
     mirror, model.mirror = getattr(model, "mirror", False), False
     try:
         yield
@@ -88,7 +98,7 @@ def _without_mirror(model: nn.Module) -> Iterator[None]:
 
 
 def copy_cosines(gallery: Gallery, queries: Queries) -> dict[str, float]:
-    """cosine_<kind> -> mean cosine of that kind's queries to their sources, over queries whose source is known."""
+    """cosine_<kind> -> mean cosine of the queries of that kind to their source photos, where these are known."""
     known = queries.sources >= 0
     cosines = (queries.embeddings * gallery.embeddings[queries.sources.clamp(min=0)]).sum(1)
     of_kind: dict[str, list[float]] = {}

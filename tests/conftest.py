@@ -35,6 +35,13 @@ def write_photo(path: Path, colour, seed: int, side: int = 40) -> None:
     Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
 
 
+def write_plain(path: Path, colour=(90, 90, 90), size=(8, 8)) -> Path:
+    """A photo of exactly one colour, which identifies it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, tuple(colour)).save(path)
+    return path
+
+
 def write_person(folder: Path, colour, photos: int, layout: str = "clean") -> None:
     """`photos` clean photos with their distorted copies, in FACECOM's layout "flat" or in "clean"."""
     for number in range(1, photos + 1):
@@ -152,3 +159,19 @@ def plain(saved):
     if isinstance(saved, dict):
         return {name: plain(value) for name, value in saved.items()}
     return [plain(value) for value in saved] if isinstance(saved, (list, tuple)) else saved
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Relative path -> bytes of every file under `folder`."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def made_with_seeds(script, monkeypatch, folder: Path, seeds: tuple[int, ...]) -> list[dict[str, bytes]]:
+    """The files that `script` writes to an OUT_DIR of its own for each SEED."""
+    made = []
+    for run, seed in enumerate(seeds):
+        monkeypatch.setattr(script, "OUT_DIR", folder / str(run))
+        monkeypatch.setattr(script, "SEED", seed)
+        script.main()
+        made.append(files_in(folder / str(run)))
+    return made

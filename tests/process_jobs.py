@@ -124,7 +124,7 @@ def main():
             results["embed"] = (found.embeddings, found.quality)
             alone = [transform(transforms.load_image(Path(p))) for p in job["photos"]]
             with torch.no_grad():
-                results["embed alone"] = model.eval()(torch.stack(alone), "rated")
+                results["embed alone"] = model.eval().rated(torch.stack(alone))
         else:
             script = (train_stage1, train_stage2)[job["stage"] - 1]
             vars(script).update(defaults[script])

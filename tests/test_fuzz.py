@@ -138,35 +138,6 @@ def test_damaged_pretrained_weights_are_refused_or_they_load(tmp_path):
     assert taken < 15
 
 
-def test_a_damaged_onnx_file_is_refused_or_it_loads(tmp_path):
-    pytest.importorskip("onnxruntime")
-    onnx = pytest.importorskip("onnx")
-    import fast
-
-    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    graph = helper.make_graph(
-        [
-            helper.make_node("GlobalAveragePool", [fast.INPUT], ["pooled"]),
-            helper.make_node("Flatten", ["pooled"], ["colour"]),
-            helper.make_node("MatMul", ["colour", "weight"], [fast.OUTPUT]),
-        ],
-        "tiny",
-        [helper.make_tensor_value_info(fast.INPUT, kind, ["batch", 3, 76, 76])],
-        [helper.make_tensor_value_info(fast.OUTPUT, kind, ["batch", 512])],
-        [onnx.numpy_helper.from_array(np.ones((3, 512), np.float32), "weight")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", fast.OPSET)], ir_version=8)
-    onnx.helper.set_model_props(model, {"image_size": "76"})
-    whole = model.SerializeToString()
-
-    def read(path: Path) -> None:
-        fast.OnnxFaceNet(path, 76)
-
-    assert read_or_refused(tmp_path / "whole.onnx", whole, read)
-    taken = sum(read_or_refused(tmp_path / "damaged.onnx", damaged(whole, seed), read) for seed in range(200))
-    assert taken < 150
-
-
 def test_a_damaged_gallery_is_refused_or_it_identifies(tmp_path):
     empty = enrolment.empty_gallery(2, template="mean", made_by={"image_size": 160}, rated=True)
     persons, paths = ["ann", "ann", "bob"], [Path("1.png"), Path("2.png"), Path("3.png")]

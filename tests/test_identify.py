@@ -36,11 +36,13 @@ class ColourNet(nn.Module):
         super().__init__()
         self.register_buffer("weight", torch.tensor(float(pretrained or 0)))
 
-    def forward(self, images, part="both"):
+    def forward(self, images):
+        return self.rated(images)[0]
+
+    def rated(self, images):
         ColourNet.embedded += len(images)
         colour = images.mean((2, 3))
-        embedding = nn.functional.normalize(colour)
-        return (embedding, colour.norm(dim=1)) if part == "rated" else embedding
+        return nn.functional.normalize(colour), colour.norm(dim=1)
 
 
 def quality(colour) -> float:

@@ -1,279 +1,247 @@
 import base64
+import html
 import io
+import json
 import re
-from html.parser import HTMLParser
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import write_photo
 from PIL import Image
 
-import plots
+import metrics
 import report
-from report import Picture, Section, Table, page
+from gallery import Gallery, Queries
 
-VOID = {"meta", "img", "input", "br", "hr", "link"}
 EVIL = "<script>alert('1')</script> & \"quoted\""
+DIFFERENCES = {
+    "rank-1": {"value": 0.02, "low": 0.01, "high": 0.03},
+    "mAP": {"value": -0.01, "low": -0.02, "high": 0.0},
+    "DIR@FPIR=0.01": {"value": 0.5, "low": None, "high": None},
+}
 
 
-class Checked(HTMLParser):
-    """Parses strictly: fails on a tag that is not closed in order; keeps elements, their attributes and text."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.open, self.elements, self.doctype = [], [], ""
-        self.feed(text)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_decl(self, decl):
-        self.doctype = decl
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"an attribute twice: {attrs}"
-        element = {"tag": tag, "text": "", **dict(attrs)}
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1]["tag"] == tag, f"</{tag}> closes {self.open[-1:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        for element in self.open:
-            element["text"] += data
-
-    def all(self, tag: str) -> list[dict]:
-        return [element for element in self.elements if element["tag"] == tag]
+def measured(right: list[int], impostor_pairs: int = 8) -> metrics.Measured:
+    """Of queries answered right (1) or wrong (0); all figures but rank-1 have too few samples."""
+    values = torch.tensor(right, dtype=torch.double)
+    rank1 = {"value": values.mean().item(), "low": 0.25, "high": 0.875}
+    figures = {name: {"value": None, "low": None, "high": None} for name in metrics.FIGURES} | {"rank-1": rank1}
+    far, tar, edges = torch.tensor([0.0, 1.0]), torch.tensor([0.5, 1.0]), torch.arange(3.0)
+    roc = SimpleNamespace(far=far, tar=tar, edges=edges, genuine_bins=edges[1:].int(), impostor_bins=edges[:2].int())
+    roc.genuine_pairs, roc.impostor_pairs = len(right), impostor_pairs
+    by_query = {"rank-1": values, "mAP": values / 2}
+    return metrics.Measured(figures, {"TAR@FAR=0.01": 0.5}, by_query, cmc=values.mean().repeat(3), roc=roc)
 
 
-def png(width: int, height: int, colour: str = "red") -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), colour).save(file, "png")
-    return file.getvalue()
-
-
-def cells(*values, header=None) -> list[dict]:
-    """The data cells of a table of one row, behind its name."""
-    table = Table("t", header or ["name", *("x" for _ in values)], [["a", *values]])
-    return Checked(page("t", "s", [Section("h", "", [table])])).all("td")
-
-
-def column(*values) -> list[dict]:
-    table = Table("t", ["name", "x"], [["a", value] for value in values])
-    return Checked(page("t", "s", [Section("h", "", [table])])).all("td")
-
-
-SECTIONS = [
-    Section(
-        "Summary", "First.\n\nSecond.", [Table("By kind", ["kind", "top-1, %"], [["rainy", 98.25], ["all", None]])]
-    ),
-    Section("Pictures", "", [], [Picture("Rates", png(40, 30), "three curves"), Picture("Run", png(90, 30), "loss")]),
-]
-
-
-def test_the_page_is_html5_with_balanced_tags_language_and_viewport():
-    parsed = Checked(page("Evaluation", "stage 2", SECTIONS))
-    assert parsed.doctype == "DOCTYPE html" and parsed.all("html")[0]["lang"] == "en"
-    metas = {meta.get("name", meta.get("http-equiv")): meta for meta in parsed.all("meta")}
-    assert metas["viewport"]["content"] == "width=device-width, initial-scale=1"
-    assert parsed.all("meta")[0]["charset"] == "utf-8"
-    assert parsed.all("title")[0]["text"] == parsed.all("h1")[0]["text"] == "Evaluation"
-    assert [p["text"] for p in parsed.all("p")] == ["stage 2", "First.", "Second."]
-
-
-def test_the_contents_lead_to_each_section_once():
-    twins = [Section("Same", ""), Section("Same", "")]
-    parsed = Checked(page("t", "s", [*SECTIONS, *twins]))
-    links = [(a["href"], a["text"]) for a in parsed.all("a")]
-    assert [text for _, text in links] == ["Summary", "Pictures", "Same", "Same"]
-    assert [href for href, _ in links] == ["#" + section["id"] for section in parsed.all("section")]
-    ids = [element["id"] for element in parsed.elements if "id" in element]
-    assert len(set(ids)) == len(ids)
-    assert [section["aria-labelledby"] for section in parsed.all("section")] == [h["id"] for h in parsed.all("h2")]
-
-
-def test_nothing_is_fetched_and_no_script_runs():
-    text = page("t", "s", SECTIONS)
-    assert "http:" not in text and "https:" not in text and "//" not in re.sub(r"base64,[^\"]*", "", text)
-    assert "url(" not in text and "@import" not in text
-    parsed = Checked(text)
-    assert {element["tag"] for element in parsed.elements}.isdisjoint({"script", "link", "iframe", "object", "embed"})
-    assert all(src.startswith("data:") for e in parsed.elements for name, src in e.items() if name in ("src", "srcset"))
-    assert not [name for element in parsed.elements for name in element if name.startswith("on")]
-    policy = next(m["content"] for m in parsed.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-def test_every_text_is_escaped_and_arrives_as_it_was():
-    table = Table(EVIL, [EVIL, EVIL], [[EVIL, EVIL]])
-    text = page(EVIL, EVIL, [Section(EVIL, EVIL, [table], [Picture(EVIL, png(4, 4), EVIL)])])
-    parsed = Checked(text)
-    assert not parsed.all("script") and "<script" not in text
-    for tag in ("title", "h1", "p", "h2", "a", "th", "td", "figcaption"):
-        assert {element["text"] for element in parsed.all(tag)} == {EVIL}, tag
-    assert parsed.all("img")[0]["alt"] == EVIL and parsed.all("input")[0]["aria-label"] == f"Enlarge: {EVIL}"
-    assert next(div for div in parsed.all("div") if div["class"] == "scroll")["aria-label"] == EVIL
-
-
-def test_a_name_that_is_not_utf_8_can_still_be_written():
-    text = page("Andr\udce9", "s", [])  # how Python shows a file name's Latin-1 byte
-    assert b"<h1>Andr?</h1>" in text.encode("utf-8")
-
-
-def test_pictures_decode_with_their_size_and_their_words():
-    images = Checked(page("t", "s", SECTIONS)).all("img")
-    assert [(image["width"], image["height"], image["alt"]) for image in images] == [
-        ("40", "30", "three curves"),
-        ("90", "30", "loss"),
-    ]
-    for image in images:
-        kind, data = image["src"].split(",")
-        assert kind == "data:image/png;base64"
-        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as decoded:
-            assert (str(decoded.width), str(decoded.height)) == (image["width"], image["height"])
-            assert decoded.getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_a_wide_picture_takes_the_whole_row():
-    figures = Checked(page("t", "s", SECTIONS[1:])).all("figure")
-    assert [figure.get("class") for figure in figures] == [None, "wide"]
-
-
-def test_each_picture_has_a_checkbox_of_its_own_label_to_enlarge_it():
-    text = page("t", "s", SECTIONS)
-    boxes = re.findall(
-        r'<label><input type="checkbox" aria-label="([^"]*)"><span class="frame"><img [^>]*></span></label>', text
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> report.Evaluated:
+    """Persons ann, EVIL and cy, one photo each; a foggy photo of ann is answered right, two rainy ones wrong."""
+    photos, people = tmp_path_factory.mktemp("photos"), ["ann", EVIL, "cy"]
+    paths = [photos / f"{name}.png" for name in ("1", "2", "3", "a", "b", "c")]
+    for seed, path in enumerate(paths):
+        write_photo(path, (120, 120, 120), seed)
+    shown = [("foggy", "ann", "ann", 0.9), ("rainy", "ann", EVIL, 0.5), ("rainy", "eve", EVIL, 0.7)]
+    per_query = []
+    for path, (kind, person, predicted, score) in zip(paths[3:], shown, strict=True):
+        answer = {"predicted": predicted, "score": score, "rank": 1 + (person != predicted)}
+        query = {"path": str(path), "kind": kind, "person": person, "quality": None, "mean": answer, "best": answer}
+        per_query.append(query)
+    half, none = {"mean": 0.5, "best": 0.5}, {"mean": 0.0, "best": 0.0}
+    per_person = {"ann": {"queries": 2, "top1": half}, "eve": {"queries": 1, "top1": none}}
+    details = {"template": "mean", "top1": {"mean": 1 / 3, "best": 1 / 3}, "persons": 3, "photos": 3, "queries": 3}
+    details |= {"not_enrolled": 1, "persons_without_query": 2, "per_query": per_query, "per_person": per_person}
+    groups = {"foggy": measured([1]), "rainy": measured([0, 0]), "all": measured([1, 0, 0])}
+    made_by, embeddings = {"fingerprint": "0123"}, torch.eye(3)
+    kinds, persons = ["foggy", "rainy", "rainy"], ["ann", "ann", "eve"]
+    queries = Queries(embeddings, torch.tensor([0, 0, -1]), torch.full((3,), -1), paths[3:], persons, kinds)
+    return report.Evaluated(
+        title="stage2",
+        source=EVIL,
+        split="val",
+        facts={"stage": 2, "image_size": 76, "face_crop": 0.5, "made_by": made_by, "weights": embeddings},
+        gallery=Gallery(embeddings, torch.arange(3), people, paths[:3], "mean"),
+        queries={"cross": queries},
+        details={"cross": details},
+        measured={"cross": {"mean": groups, "best": groups}},
+        discard_curves={"cross": {"rainy": torch.tensor([2.0, 1, 0]), "all": torch.tensor([2.0, 1, 1, 0])}},
     )
-    assert boxes == ["Enlarge: three curves", "Enlarge: loss"]
 
 
-def test_a_jpeg_is_shown_as_one():
-    file = io.BytesIO()
-    Image.new("RGB", (30, 20)).save(file, "jpeg")
-    [image] = Checked(page("t", "s", [Section("h", "", [], [Picture("p", file.getvalue(), "a")])])).all("img")
-    assert image["src"].startswith("data:image/jpeg;base64,") and (image["width"], image["height"]) == ("30", "20")
+def evaluation(per_kind: dict[str, tuple[int, int, int]]) -> dict:
+    """per_kind: kind -> (queries, right under mean, right under best)"""
+    total, mean, best = (sum(column) for column in zip(*per_kind.values(), strict=True))
+    kinds = {kind: {"queries": n, "top1": {"mean": m / n, "best": b / n}} for kind, (n, m, b) in per_kind.items()}
+    return {"queries": total, "top1": {"mean": mean / total, "best": best / total}, "per_kind": kinds}
 
 
-def test_a_picture_that_is_no_image_is_refused():
-    with pytest.raises(ValueError, match=r"Rates: no PNG or JPEG, it begins with b'GIF89a"):
-        page("t", "s", [Section("h", "", [], [Picture("Rates", b"GIF89a a GIF", "")])])
-
-
-def test_a_missing_figure_is_a_dash_that_says_why():
-    parsed = Checked(page("t", "s", SECTIONS))
-    (span,) = (span for span in parsed.all("span") if "title" in span)
-    assert (span["text"], span["title"]) == ("–", "too few samples")
-    assert parsed.all("td")[1]["text"] == "–"
-
-
-def test_a_table_has_header_cells_for_its_columns_and_rows():
-    parsed = Checked(page("t", "s", SECTIONS))
-    assert [(th["scope"], th["text"]) for th in parsed.all("th")] == [
-        ("col", "kind"),
-        ("col", "top-1, %"),
-        ("row", "rainy"),
-        ("row", "all"),
+def test_the_top1_table_has_a_row_per_kind_one_of_all_but_sunny_and_one_of_all():
+    before = evaluation({"blurred": (8, 2, 4), "foggy": (2, 2, 2), "sunny": (10, 0, 1)})
+    after = evaluation({"blurred": (8, 8, 7), "foggy": (2, 1, 0), "sunny": (10, 3, 3)})
+    lines = report.top1_table({"pretrained": before, "stage 1, averaged weights": after}).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [" ".join(line.split()) for line in lines] == [
+        "top-1, % queries pretrained stage 1, averaged weights",
+        "template mean best mean best",
+        "blurred 8 25.0 50.0 100.0 87.5",
+        "foggy 2 100.0 100.0 50.0 0.0",
+        "sunny 10 0.0 10.0 30.0 30.0",
+        "without sunny 10 40.0 60.0 90.0 70.0",  # of queries, not the mean of two kinds
+        "all 20 20.0 35.0 60.0 50.0",
     ]
-    assert parsed.all("figcaption")[0]["text"] == "By kind"
+    for kinds in ({"foggy": (2, 1, 1), "rainy": (2, 1, 1)}, {"sunny": (2, 1, 1)}):
+        assert "without" not in report.top1_table({"stage 1": evaluation(kinds)})
 
 
-def test_floats_of_a_column_share_their_decimals():
-    assert [cell["text"] for cell in column(98.25, 100.0, 0.5)] == ["98.2", "100.0", "0.5"]
-    assert [cell["text"] for cell in column(0.4125, 1.0, -0.2, None)] == ["0.412", "1.000", "-0.200", "–"]
-    assert [cell["text"] for cell in column(2758, 12.0)] == ["2,758", "12.0"]
+def test_results_are_printed_with_intervals_dashes_for_missing_figures_and_stars(evaluated, capsys):
+    report.print_results(evaluated, None, {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(
+        "cross: 3 clean photos of 3 persons in the gallery, 3 queries of 2 persons, 1 of them of "
+    )
+    assert lines[1].endswith("persons outside the gallery; 2 persons of the gallery have no query; mean template")
+    assert lines[2].split()[:7] == ["%", "queries", "rank-1", "95", "%", "interval", "rank-5"]
+    assert lines[5].split() == ["all", "3", "33.3", "[25.0,", "87.5]", *"-" * (len(metrics.FIGURES) - 1)]
+    assert lines[6] == "rank-1 of all by template: mean 33.3, best 33.3"
+    assert lines[7].endswith("the 20 % of the queries of lowest quality: rainy 100, all 100 (of 2; ideal: 100)")
+    assert lines[8] == "cross: TAR@FAR=0.01 is not reported: 8 impostor pairs, 1000 needed"
+    assert lines[12] == "cross: DIR@FPIR=0.1 is not reported: 3 queries, 200 needed"
+    assert lines[-1].split() == ["cross", "33.33", "3", "2"]
+    report.print_results(evaluated, evaluated, {"cross": {"all": DIFFERENCES}})
+    row = capsys.readouterr().out.splitlines()[10]
+    assert "+2.0 [+1.0, +3.0]*" in row and "-1.0 [-2.0, +0.0] " in row and row.endswith("+50.0")
 
 
-@pytest.mark.parametrize(
-    "value",
-    [3, 0.5, "97.3", "1,234", "-0.2", "95.1–98.4", "97.3 ± 0.4", "1e-3", "58 of 60", "9.5 %", "+0.4 [-0.1, +0.9]"],
-)
-def test_numbers_stand_on_the_right(value):
-    assert cells(value)[0].get("class") == "number"
-    assert column(value, None)[0].get("class") == "number"
-
-
-@pytest.mark.parametrize("value", ["rainy", "", "0001_rainy.jpg", "3 persons"])
-def test_words_stand_on_the_left_and_take_their_column_along(value):
-    assert [cell.get("class") for cell in column(1.5, value, "97.3")] == [None] * 3
-
-
-def test_the_header_of_a_column_of_numbers_stands_over_them():
-    heads = [th.get("class") for th in Checked(page("t", "s", SECTIONS)).all("th") if th["scope"] == "col"]
-    assert heads == [None, "number"]
-
-
-def test_a_row_of_another_length_than_its_header_is_refused():
-    table = Table("By kind", ["kind", "top-1"], [["rainy", 1.0, 2.0]])
-    with pytest.raises(ValueError, match="By kind: a row of 3 cells under a header of 2"):
-        page("t", "s", [Section("h", "", [table])])
-
-
-def test_a_table_without_rows_and_a_page_without_sections_are_whole():
-    parsed = Checked(page("t", "s", [Section("h", "", [Table("none", ["a", "b"], [])])]))
-    assert len(parsed.all("th")) == 2 and not parsed.all("td")
-    assert not Checked(page("t", "s", [])).all("section")
-
-
-def test_a_long_table_keeps_within_bytes_per_cell_and_a_picture_is_held_once():
-    empty = len(page("t", "s", []))
-    assert empty < 10_000
-    rows = [[f"Person_{number}", number, 98.5, None] for number in range(222)]
-    assert len(page("t", "s", [Section("h", "", [Table("t", ["a", "b", "c", "d"], rows)])])) - empty < 60_000
-    noise = Image.effect_noise((200, 200), 90)
-    file = io.BytesIO()
-    noise.save(file, "png")
-    held = len(page("t", "s", [Section("h", "", [], [Picture("p", file.getvalue(), "a")])])) - empty
-    assert 4 / 3 * len(file.getvalue()) < held < 4 / 3 * len(file.getvalue()) + 1000
-
-
-def test_the_style_knows_dark_screens_and_paper():
-    style = Checked(page("t", "s", [])).all("style")[0]["text"]
-    assert "@media (prefers-color-scheme: dark)" in style and "@media print" in style
-    assert style.count("{") == style.count("}")
-
-
-def all_colours(figure) -> Image.Image:
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return Image.open(file).convert("RGB")
-
-
-def test_a_heat_map_loses_two_thirds_of_its_bytes_and_nothing_that_can_be_seen():
-    generator = torch.Generator().manual_seed(0)
-    templates = torch.randn(20, 64, generator=generator)
-    labels = torch.arange(20).repeat(20)
-    queries = templates[labels] + torch.randn(400, 64, generator=generator)
-    cosine = torch.cosine_similarity(queries[:, None], templates[None], dim=2)
-    figure = plots.similarity_matrix(cosine, labels.tolist(), [f"Person_Number_{n}" for n in range(20)], templates)
-    suffix, png = report.encoded(figure)
-    assert suffix == ".png"
-    assert len(png) < 100_000
-    with Image.open(io.BytesIO(png)) as image:
-        assert image.size == (8 * plots.DPI, round(7.5 * plots.DPI))
-        difference = np.asarray(image.convert("RGB"), int) - np.asarray(all_colours(figure), int)
-    assert np.abs(difference).mean() < 0.5
-
-
-def test_photos_become_a_jpeg_that_looks_the_same():
-    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6, 3), np.uint8)).resize((160, 160))
-    figure = plots.mistakes_sheet([([smooth] * 3, ("a", "b", "c"))] * 12)
-    suffix, content = report.encoded(figure)
-    assert suffix == ".jpg" and len(content) < 300_000
-    with Image.open(io.BytesIO(content)) as image:
-        difference = np.asarray(image.convert("RGB"), int) - np.asarray(all_colours(figure), int)
-    assert np.abs(difference).mean() < 2
-
-
-def test_curves_and_bars_stay_small_files():
-    rates = np.linspace(0, 1, 3000)
-    curves = {f"stage {n}": (rates**2, rates ** (1 / (n + 2))) for n in range(3)}
-    kinds = ["blurred", "foggy", "lowlight", "noisy", "rainy", "resized", "sunny", "all"]
-    figures = [
-        plots.roc(curves, 600_000),
-        plots.cmc({title: tar[1500::75] for title, (_, tar) in curves.items()}),
-        plots.bars(kinds, {title: [(0.9, 0.85, 0.95)] * 8 for title in curves}),
+def test_figures_queries_persons_and_differences_are_written_as_csv_and_json(evaluated, tmp_path):
+    report.write_results(tmp_path / "new", evaluated, None, {})
+    assert not (tmp_path / "new" / "comparison.csv").exists()
+    report.write_results(tmp_path, evaluated, evaluated, {"cross": {"all": DIFFERENCES}})
+    written = {path.stem: path.read_bytes().decode().split("\n") for path in tmp_path.glob("*.csv")}
+    header, *rows = written["figures"][:-1]
+    ends = [f"{name}{end}" for name in metrics.FIGURES for end in ("", " low", " high")]
+    assert header.split(",") == ["protocol", "template", "kind", "queries", *ends]
+    assert rows[2] == "cross,mean,all,3,0.3333333333333333,0.25,0.875" + "," * (len(ends) - 3) and len(rows) == 6
+    assert written["persons"] == [
+        *("protocol,person,queries,top1_mean,top1_best,mAP", "cross,ann,2,0.5,0.5,0.25", "cross,eve,1,0.0,0.0,0.0", "")
     ]
-    for figure in figures:
-        assert len(report.encoded(figure)[1]) < 60_000
+    answer = "predicted_{0},score_{0},rank_{0}".format
+    assert written["queries"][0] == f"protocol,path,kind,person,quality,{answer('mean')},{answer('best')}"
+    path = evaluated.details["cross"]["per_query"][0]["path"]
+    assert written["queries"][1] == f"cross,{path},foggy,ann,,ann,0.9,1,ann,0.9,1"
+    assert written["comparison"][:2] == ["protocol,kind,figure,value,low,high", "cross,all,rank-1,0.02,0.01,0.03"]
+    assert written["comparison"][3] == "cross,all,DIR@FPIR=0.01,0.5,,"
+    saved = json.loads((tmp_path / "figures.json").read_text())
+    assert saved["model"] == saved["compared_with"] and "weights" not in saved["model"]
+    assert saved["protocols"]["cross"]["wrong_left"] == {"rainy": 1.0, "all": 1.0}
+    assert saved["protocols"]["cross"]["figures"]["best"]["rainy"]["rank-1"]["value"] == 0.0
+
+
+def drawn(evaluated, before=None) -> dict:
+    return report.draw_pictures(evaluated, before, persons=2, mistakes=2, mistakes_per_kind=1, seed=0)
+
+
+def test_pictures_are_drawn_where_there_is_enough_to_show(evaluated):
+    expected = {f"{name}_cross" for name in ("cmc", "roc", "scores", "kinds", "discard")} | {"similarity", "mistakes"}
+    pictures = drawn(evaluated)
+    assert set(pictures) == expected | {"tsne"}
+    assert pictures["scores_cross"].legends[0].get_texts()[-1].get_text() == "threshold 0.500 (FAR 1e-2)"
+    together, kinds = pictures["discard_cross"].axes
+    assert together.lines[0].get_label().startswith("all ") and kinds.lines[0].get_label().startswith("rainy ")
+    alone = {"cross": {"mean": {"foggy": measured([1]), "all": measured([1], impostor_pairs=0)}}}
+    few = replace(evaluated, measured=alone, discard_curves={"cross": {}})
+    assert set(drawn(few)) == expected - {"roc_cross", "scores_cross", "discard_cross"} | {"tsne"}
+    assert [label.get_text() for label in drawn(few)["kinds_cross"].axes[0].get_yticklabels()] == ["foggy"]
+
+
+def test_mistakes_are_shown_by_falling_score_and_few_of_a_kind(evaluated):
+    gallery, details = evaluated.gallery, evaluated.details["cross"]
+    rows = report.mistake_rows(gallery, details, lambda image: image, most=9, most_per_kind=9)
+    first, second = ("c.png", "eve", f"{EVIL}  (cosine 0.70)"), ("b.png", "ann", f"{EVIL}  (cosine 0.50)")
+    assert [captions for _, captions in rows] == [first, second]
+    for most, most_per_kind in ((1, 9), (9, 1)):
+        rows = report.mistake_rows(gallery, details, lambda image: image, most=most, most_per_kind=most_per_kind)
+        assert [captions for _, captions in rows] == [first]
+
+
+@pytest.mark.parametrize("name, suffix, loss", [("similarity", ".png", 0.5), ("mistakes", ".jpg", 2)])
+def test_a_picture_becomes_a_small_file_without_a_visible_loss(evaluated, name, suffix, loss):
+    figure, lossless = drawn(evaluated)[name], io.BytesIO()
+    figure.savefig(lossless, format="png")
+    picture = report.encode(figure)
+    assert picture.suffix == suffix and len(picture.data) < 0.8 * len(lossless.getvalue())
+    small, large = (Image.open(file).convert("RGB") for file in (io.BytesIO(picture.data), lossless))
+    assert small.size == large.size == (picture.width, picture.height)
+    assert np.abs(np.asarray(small, int) - np.asarray(large, int)).mean() < loss
+
+
+@pytest.fixture(scope="module")
+def folder(evaluated, tmp_path_factory) -> Path:
+    """What write_report leaves."""
+    written = tmp_path_factory.mktemp("results")
+    (written / "mistakes.png").touch()  # of an earlier evaluation, without mistakes
+    before = replace(evaluated, title="stage1")
+    after = replace(evaluated, source=f"{EVIL} Andr\udce9")  # how Python shows the byte of a Latin-1 file name
+    report.write_report(written, drawn(after, before), after, before, {"cross": {EVIL: DIFFERENCES}})
+    return written
+
+
+@pytest.fixture
+def page(folder) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def texts(page: str, tag: str) -> list[str]:
+    return [html.unescape(text) for text in re.findall(rf"<{tag}(?: [^>]*)?>(.*?)</{tag}>", page, re.DOTALL)]
+
+
+def attributes(page: str, tag: str, name: str) -> list[str]:
+    return [html.unescape(value) for value in re.findall(rf'<{tag} [^>]*?{name}="([^"]*)"', page)]
+
+
+def test_the_page_is_html5_with_contents_that_lead_to_each_section(page):
+    assert page.startswith("<!DOCTYPE html>") and attributes(page, "html", "lang") == ["en"]
+    assert texts(page, "title") == texts(page, "h1") == ["stage2 on val"] and texts(page, "a") == texts(page, "h2")
+    assert attributes(page, "a", "href") == [f"#{anchor}" for anchor in attributes(page, "section", "id")]
+    assert "never compared with the clean photo that it was made from" in " ".join(page.split())
+    [style] = texts(page, "style")
+    assert "prefers-color-scheme: dark" in style and "@media print" in style and style.count("{") == style.count("}")
+    for tag in set(re.findall(r"<(\w+)", page)) - {"meta", "img", "input"}:
+        assert len(re.findall(rf"<{tag}\b", page)) == page.count(f"</{tag}>")
+
+
+def test_the_page_fetches_nothing_runs_no_script_and_escapes_every_text(page):
+    assert "http:" not in page and "https:" not in page and "url(" not in page
+    assert not re.search(r"<(script|link|iframe|object|embed)|<[^>]* on\w+=", page)
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}">' in page
+    assert texts(page, "p")[0] == f"{EVIL} Andr?: 76 pixels, crop 0.5, model 0123" and EVIL in texts(page, "th")
+
+
+def test_the_page_holds_every_picture_once_with_its_size_and_a_checkbox_to_enlarge_it(page, folder):
+    files = {path.read_bytes() for path in folder.iterdir() if path.suffix != ".html"}
+    shown = [attributes(page, "img", name) for name in ("src", "width", "height", "alt")]
+    assert len(files) == len(shown[0]) == 8
+    for source, width, height, words in zip(*shown, strict=True):
+        kind, data = source.split(";base64,")
+        with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as opened:
+            assert kind == f"data:image/{opened.format.lower()}" and opened.size == (int(width), int(height))
+        assert base64.b64decode(data) in files
+        assert f"Enlarge: {words}" in attributes(page, "input", "aria-label")
+
+
+def test_a_table_has_header_cells_and_its_dash_says_that_samples_are_too_few(page):
+    assert texts(page, "th")[5:20] == ["kind", "queries", *metrics.FIGURES]
+    assert texts(page, "td")[3:6] == ["1", "100.0 [25.0, 87.5]", "-"]
+    assert page.count(">-</td>") == page.count('<td title="too few samples">-</td>') > 0
+    assert any("difference to stage1" in caption for caption in texts(page, "figcaption"))
+    assert "+2.0 [+1.0, +3.0]*" in texts(page, "td")
+
+
+def test_importing_training_loads_no_library_that_only_tables_and_pictures_need():
+    needed = "import sys, training; print({'pandas', 'jinja2', 'matplotlib', 'sklearn'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", needed], text=True).strip() == "set()"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import KINDS, TinyNet, plain, same_tensors, set_tiny_runs, write_photo, write_task_b
+from conftest import KINDS, TinyNet, files_in, plain, same_tensors, set_tiny_runs, write_photo, write_task_b
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -111,10 +111,6 @@ def forwards(monkeypatch) -> list[SimpleNamespace]:
 
     monkeypatch.setattr(TinyNet, "forward", watched)
     return seen
-
-
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def same_weights(saved: dict, start: dict) -> bool:
@@ -224,7 +220,7 @@ REFUSED = {
 def test_resume_with_other_constants_or_data_is_refused_and_changes_nothing(stages, train, stage):
     script = stages[stage - 1]
     train(script, "run")
-    before = files_of(script.RUN_DIR)
+    before = files_in(script.RUN_DIR)
 
     def refused(constants: dict, change: str) -> None:
         with pytest.raises(UserError, match=f"run/last.pt: cannot be resumed, {change}; set it back, or give RUN_DIR"):
@@ -237,7 +233,7 @@ def test_resume_with_other_constants_or_data_is_refused_and_changes_nothing(stag
     refused({}, r"data has changed \(21 files, \w{12} then, 21 files, \w{12} now\)")
     (script.DATA_DIR / "train" / "di").rename(script.DATA_DIR / "train" / "dora")
     refused({}, r"(persons|data) has changed \(.*\)")
-    assert files_of(script.RUN_DIR) == before
+    assert files_in(script.RUN_DIR) == before
 
 
 def test_each_fact_of_both_stages_must_be_equal_or_may_change(stages, train):

@@ -1,103 +1,136 @@
-"""The figure that the best epoch is chosen by, on trees whose answers can be worked out by hand."""
+"""Validation: the figure that chooses the best epoch, its row in the log, and quick validation."""
 
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torch import nn
+from conftest import write_plain
 from torchvision.transforms.functional import pil_to_tensor
 
-from datasets import Person, scan_persons
-from validation import QUICK_STRIDE, thinned, validate
+from datasets import Person, distortion_kind, scan_persons
+from gallery import build_gallery, evaluate
+from validation import QUICK_STRIDE, summary, thinned, validate
 
 
-class MeanColour(nn.Module):
+class MeanColour(torch.nn.Module):
     """(B, 3, H, W) -> (B, 3), an image's mean colour: its embedding is that vector over its norm."""
-
-    mirror = True
 
     def __init__(self):
         super().__init__()
-        self.mirrored = []  # of each call
+        self.mirror, self.seen = True, []  # seen: for each photo, whether it was to be mirrored too
 
     def forward(self, images):
-        self.mirrored.append(self.mirror)
-        return images.mean((2, 3))
+        self.seen += [self.mirror] * len(images)
+        return images.float().mean((2, 3))
 
 
-def as_float(image: Image.Image) -> torch.Tensor:
-    return pil_to_tensor(image).float()
-
-
-def write(path: Path, colour) -> None:
-    """A photo of one colour."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), colour).save(path)
+TWO_WORLDS = {
+    "ann/clean/ann_1.png": (200, 0, 0),
+    "ann/clean/ann_2.png": (0, 200, 0),
+    "bob/clean/bob_1.png": (200, 40, 0),
+    "ann/distortion/ann_1_foggy.png": (200, 0, 0),  # like its own photo, and so like bob without it
+    "ann/distortion/ann_1_rainy.png": (20, 200, 0),  # like ann's other photo
+    "bob/distortion/bob_1_foggy.png": (200, 40, 0),
+}
 
 
 @pytest.fixture
-def two_persons(tmp_path) -> Path:
-    """Ann's photos are red and green, bob's only one is yellowish. Of ann's two copies one looks like its own photo,
-    and so like bob without it; the other like her other photo. Bob's looks like his."""
-    write(tmp_path / "ann/clean/ann_1.png", (200, 0, 0))
-    write(tmp_path / "ann/clean/ann_2.png", (0, 200, 0))
-    write(tmp_path / "bob/clean/bob_1.png", (200, 40, 0))
-    write(tmp_path / "ann/distortion/ann_1_foggy.png", (200, 0, 0))
-    write(tmp_path / "ann/distortion/ann_1_rainy.png", (20, 200, 0))
-    write(tmp_path / "bob/distortion/bob_1_foggy.png", (200, 40, 0))
+def two_worlds(tmp_path) -> Path:
+    for name, colour in TWO_WORLDS.items():
+        write_plain(tmp_path / name, colour)
     return tmp_path
 
 
-def test_the_figure_is_the_mean_of_same_and_cross_and_the_row_holds_every_part(two_persons):
-    write(two_persons / "bob/distortion/other_9_rainy.png", (200, 40, 10))  # its source is unknown
-    figure, row = validate(MeanColour(), two_persons, as_float, "cpu", template="best")
-    assert row == {
-        "top1_mean": 3 / 4,  # ann's foggy copy is nearer to bob than to her mean
-        "top1_best": 1,  # every copy is next to a photo of its person
-        "top1_foggy": 1,
-        "top1_rainy": 1,
-        "top1_cross": 2 / 3,  # ann's foggy copy goes to bob where its own photo does not count
-        "top1_clean": 0,  # her two photos are at a right angle, bob's is nearer to both
+def validated(root, quick: bool = False, model: torch.nn.Module | None = None) -> tuple[float, dict[str, float]]:
+    return validate(model or MeanColour(), root, pil_to_tensor, "cpu", template="best", quick=quick)
+
+
+# --- the choice of an epoch -------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_chosen_by_the_mean_of_same_and_cross(two_worlds):
+    top1, row = validated(two_worlds)
+    assert row["top1_best"] == 1  # every copy is next to a photo of its person
+    assert row["top1_cross"] == 1 / 2  # without its source, ann's foggy query is nearest to bob; he has one photo
+    assert row["top1_clean"] == 0  # her two photos are at a right angle, bob's is nearer to both
+    assert top1 == (1 + 1 / 2) / 2
+
+
+def test_the_row_has_the_mean_cosine_of_each_kind_to_the_source_photos_that_are_known(two_worlds):
+    write_plain(two_worlds / "bob/distortion/other_9_rainy.png", (0, 0, 200))  # its source is unknown
+    cosines = {name: value for name, value in validated(two_worlds)[1].items() if name.startswith("cosine_")}
+    assert cosines == {
         "cosine_foggy": pytest.approx(1),  # ann_1's and bob_1's, each of its photo's colour
-        "cosine_rainy": pytest.approx(20 / math.hypot(20, 200)),  # ann_1's only
+        "cosine_rainy": pytest.approx(20 / math.hypot(20, 200)),  # ann_1's alone
     }
-    assert figure == (1 + 2 / 3) / 2
-    figure, row = validate(MeanColour(), two_persons, as_float, "cpu", template="mean")
-    assert (row["top1_foggy"], row["top1_rainy"]) == (1 / 2, 1) and figure == (3 / 4 + row["top1_cross"]) / 2
 
 
-def test_without_a_second_clean_photo_the_figure_is_that_of_same_with_a_warning(two_persons, caplog):
-    bob = [person for person in scan_persons(two_persons) if person.name == "bob"]
-    figure, row = validate(MeanColour(), bob, as_float, "cpu", template="best")
-    assert figure == row["top1_best"] == 1 and not {"top1_cross", "top1_clean"} & row.keys()
-    assert f"{two_persons}: no person has a second clean photo, so the best epoch is chosen by" in caplog.text
+def test_without_a_query_under_cross_an_epoch_is_chosen_by_same_with_a_warning(two_worlds, caplog):
+    ann, bob = scan_persons(two_worlds)
+    for persons, others in (([bob], set()), ([replace(ann, distorted=()), bob], {"top1_clean"})):
+        top1, row = validated(persons)
+        assert top1 == row["top1_best"] == 1 and {"top1_cross", "top1_clean"} & row.keys() == others
+    [message] = caplog.messages
+    assert message.startswith(f"{two_worlds}: no distorted photo shows a person with a second clean photo")
 
 
-def test_a_person_with_two_clean_photos_and_no_distorted_one_is_in_clean_only(two_persons):
-    for path in (two_persons / "ann/distortion").iterdir():
-        path.unlink()
-    figure, row = validate(MeanColour(), two_persons, as_float, "cpu", template="best")
-    assert figure == row["top1_best"] == 1 and "top1_cross" not in row and row["top1_clean"] == 0
-
-
-def test_a_kind_called_like_a_figure_does_not_replace_it(two_persons):
+def test_a_kind_called_like_a_figure_does_not_replace_it(two_worlds):
     for name in ("mean", "best", "cross", "clean"):
-        write(two_persons / f"bob/distortion/bob_1_{name}.png", (0, 200, 0))  # ann's
-    figure, row = validate(MeanColour(), two_persons, as_float, "cpu", template="best")
+        write_plain(two_worlds / f"bob/distortion/bob_1_{name}.png", (0, 200, 0))  # ann's colour
+    top1, row = validated(two_worlds)
     assert row["top1_best"] == 3 / 7 and (row["top1_cross"], row["top1_clean"]) == (1 / 2, 0)
-    assert figure == (3 / 7 + 1 / 2) / 2
+    assert top1 == (3 / 7 + 1 / 2) / 2
 
 
-def test_quick_validation_takes_every_third_distorted_photo_of_every_kind_without_mirror_images(two_persons):
-    seven = [Path(f"{number}_kind{number % 7}.png") for number in range(70)]
-    persons = [Person("ann", (), seven[:32]), Person("bob", (), seven[32:33]), Person("cy", (), seven[33:])]
-    found = thinned(persons, QUICK_STRIDE)
-    assert [path for person in found for path in person.distorted] == seven[::3]
-    assert {path.stem.split("_")[1] for person in found for path in person.distorted} == {f"kind{n}" for n in range(7)}
-    whole, quick = MeanColour(), MeanColour()
-    validate(whole, two_persons, as_float, "cpu", template="best")
-    _, row = validate(quick, two_persons, as_float, "cpu", template="best", quick=True)
-    assert set(whole.mirrored) == {True} and set(quick.mirrored) == {False} and quick.mirror
-    assert row["top1_foggy"] == 1 and "top1_rainy" not in row  # the first of three copies
+@pytest.mark.parametrize("template", ["mean", "best"])
+def test_without_quick_the_figures_are_those_of_evaluate(two_worlds, template):
+    model = MeanColour()
+    gallery = build_gallery(model, two_worlds, pil_to_tensor, "cpu", template=template)
+    accuracy, details = evaluate(model, gallery, two_worlds, pil_to_tensor, "cpu")
+    _, row = validate(model, two_worlds, pil_to_tensor, "cpu", template=template, quick=False)
+    assert row[f"top1_{template}"] == accuracy and summary(details).items() <= row.items()
+    assert len(model.seen) == 2 * len(TWO_WORLDS) and all(model.seen)  # every photo twice, with its mirror image
+
+
+@pytest.mark.parametrize("template, foggy", [("mean", 0.5), ("best", 1.0)])
+def test_the_summary_has_each_kind_under_the_chosen_template(template, foggy):
+    per_kind = {"foggy": {"queries": 2, "top1": {"mean": 0.5, "best": 1.0}}}
+    details = {"template": template, "top1": {"mean": 0.25, "best": 0.75}, "per_kind": per_kind}
+    assert summary(details) == {"top1_mean": 0.25, "top1_best": 0.75, "top1_foggy": foggy}
+
+
+# --- quick validation ------------------------------------------------------------------------------------------------
+
+
+def person(name: str, photos: int, kinds: str) -> Person:
+    clean = [Path(f"{name}/{n}.png") for n in range(photos)]
+    return Person(name, tuple(clean), tuple(Path(f"{name}/distortion/{p.stem}_{k}.png") for p in clean for k in kinds))
+
+
+@pytest.mark.parametrize("kinds", ["a", "ab", "abc", "abcdef", "abcdefg"])
+def test_thinning_keeps_all_clean_photos_and_a_third_of_each_kind_across_persons(kinds):
+    persons = [person(f"p{number}", photos, kinds) for number, photos in enumerate((1, 2, 1, 4, 1, 1, 2))]
+    kept = thinned(persons, QUICK_STRIDE)
+    for some, full in zip(kept, persons, strict=True):
+        assert (some.name, some.clean) == (full.name, full.clean) and set(some.distorted) <= set(full.distorted)
+    photos = [path for some in kept for path in some.distorted]
+    assert Counter(map(distortion_kind, photos)) == dict.fromkeys(kinds, 4)
+    if len(kinds) == 7:  # the same as every third photo of all
+        assert photos == [path for full in persons for path in full.distorted][::QUICK_STRIDE]
+
+
+def test_quick_validation_embeds_a_third_of_the_distorted_photos_without_mirror_images(two_worlds):
+    model = MeanColour()
+    top1, row = validated(two_worlds, quick=True, model=model)
+    assert model.seen == [False] * (3 + 1) and model.mirror  # three clean photos and the first foggy one
+    assert (row["top1_best"], row["top1_cross"], top1) == (1, 0, 1 / 2) and "top1_rainy" not in row
+
+
+def test_quick_validation_that_fails_restores_the_mirroring(two_worlds):
+    model = MeanColour()
+    with pytest.raises(ZeroDivisionError):
+        validate(model, two_worlds, lambda image: 1 / 0, "cpu", template="best", quick=True)
+    assert model.mirror

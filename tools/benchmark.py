@@ -1,14 +1,15 @@
-"""How fast this machine trains and embeds: stage 1 and each backend against plain loops, and against the machine.
+"""How fast this machine trains and embeds: stage 1 and each backend, compared with plain loops and with the machine.
 
     python -m tools.benchmark
 
-Prints images/s, their ratio to those of the row named at the end, the share of time spent waiting for data, peak
-memory, the machine's rate of float32 matrix products (GEMM) and which fraction of it is reached. Needs no data and no
-weights: speed does not depend on them.
+Prints images/s, their ratio to those of the row named last, the share of time spent waiting for data, peak memory, the
+machine's rate of float32 matrix products (GEMM) and the share of it that is reached. Needs neither data nor weights:
+speed does not depend on them.
 """
 
 import concurrent.futures
 import csv
+import functools
 import importlib.util
 import math
 import multiprocessing
@@ -16,13 +17,13 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from facenet_pytorch import InceptionResnetV1
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,13 +45,13 @@ except ImportError:  # on Windows
 
 BATCH_SIZE = 32  # photos per step, >= 2
 IMAGE_SIZE = 160  # pixels, 76..160
-STEPS = 8  # timed steps of each kind in each round, >= 3; one more goes before them, untimed
-ROUNDS = 2  # the kinds take turns, so that a busy spell hits all of them, >= 1
-FREEZE_UNTIL = "mixed_6a"  # of the frozen case, see models.BLOCKS
+STEPS = 8  # timed steps of each row in each round, >= 3, after an untimed one
+ROUNDS = 2  # the rows take turns, so that a busy spell affects all of them, >= 1
+FREEZE_UNTIL = "mixed_6a"  # of the row with a frozen trunk, see models.BLOCKS
 PERSONS = 32  # synthetic, for the head and the files, >= 4
 GEMM_SIZE = 2048  # rows and columns of the matrices multiplied
-COMPILED = True  # False: without torch.compile, which takes a minute before its first batch
-RUNTIMES = ("onnxruntime", "openvino", "openvino-int8")  # other than torch, on the CPU; (): none, as on a GPU
+COMPILED = True  # False: leave out torch.compile, which takes a minute before its first batch
+RUNTIMES = ("onnxruntime", "openvino", "openvino-int8")  # backends outside torch, CPU only; (): none, for a GPU
 FAST_BACKEND = "onnxruntime"  # of the rows from files and of the search: "fused" or "compiled" on a GPU
 NUM_WORKERS = (0, 2)  # of gallery.embed's rows from files, each 0..CPU cores
 PHOTOS = 256  # embedded from files in those rows, BATCH_SIZE..(STEPS + 1) x BATCH_SIZE
@@ -59,7 +60,7 @@ GALLERY_PERSONS = 10_000  # enrolled in the rows that search, >= 1
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The constants that the cases need, for a process of its own, which sees this file as it is on disk."""
+    """The constants that a case needs, for a process of its own, which sees this file as it is on disk."""
 
     batch_size: int
     image_size: int
@@ -67,21 +68,29 @@ class Settings:
     persons: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A row of the table."""
+
+    measure: Callable[[Path, Settings], dict]  # the folder of photos, the settings -> see `figures`
+    base: str  # the row that its ratio divides by
+    needs: tuple[str, ...] = ()  # optional packages
+
+
 def main() -> dict[str, dict]:
-    """Measure, print the table; returns the figures of each case."""
+    """Measure, print the table and return the figures of each row."""
     kinds = cases()
-    skipped = {name: absent for name in kinds if (absent := missing(name))}
-    kinds = {name: case for name, case in kinds.items() if name not in skipped}
-    settings = current_settings()
+    absent = {name: [p for p in case.needs if importlib.util.find_spec(p) is None] for name, case in kinds.items()}
+    found: dict[str, list[dict]] = {name: [] for name in kinds if not absent[name]}
     rates = [in_own_process(gemm_rate)]
-    found: dict[str, list[dict]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        write_photos(Path(folder) / "Task_B")
+        data_dir = Path(folder) / "Task_B"
+        write_photos(data_dir)
         for _ in range(ROUNDS):
-            for name, (measure, arguments, _) in kinds.items():
-                found[name].append(in_own_process(measure, Path(folder) / "Task_B", settings, *arguments))
+            for name in found:
+                found[name].append(in_own_process(kinds[name].measure, data_dir, current_settings()))
             rates.append(in_own_process(gemm_rate))
-    gemm = max(rates)  # what the machine can do, a busy spell apart
+    gemm = max(rates)  # what the machine can do outside a busy spell
     print(f"{torch.__version__}, {device_name()}, float32 GEMM {gemm / 1e9:.0f} GFLOP/s")
     print(f"batch {BATCH_SIZE}, {IMAGE_SIZE} pixels, median of {ROUNDS} x {STEPS} steps\n")
     print(f"{'':<40}{'images/s':>9}{'ratio':>8}{'loading':>9}{'peak MiB':>10}{'of GEMM':>9}  ratio to")
@@ -90,7 +99,7 @@ def main() -> dict[str, dict]:
         speed = statistics.median([value for of_round in rounds for value in of_round["images_per_second"]])
         loading = statistics.median([of_round["loading"] for of_round in rounds])
         peak = max(of_round["peak"] for of_round in rounds)
-        base = kinds[name][2]
+        base = kinds[name].base
         base_speed = speed if base == name else results[base]["images_per_second"]
         ratio, reached = speed / base_speed, rounds[0]["flops"] * speed / gemm
         results[name] = {
@@ -102,49 +111,45 @@ def main() -> dict[str, dict]:
         }
         mib = memory_text(peak, unit=2**20, decimals=0)
         print(f"{name:<40}{speed:>9.1f}{ratio:>8.2f}{loading:>9.1%}{mib:>10}{reached:>9.0%}  {base}")
-    for name, absent in skipped.items():
-        print(f"{name:<40}left out, not installed: {', '.join(absent)}; pip install {' '.join(absent)}")
+    for name, packages in absent.items():
+        if packages:
+            print(f"{name:<40}left out, not installed: {', '.join(packages)}; pip install {' '.join(packages)}")
     return results
 
 
-def missing(name: str) -> list[str]:
-    """The packages that the row `name` needs and that are not installed."""
-    runtime = max((runtime for runtime in RUNTIMES if runtime in name), key=len, default=None)
-    needed = PACKAGES[runtime] if runtime else ()
-    return [package for package in needed if importlib.util.find_spec(package) is None]
-
-
-def cases() -> dict[str, tuple]:
-    """Row -> (what measures it, its arguments, the row that its ratio divides by), that row first."""
+def cases() -> dict[str, Case]:
+    """The rows by name; one whose ratio others are given to comes before them."""
     train, memory, search = "plain training loop", "plain embedding", "plain search, image by image"
+
+    def embedding(backend: str) -> Case:
+        measure = functools.partial(our_embedding, backend=backend)
+        return Case(measure=measure, base=memory, needs=PACKAGES.get(backend, ()))
+
+    frozen = functools.partial(stage1, freeze_until=FREEZE_UNTIL)
     rows = {
-        train: (plain_training, (), train),
-        "stage 1": (stage1, (None,), train),
-        f"stage 1, frozen up to {FREEZE_UNTIL}": (stage1, (FREEZE_UNTIL,), train),
-        memory: (plain_embedding, (), memory),
-        "embedding, fused": (our_embedding, ("fused",), memory),
+        train: Case(measure=plain_training, base=train),
+        "stage 1": Case(measure=functools.partial(stage1, freeze_until=None), base=train),
+        f"stage 1, frozen up to {FREEZE_UNTIL}": Case(measure=frozen, base=train),
+        memory: Case(measure=plain_embedding, base=memory),
+        "embedding, fused": embedding("fused"),
     }
     if COMPILED:
-        rows["embedding, compiled"] = (our_embedding, ("compiled",), memory)
-    rows["onnxruntime's own session"] = (session_embedding, (), memory)
-    for backend in RUNTIMES:
-        rows[f"embedding, {backend}"] = (our_embedding, (backend,), memory)
+        rows["embedding, compiled"] = embedding("compiled")
+    rows["onnxruntime's own session"] = Case(measure=session_embedding, base=memory, needs=PACKAGES["onnxruntime"])
+    rows |= {f"embedding, {backend}": embedding(backend) for backend in RUNTIMES}
     for backend in dict.fromkeys(("torch", FAST_BACKEND)):
         for workers in NUM_WORKERS:
+            measure = functools.partial(file_embedding, backend=backend, num_workers=workers, photos=PHOTOS)
             name = f"gallery.embed, {backend}, {workers} workers"
-            rows[name] = (file_embedding, (backend, workers, PHOTOS), memory)
-    rows[search] = (plain_search, (GALLERY_PERSONS,), search)
-    rows[f"our search, {FAST_BACKEND}"] = (our_search, (FAST_BACKEND, GALLERY_PERSONS), search)
+            rows[name] = Case(measure=measure, base=memory, needs=PACKAGES.get(backend, ()))
+    rows[search] = Case(measure=functools.partial(plain_search, persons=GALLERY_PERSONS), base=search)
+    measure = functools.partial(our_search, backend=FAST_BACKEND, persons=GALLERY_PERSONS)
+    rows[f"our search, {FAST_BACKEND}"] = Case(measure=measure, base=search, needs=PACKAGES.get(FAST_BACKEND, ()))
     return rows
 
 
 def current_settings() -> Settings:
-    return Settings(
-        batch_size=BATCH_SIZE,
-        image_size=IMAGE_SIZE,
-        steps=STEPS,
-        persons=PERSONS,
-    )
+    return Settings(batch_size=BATCH_SIZE, image_size=IMAGE_SIZE, steps=STEPS, persons=PERSONS)
 
 
 def in_own_process(measure, *arguments):
@@ -155,7 +160,7 @@ def in_own_process(measure, *arguments):
 
 
 def _as_here(start_method: str, measure, *arguments):
-    # A spawned process spawns: its loading processes would import everything again, for seconds, as no script's do.
+    # Else its own loading processes would be spawned too, and import everything again, as those of no script do.
     multiprocessing.set_start_method(start_method, force=True)
     return measure(*arguments)
 
@@ -172,12 +177,12 @@ def gemm_rate() -> float:
 
 
 def plain_training(data_dir: Path, settings: Settings) -> dict:
-    """torch as it comes: float32, NCHW, AdamW by default, images that already lie in memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = InceptionResnetV1(pretrained=None, dropout_prob=0.4).to(device).train()
+    """torch with its defaults: float32, NCHW, AdamW, images already in memory."""
+    device = plain_device()
+    model = FaceNet(None, dropout=0.4).to(device).train()
     head = ArcMarginProduct(EMBEDDING_DIM, settings.persons, s=32, m=0.5).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 3e-4)
-    images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size, device=device)
+    images = random_images(settings).to(device)
     labels = torch.randint(settings.persons, (settings.batch_size,), device=device)
 
     def step() -> None:
@@ -185,17 +190,11 @@ def plain_training(data_dir: Path, settings: Settings) -> dict:
         F.cross_entropy(head(model(images), labels), labels).backward()
         optimizer.step()
 
-    seconds = [timed(step, device) for _ in range(settings.steps + 1)][1:]
-    return figures(
-        images_per_second=[settings.batch_size / t for t in seconds],
-        loading=0.0,
-        device=device,
-        flops_per_image=flops(settings.image_size, freeze_until=None, training=True),
-    )
+    return figures(speeds(step, settings, device), settings, device, training=True)
 
 
 def stage1(data_dir: Path, settings: Settings, freeze_until: str | None) -> dict:
-    """train_stage1.main() itself, files and all, for one epoch."""
+    """train_stage1.main() itself, with files, for one epoch."""
     with tempfile.TemporaryDirectory() as run_dir:
         set_constants(
             train_stage1,
@@ -215,70 +214,44 @@ def stage1(data_dir: Path, settings: Settings, freeze_until: str | None) -> dict
         train_stage1.main()
         with open(Path(run_dir) / "steps.csv", newline="") as file:
             rows = list(csv.DictReader(file))[1:]
-    speeds = [float(row["images_per_second"]) for row in rows]
-    loading = statistics.mean(float(row["loading"]) for row in rows)
-    return figures(
-        images_per_second=speeds,
-        loading=loading,
-        device=common.pick_device(),
-        flops_per_image=flops(settings.image_size, freeze_until=freeze_until, training=True),
-    )
+    measured = [float(row["images_per_second"]) for row in rows]
+    found = figures(measured, settings, common.pick_device(), training=True, freeze_until=freeze_until)
+    return found | {"loading": statistics.mean(float(row["loading"]) for row in rows)}
 
 
 @torch.inference_mode()
 def plain_embedding(data_dir: Path, settings: Settings) -> dict:
-    """torch as it comes, images that already lie in memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = InceptionResnetV1(pretrained=None).to(device).eval()
-    images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size, device=device)
-    seconds = [timed(lambda: model(images), device) for _ in range(settings.steps + 1)][1:]
-    return figures(
-        images_per_second=[settings.batch_size / t for t in seconds],
-        loading=0.0,
-        device=device,
-        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
-    )
+    """torch with its defaults, images already in memory."""
+    device = plain_device()
+    model, images = FaceNet(None, dropout=0.0).to(device).eval(), random_images(settings).to(device)
+    return figures(speeds(lambda: model(images), settings, device), settings, device)
 
 
 @torch.inference_mode()
 def our_embedding(data_dir: Path, settings: Settings, backend: str) -> dict:
-    """What gallery.embed does to a batch, of images that already lie in memory."""
-    device = common.pick_device()
-    images = torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size)
-    model = accelerated(facenet(device), backend, settings.image_size, device, list(images))  # speed knows no ranges
+    """What gallery.embed does with a batch, images already in memory."""
+    device, images = common.pick_device(), random_images(settings)
+    # Calibrated on noise: its speed does not depend on the images.
+    model = accelerated(facenet(device), backend, settings.image_size, device, photos=list(images))
 
     def step() -> Tensor:
         return F.normalize(model(images.to(device, memory_format=torch.channels_last)).float()).cpu()
 
-    seconds = [timed(step, device) for _ in range(settings.steps + 1)][1:]
-    return figures(
-        images_per_second=[settings.batch_size / t for t in seconds],
-        loading=0.0,
-        device=device,
-        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
-    )
+    return figures(speeds(step, settings, device), settings, device)
 
 
 def session_embedding(data_dir: Path, settings: Settings) -> dict:
-    """onnxruntime as its users write it: the file of export_onnx.py, a session by default, a NumPy batch."""
+    """onnxruntime as its users write it: the file of export_onnx.py, a default session, a NumPy batch."""
     import onnxruntime
 
-    device = torch.device("cpu")
-    content = to_onnx(facenet(device), settings.image_size, {})
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    images = np.random.default_rng(0).normal(size=(settings.batch_size, 3, settings.image_size, settings.image_size))
-    images = images.astype(np.float32)
-    seconds = [timed(lambda: session.run(None, {INPUT: images}), device) for _ in range(settings.steps + 1)][1:]
-    return figures(
-        images_per_second=[settings.batch_size / t for t in seconds],
-        loading=0.0,
-        device=device,
-        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
-    )
+    device, images = torch.device("cpu"), random_images(settings).numpy()
+    exported = to_onnx(facenet(device), settings.image_size, metadata={})
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+    return figures(speeds(lambda: session.run(None, {INPUT: images}), settings, device), settings, device)
 
 
 def file_embedding(data_dir: Path, settings: Settings, backend: str, num_workers: int, photos: int) -> dict:
-    """gallery.embed, files and all, with the start of its loading processes."""
+    """gallery.embed with files, and with the start of its loading processes."""
     device = common.pick_device()
     model = accelerated(facenet(device), backend, settings.image_size, device)
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[:photos]
@@ -289,19 +262,14 @@ def file_embedding(data_dir: Path, settings: Settings, backend: str, num_workers
 
     run(paths[: settings.batch_size], workers=0)
     seconds = timed(lambda: run(paths, workers=num_workers), device)
-    return figures(
-        images_per_second=[len(paths) / seconds],
-        loading=0.0,
-        device=device,
-        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
-    )
+    return figures([len(paths) / seconds], settings, device)
 
 
 @torch.inference_mode()
 def plain_search(data_dir: Path, settings: Settings, persons: int) -> dict:
-    """A photo at a time, and a call of cosine_similarity for each person enrolled."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = InceptionResnetV1(pretrained=None).to(device).eval()
+    """A photo at a time, and a call of cosine_similarity for each enrolled person."""
+    device = plain_device()
+    model = FaceNet(None, dropout=0.0).to(device).eval()
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: settings.batch_size]
     transform, gallery = eval_transform(settings.image_size, 0.52), torch.randn(persons, EMBEDDING_DIM, device=device)
 
@@ -312,12 +280,7 @@ def plain_search(data_dir: Path, settings: Settings, persons: int) -> dict:
 
     search(paths[0])
     seconds = timed(lambda: [search(path) for path in paths], device)
-    return figures(
-        images_per_second=[len(paths) / seconds],
-        loading=0.0,
-        device=device,
-        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
-    )
+    return figures([len(paths) / seconds], settings, device)
 
 
 def our_search(data_dir: Path, settings: Settings, backend: str, persons: int) -> dict:
@@ -332,24 +295,33 @@ def our_search(data_dir: Path, settings: Settings, backend: str, persons: int) -
         nearest(embeddings, gallery)
 
     search()
-    seconds = timed(search, device)
-    return figures(
-        images_per_second=[len(paths) / seconds],
-        loading=0.0,
-        device=device,
-        flops_per_image=flops(settings.image_size, freeze_until=None, training=False),
-    )
+    return figures([len(paths) / timed(search, device)], settings, device)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
+def plain_device() -> torch.device:
+    """Without the settings of common.pick_device."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def facenet(device: torch.device) -> FaceNet:
-    return FaceNet(None, 0.0).to(device, memory_format=torch.channels_last).eval()
+    return FaceNet(None, dropout=0.0).to(device, memory_format=torch.channels_last).eval()
 
 
-def timed(work, device: torch.device) -> float:
-    """Seconds that `work()` takes, until the device has done it."""
+def random_images(settings: Settings) -> Tensor:
+    return torch.randn(settings.batch_size, 3, settings.image_size, settings.image_size)
+
+
+def speeds(step: Callable[[], object], settings: Settings, device: torch.device) -> list[float]:
+    """Images per second of each timed step, which handles a batch."""
+    seconds = [timed(step, device) for _ in range(settings.steps + 1)][1:]
+    return [settings.batch_size / t for t in seconds]
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has finished `work()`."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -357,13 +329,22 @@ def timed(work, device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def figures(*, images_per_second: list[float], loading: float, device: torch.device, flops_per_image: float) -> dict:
+def figures(
+    images_per_second: list[float],
+    settings: Settings,
+    device: torch.device,
+    *,
+    training: bool = False,
+    freeze_until: str | None = None,
+) -> dict:
+    """What main() reads of a case: its speeds, share of time spent loading, peak memory, operations per image."""
+    operations = flops(settings.image_size, freeze_until=freeze_until, training=training)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
-    return {"images_per_second": images_per_second, "loading": loading, "peak": peak, "flops": flops_per_image}
+    return {"images_per_second": images_per_second, "loading": 0.0, "peak": peak, "flops": operations}
 
 
 def peak_memory() -> float:
-    """Bytes of main memory that this process has held at most; NaN, unknown, where Python has no `resource`."""
+    """Most bytes of main memory that this process has held; NaN where Python has no `resource`."""
     if resource is None:
         return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
@@ -377,7 +358,7 @@ def memory_text(count: float, *, unit: int, decimals: int) -> str:
 
 def flops(image_size: int, freeze_until: str | None, training: bool) -> float:
     """Floating-point operations per image of the network, forward and, with `training`, backward."""
-    model = FaceNet(None, 0.0, freeze_until).train(training)
+    model = FaceNet(None, dropout=0.0, freeze_until=freeze_until).train(training)
     images = torch.randn(2, 3, image_size, image_size)
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training):
         embeddings = model(images)

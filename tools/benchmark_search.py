@@ -1,9 +1,9 @@
-"""How long a search among very many templates takes, what memory it needs, and what the approximate one misses.
+"""How long a search among very many templates takes, how much memory it needs, and how often the approximate one fails.
 
     python -m tools.benchmark_search
 
-Templates are random directions, the worst case of a search in cells: real faces crowd. Each query has a given cosine to
-its own template. Prints a row per kind of `search.build_index`, each measured in a process of its own.
+Templates are random directions, the worst case of a search in cells: real faces form clusters. Each query has a given
+cosine to its own template. Prints a row per kind of `search.build_index`, each measured in a process of its own.
 """
 
 import importlib.util
@@ -21,11 +21,11 @@ from search import KINDS, build_index
 from tools.benchmark import device_name, in_own_process, memory_text, peak_memory
 
 TEMPLATES = 1_000_000  # 2 KiB each at DIM = 512: 1.9 GiB
-QUERIES = 10_000  # asked all at once, of different templates
-SINGLE = 10  # queries asked one at a time, for the latency, 1..QUERIES
+QUERIES = 10_000  # searched all at once, each near a different template
+SINGLE = 10  # queries searched one at a time, for the latency, 1..QUERIES
 DIM = 512  # of FaceNet's embeddings
-COSINE = 0.6  # of a query to its own template, 0..1; another's is 0 +- 1 / sqrt(DIM)
-K = 1  # columns asked for, 1..TEMPLATES
+COSINE = 0.6  # of a query to its own template, 0..1; to others it is 0 +- 1 / sqrt(DIM)
+K = 1  # nearest templates that a search returns, 1..TEMPLATES
 NPROBES = (64, 128, 256, 512)  # cells searched by faiss-ivf, of about sqrt(TEMPLATES)
 SEED = 0  # 0, 1, 2, ...
 BLOCK = 50_000  # templates drawn at a time: 98 MiB at DIM = 512
@@ -47,7 +47,7 @@ class Settings:
 
 
 def main() -> list[dict]:
-    """Measure, print the table; returns its rows."""
+    """Measure, print the table and return its rows."""
     if not 1 <= SINGLE <= QUERIES <= TEMPLATES:
         raise UserError(f"SINGLE={SINGLE}, QUERIES={QUERIES}, TEMPLATES={TEMPLATES}: expected 1 <= each <= the next")
     print(f"{torch.__version__}, {device_name()}")
@@ -63,8 +63,8 @@ def main() -> list[dict]:
     rows, exact = [], None
     for kind in kinds:
         for row in in_own_process(measure, current_settings(), kind):
-            first = row.pop("first")  # (Q,) row of each query's first answer
-            exact = first if exact is None else exact  # "exact" is the first of KINDS after "auto"
+            first = row.pop("first")  # (Q,) nearest template of each query
+            exact = first if exact is None else exact  # "exact" comes first
             row["recall"] = (first == exact).double().mean().item()
             rows.append(row)
             gib = memory_text(row["peak"], unit=2**30, decimals=2)
@@ -91,7 +91,7 @@ def current_settings() -> Settings:
 
 
 def measure(settings: Settings, kind: str) -> list[dict]:
-    """Figures of an index of `kind`, one dict per nprobe where it has that; seconds, bytes, shares 0..1."""
+    """Figures of an index of `kind`, one dict for each nprobe if it has that; seconds, bytes, shares 0..1."""
     templates = make_templates(settings.templates, settings.dim, seed=settings.seed, block=settings.block)
     queries, truth = make_queries(templates, settings.queries, cosine=settings.cosine, seed=settings.seed)
     started = time.perf_counter()
@@ -100,7 +100,7 @@ def measure(settings: Settings, kind: str) -> list[dict]:
     found = []
     for nprobe in settings.nprobes if kind == "faiss-ivf" else (None,):
         index.nprobe = nprobe
-        index.search(queries[:1], settings.k)  # the first one starts the threads
+        index.search(queries[:1], settings.k)  # the first search starts the threads
         single = []
         for query in queries[: settings.single].split(1):
             started = time.perf_counter()
@@ -134,7 +134,7 @@ def make_templates(count: int, dim: int, seed: int, block: int) -> Tensor:
 
 
 def make_queries(templates: Tensor, count: int, cosine: float, seed: int) -> tuple[Tensor, Tensor]:
-    """(count, D) of norm 1, each of `cosine` to one of the templates, and (count,) which: all different."""
+    """Queries (count, D) of norm 1, and the templates (count,), all different, to which they have `cosine`."""
     generator = torch.Generator().manual_seed(seed + 1_000_000)  # not the stream of the templates
     truth = torch.randperm(len(templates), generator=generator)[:count]
     own = templates[truth]

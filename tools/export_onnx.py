@@ -1,8 +1,8 @@
-"""The trained network as one ONNX file, for onnxruntime, C++, C#, JavaScript, phones: checked against torch.
+"""Export the trained network as one ONNX file, for onnxruntime, C++, C#, JavaScript or phones, checked against torch.
 
     python -m tools.export_onnx
 
-Needs the packages onnx and onnxruntime. Writes OUT, once its embeddings are those of torch.
+Needs the packages onnx and onnxruntime. Writes OUT only if its embeddings equal those of torch.
 """
 
 from pathlib import Path
@@ -15,13 +15,13 @@ import checkpoints
 import common
 from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
-from models import fingerprint
+from models import EMBEDDING_DIM, fingerprint
 
 # --- what to export ---
-CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None: the PRETRAINED network as it is
+CHECKPOINT = Path("runs/stage2/best.pt")  # states its image size and crop; None: the PRETRAINED network
 OUT = Path("runs/facenet.onnx")  # 90 MB
-BATCHES = (1, 2, 5)  # sizes of the random batches that both must agree on, each >= 1
-TOLERANCE = 1e-4  # greatest 1 - cosine of the two embeddings of an image, 1e-6..1e-3; usual: 1e-12
+BATCHES = (1, 2, 5)  # sizes of the random batches that are compared, each >= 1
+TOLERANCE = 1e-4  # greatest 1 - cosine between the two embeddings of an image, 1e-6..1e-3; usually 1e-12
 
 # --- only where CHECKPOINT = None ---
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
@@ -30,12 +30,19 @@ FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 
 def main() -> tuple[float, float]:
-    """Export, check, write, tell how to use it; returns the greatest difference by cosine and of a number."""
-    model, facts = checkpoints.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, torch.device("cpu"))
-    told = {name: facts[name] for name in ("stage", "epoch", "pretrained", "image_size", "face_crop") if name in facts}
-    size = facts["image_size"]
-    content = to_onnx(model, size, told | {"fingerprint": fingerprint(model), "standardization": "(x - 127.5) / 128"})
-    exported = OnnxFaceNet(content, size)
+    """Export, check, write, print how to use it; returns what `differences` returns."""
+    model, facts = checkpoints.load_model(
+        checkpoint=CHECKPOINT,
+        pretrained=PRETRAINED,
+        image_size=IMAGE_SIZE,
+        face_crop=FACE_CROP,
+        device="cpu",
+    )
+    size, stated = facts["image_size"], ("stage", "epoch", "pretrained", "image_size", "face_crop")
+    metadata = {name: facts[name] for name in stated if name in facts}
+    metadata |= {"fingerprint": fingerprint(model), "standardization": "(x - 127.5) / 128"}
+    written = to_onnx(model, size, metadata)
+    exported = OnnxFaceNet(written)
     cosine, absolute = differences(model, exported, size)
     if not cosine <= TOLERANCE:  # NaN too
         raise UserError(
@@ -43,23 +50,22 @@ def main() -> tuple[float, float]:
             f"{TOLERANCE:.0e}; try other versions of torch, onnx and onnxruntime"
         )
     with checkpoints.atomic_file(OUT) as file:
-        file.write(content)
-    print(f"{OUT}: {len(content) / 1e6:.0f} MB; of {sum(BATCHES)} images in batches of {', '.join(map(str, BATCHES))}")
-    print(f"the greatest difference from torch is {cosine:.1e} (1 - cosine), {absolute:.1e} of a number")
+        file.write(written)
+    print(f"{OUT}: {len(written) / 1e6:.0f} MB; on {sum(BATCHES)} images in batches of {', '.join(map(str, BATCHES))}")
+    print(f"the greatest difference from torch is {cosine:.1e} (1 - cosine), {absolute:.1e} in one number")
+    dims = EMBEDDING_DIM if model.crops is None else 2 * EMBEDDING_DIM
     print(f"""
 crop     the centre square of {facts["face_crop"]:g} of the photo's shorter side, resized to {size} x {size}, bilinear
 input    "{INPUT}": float32 (batch, 3, {size}, {size}), channels R, G, B, each value (x - 127.5) / 128 of x in 0..255
-output   "{OUTPUT}": float32 (batch, {exported.dims}) of norm 1; the similarity of two is the sum of their products
-output   "{QUALITY}": float32 (batch,), small where the face shows little that the network knows""")
+output   "{OUTPUT}": float32 (batch, {dims}) of norm 1; the similarity of two is the sum of their products
+output   "{QUALITY}": float32 (batch,), low where the network finds no face that it could know""")
     return cosine, absolute
 
 
 @torch.inference_mode()
 def differences(model: nn.Module, exported: nn.Module, image_size: int) -> tuple[float, float]:
-    """The greatest 1 - cosine of two embeddings of an image, and the greatest difference of two of their numbers.
-
-    Of random images, BATCHES at a time.
-    """
+    """The greatest 1 - cosine between both embeddings of an image, and the greatest difference in one number, over
+    random images in BATCHES."""
     model.eval()
     generator = torch.Generator().manual_seed(0)
     cosine, absolute = [], []

@@ -6,12 +6,11 @@
 Shapes are polygons in head units, see Identity; a Painter puts them on the canvas in the photo's pose.
 """
 
-from itertools import pairwise
-
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from tools.face_identity import BLACK, COVERED_EARS, LASHES, WHITE, Colour, Identity, Photo, mix, random_photo
+from tools.face_shapes import bezier, ellipse, mirrored, moved, ribbon, rounded
 
 
 class Painter:
@@ -42,7 +41,7 @@ class Painter:
             ImageDraw.Draw(mask).polygon([tuple(xy) for xy in self.to_pixels(shape, depth).tolist()], 255)
         return mask.filter(ImageFilter.GaussianBlur(blur * self.unit)) if blur else mask
 
-    def paint(self, shapes, colour, opacity=1.0, blur=0.0, *, line=0.0, within=None, depth=None) -> None:
+    def paint(self, shapes, colour, *, opacity=1.0, blur=0.0, line=0.0, within=None, depth=None) -> None:
         """Paint a polygon or a list of them (lines of width `line` if that is not 0), only in the mask `within`."""
         shapes = [self.to_pixels(shape, depth) for shape in (shapes if isinstance(shapes, list) else [shapes])]
         points, reach = np.concatenate(shapes), (2.5 * blur + line) * self.unit + 2
@@ -123,10 +122,10 @@ def draw_body(painter: Painter, identity: Identity) -> None:
     neck = rounded(mirrored([(0, 0.4), (width, 0.4), (width, 1.0), (width * 1.1, 1.35), (1.1, 1.75), (0, 2.4)]))
     painter.paint(neck, skin)
     under_chin = moved(head_outline(identity, photo), 0, 0.16)
-    painter.paint(under_chin, shadow(skin, 0.5), 0.9, 0.07, within=painter.mask(neck))
+    painter.paint(under_chin, shadow(skin, 0.5), opacity=0.9, blur=0.07, within=painter.mask(neck))
     for side in (-1, 1):
         tendon = bezier((side * width, 1.0), (side * 0.2, 1.3), (side * 0.08, 1.5))
-        painter.paint(ribbon(tendon, 0.05), shadow(skin, 0.35), 0.6, 0.03)
+        painter.paint(ribbon(tendon, 0.05), shadow(skin, 0.35), opacity=0.6, blur=0.03)
     neckline = {  # from the middle to the side of the neck
         "crew": [(0, 1.50), (0.3, 1.50), (width * 1.15, 1.22)],
         "v-neck": [(0, 1.85), (0.02, 1.85), (width * 1.15, 1.20)],
@@ -139,15 +138,15 @@ def draw_body(painter: Painter, identity: Identity) -> None:
     painter.paint(shirt, cloth)
     for side in (-1, 1):
         fold = bezier((side * 0.5, 1.4), (side * 1.0, 1.7), (side * 1.05, 2.4))
-        painter.paint(ribbon(fold, 0.3), mix(cloth, BLACK, 0.45), 0.5, 0.12, within=inside)
+        painter.paint(ribbon(fold, 0.3), mix(cloth, BLACK, 0.45), opacity=0.5, blur=0.12, within=inside)
         if photo.collar == "shirt":
             collar = np.array([(0.98 * width, 1.18), (1.3 * width, 1.3), (0.36, 1.72), (0, 1.62)]) * (side, 1)
             painter.paint(collar, mix(cloth, WHITE, 0.25))
-            painter.paint(collar, mix(cloth, BLACK, 0.4), 0.8, line=0.015)
+            painter.paint(collar, mix(cloth, BLACK, 0.4), opacity=0.8, line=0.015)
     if photo.collar in ("crew", "high"):
         low = 1.58 if photo.collar == "crew" else 1.42
         edge = bezier((-1.05 * width, 1.24), (-0.5, low), (0.5, low), (1.05 * width, 1.24))
-        painter.paint(edge, mix(cloth, BLACK, 0.3), 0.8, 0.01, line=0.06, within=inside)
+        painter.paint(edge, mix(cloth, BLACK, 0.3), opacity=0.8, blur=0.01, line=0.06, within=inside)
 
 
 def head_outline(identity: Identity, photo: Photo) -> np.ndarray:
@@ -173,15 +172,15 @@ def draw_head(painter: Painter, identity: Identity) -> Image.Image:
         x = side * (identity.head_width + 0.03) - 0.3 * photo.yaw
         painter.paint(ellipse(x, eye_y + 0.15, 0.11, identity.ear), shadow(skin, 0.16))
         fold = bezier((x - side * 0.02, eye_y), (x + side * 0.1, eye_y + 0.05), (x - side * 0.02, eye_y + 0.26))
-        painter.paint(ribbon(fold, 0.05), shadow(skin, 0.5), 0.8, 0.012)
+        painter.paint(ribbon(fold, 0.05), shadow(skin, 0.5), opacity=0.8, blur=0.012)
     outline = head_outline(identity, photo)
     face = painter.mask(outline)
     painter.paint(outline, skin)
     painter.round_off(face, shadow(skin, 0.5), 0.15)
     away = ellipse(-0.8 * light_x, 0.1 - 0.4 * light_y, 0.42, 1.1)
-    painter.paint(away, shadow(skin, 0.5), 0.55 * strength, 0.25, within=face)
+    painter.paint(away, shadow(skin, 0.5), opacity=0.55 * strength, blur=0.25, within=face)
     forehead = ellipse(0.3 * light_x, -0.62 + 0.1 * light_y, 0.38, 0.24)
-    painter.paint(forehead, glow(skin, 0.45), 0.55, 0.16, within=face)
+    painter.paint(forehead, glow(skin, 0.45), opacity=0.55, blur=0.16, within=face)
     for side in (-1, 1):
         lit = max(0.0, 0.35 + 0.35 * side * light_x * strength)
         cheek, bone = (
@@ -189,10 +188,14 @@ def draw_head(painter: Painter, identity: Identity) -> Image.Image:
             ellipse(side * 0.43, 0.12, 0.12, 0.07),
         )
         socket = ellipse(side * identity.eye_x, eye_y - 0.02, 1.25 * identity.eye_width, 0.15)
-        painter.paint(cheek, mix(skin, (214, 70, 70), 0.42), 0.55 * identity.blush, 0.10, within=face, depth=0)
-        painter.paint(bone, glow(skin, 0.4), lit, 0.07, within=face, depth=0)
-        painter.paint(socket, shadow(skin, 0.36), 0.55, 0.06, within=face, depth=0)
-    painter.paint(ellipse(0, identity.chin_y - 0.12, 0.13, 0.07), glow(skin, 0.35), 0.5, 0.06, within=face, depth=0.1)
+        painter.paint(
+            cheek, mix(skin, (214, 70, 70), 0.42), opacity=0.55 * identity.blush, blur=0.10, within=face, depth=0
+        )
+        painter.paint(bone, glow(skin, 0.4), opacity=lit, blur=0.07, within=face, depth=0)
+        painter.paint(socket, shadow(skin, 0.36), opacity=0.55, blur=0.06, within=face, depth=0)
+    painter.paint(
+        ellipse(0, identity.chin_y - 0.12, 0.13, 0.07), glow(skin, 0.35), opacity=0.5, blur=0.06, within=face, depth=0.1
+    )
     return face
 
 
@@ -201,9 +204,11 @@ def draw_marks(painter: Painter, identity: Identity, face: Image.Image, strands:
     skin, places = identity.skin, strands.normal((0, 0.16), (0.32, 0.11), (identity.freckles, 2))
     if identity.freckles:
         spots = [ellipse(x, y, *strands.uniform(0.010, 0.020, 2)) for x, y in places]
-        painter.paint(spots, mix(skin, (140, 70, 30), 0.55), 0.75, 0.004, within=face, depth=0)
+        painter.paint(spots, mix(skin, (140, 70, 30), 0.55), opacity=0.75, blur=0.004, within=face, depth=0)
     for x, y in identity.moles:
-        painter.paint(ellipse(x, y, 0.026, 0.026), mix(skin, (50, 26, 18), 0.75), 0.9, 0.006, within=face, depth=0)
+        painter.paint(
+            ellipse(x, y, 0.026, 0.026), mix(skin, (50, 26, 18), 0.75), opacity=0.9, blur=0.006, within=face, depth=0
+        )
     lines = [bezier((-0.4, y), (0, y - 0.05), (0.4, y)) for y in (-0.72, -0.60)]
     outer, y, nose, mouth = (
         identity.eye_x + identity.eye_width,
@@ -217,7 +222,7 @@ def draw_marks(painter: Painter, identity: Identity, face: Image.Image, strands:
         right.append(bezier((0.2, y + 0.17), (0.34, y + 0.24), (0.48, y + 0.17)))
         lines += [line * (side, 1) for line in right]
     lines = [ribbon(line, 0.03) for line in lines]
-    painter.paint(lines, shadow(skin, 0.55), 0.6 * identity.age, 0.010, within=face, depth=0)
+    painter.paint(lines, shadow(skin, 0.55), opacity=0.6 * identity.age, blur=0.010, within=face, depth=0)
 
 
 def draw_beard(painter: Painter, identity: Identity, face: Image.Image, strands: np.random.Generator) -> None:
@@ -237,11 +242,13 @@ def draw_beard(painter: Painter, identity: Identity, face: Image.Image, strands:
         face = ImageChops.lighter(face, painter.mask(moved(head_outline(identity, painter.photo) * (0.96, 1), 0, 0.09)))
     mask = ImageChops.multiply(face, painter.mask(shape, depth=0.05))
     colour, stubble = mix(identity.hair, (20, 12, 10), 0.15), identity.beard == "stubble"
-    painter.paint(shape, colour, 0.32 if stubble else 0.92, 0.06 if stubble else 0.02, within=face, depth=0.05)
+    painter.paint(
+        shape, colour, opacity=0.32 if stubble else 0.92, blur=0.06 if stubble else 0.02, within=face, depth=0.05
+    )
     roots = strands.uniform((-w, y - 0.15), (w, 1.15), (160, 2))
     hairs = [np.array([(x, y), (1.12 * x, y + strands.uniform(0.03, 0.09))]) for x, y in roots]
     for half, tone in ((hairs[::2], glow(colour, 0.25)), (hairs[1::2], mix(colour, BLACK, 0.5))):
-        painter.paint(half, tone, 0.35 if stubble else 0.5, line=0.012, within=mask, depth=0.05)
+        painter.paint(half, tone, opacity=0.35 if stubble else 0.5, line=0.012, within=mask, depth=0.05)
 
 
 def draw_nose(painter: Painter, identity: Identity, face: Image.Image) -> None:
@@ -251,17 +258,19 @@ def draw_nose(painter: Painter, identity: Identity, face: Image.Image) -> None:
     flank = np.array([(0.10, top), (0.07, top + 0.2), (0.05, tip - 0.1), (w, tip), (0.95 * w, tip - 0.14)])
     for side in (-1, 1):
         opacity = 0.15 if side == lit else 0.5
-        painter.paint(flank * (side, 1), shadow(skin, 0.42), opacity, 0.055, within=face, depth=0.15)
-    painter.paint(ellipse(0, tip + 0.05, 0.9 * w, 0.05), shadow(skin, 0.5), 0.5, 0.035, within=face, depth=0.05)
-    painter.paint(ellipse(0, tip - 0.04, 0.62 * w, 0.09), skin, 0.9, 0.03, depth=0.15)
+        painter.paint(flank * (side, 1), shadow(skin, 0.42), opacity=opacity, blur=0.055, within=face, depth=0.15)
+    painter.paint(
+        ellipse(0, tip + 0.05, 0.9 * w, 0.05), shadow(skin, 0.5), opacity=0.5, blur=0.035, within=face, depth=0.05
+    )
+    painter.paint(ellipse(0, tip - 0.04, 0.62 * w, 0.09), skin, opacity=0.9, blur=0.03, depth=0.15)
     ridge = bezier((0.01 * lit, top), (0.03 * lit, (top + tip) / 2), (0.015 * lit, tip - 0.03))
-    painter.paint(ribbon(ridge, 0.07), glow(skin, 0.5), 0.6, 0.02, depth=0.15)
-    painter.paint(ellipse(0.03 * lit, tip - 0.05, 0.045, 0.035), glow(skin, 0.75), 0.7, 0.016, depth=0.18)
+    painter.paint(ribbon(ridge, 0.07), glow(skin, 0.5), opacity=0.6, blur=0.02, depth=0.15)
+    painter.paint(ellipse(0.03 * lit, tip - 0.05, 0.045, 0.035), glow(skin, 0.75), opacity=0.7, blur=0.016, depth=0.18)
     wing = bezier((0.85 * w, tip - 0.12), (1.25 * w, tip - 0.02), (w, tip + 0.06), (0.6 * w, tip + 0.02))
     for side in (-1, 1):
-        painter.paint(ribbon(wing, 0.035) * (side, 1), shadow(skin, 0.62), 0.8, 0.007, depth=0.15)
+        painter.paint(ribbon(wing, 0.035) * (side, 1), shadow(skin, 0.62), opacity=0.8, blur=0.007, depth=0.15)
         nostril = ellipse(0.45 * w * side, tip + 0.025, 0.24 * w, 0.022)
-        painter.paint(nostril, shadow(skin, 0.85), 0.9, 0.007, depth=0.15)
+        painter.paint(nostril, shadow(skin, 0.85), opacity=0.9, blur=0.007, depth=0.15)
 
 
 def draw_mouth(painter: Painter, identity: Identity) -> None:
@@ -274,21 +283,28 @@ def draw_mouth(painter: Painter, identity: Identity) -> None:
     inner = middle + photo.mouth_open * (1 - t**2)
     lower = inner + identity.lip_lower * (1 - t**2) ** 0.7
 
-    def band(above, below, colour, opacity, blur, part=slice(None)):
+    def band(above, below, *, colour, opacity, blur, part=slice(None)):
         shape = np.concatenate([np.stack([x, above], 1)[part], np.stack([x, below], 1)[part][::-1]])
-        painter.paint(shape, colour, opacity, blur, depth=0.05)
+        painter.paint(shape, colour, opacity=opacity, blur=blur, depth=0.05)
 
-    band(lower, lower + 0.05 * (1 - t**2), shadow(skin, 0.5), 0.6, 0.025)
-    band(upper, middle, mix(lip, (60, 10, 20), 0.18), 1.0, 0.006)
-    band(inner, lower, lip, 1.0, 0.006)
-    band(0.7 * inner + 0.3 * lower, 0.4 * inner + 0.6 * lower, glow(lip, 0.5), 0.5, 0.012, slice(12, -12))
+    band(lower, lower + 0.05 * (1 - t**2), colour=shadow(skin, 0.5), opacity=0.6, blur=0.025)
+    band(upper, middle, colour=mix(lip, (60, 10, 20), 0.18), opacity=1.0, blur=0.006)
+    band(inner, lower, colour=lip, opacity=1.0, blur=0.006)
+    band(
+        0.7 * inner + 0.3 * lower,
+        0.4 * inner + 0.6 * lower,
+        colour=glow(lip, 0.5),
+        opacity=0.5,
+        blur=0.012,
+        part=slice(12, -12),
+    )
     if photo.mouth_open:
-        band(middle, inner, (70, 22, 26), 1.0, 0.0)
-        band(middle, 0.45 * middle + 0.55 * inner, (240, 234, 224), 0.95, 0.004)  # teeth
+        band(middle, inner, colour=(70, 22, 26), opacity=1.0, blur=0.0)
+        band(middle, 0.45 * middle + 0.55 * inner, colour=(240, 234, 224), opacity=0.95, blur=0.004)  # teeth
     line = ribbon(np.stack([1.04 * x, middle], 1), 0.024)
-    painter.paint(line, mix(lip, (40, 8, 12), 0.75), 0.85, 0.004, depth=0.05)
+    painter.paint(line, mix(lip, (40, 8, 12), 0.75), opacity=0.85, blur=0.004, depth=0.05)
     corners = [ellipse(1.05 * x[end], middle[end], 0.03, 0.03) for end in (0, -1)]
-    painter.paint(corners, shadow(skin, 0.5), 0.6, 0.015, depth=0.05)
+    painter.paint(corners, shadow(skin, 0.5), opacity=0.6, blur=0.015, depth=0.05)
 
 
 def draw_eye(painter: Painter, identity: Identity, side: int) -> None:
@@ -302,21 +318,25 @@ def draw_eye(painter: Painter, identity: Identity, side: int) -> None:
     upper, lower = painter.turn(upper), painter.turn(lower)  # here, since the iris stays round
     eyeball = np.concatenate([upper, lower[::-1]])
     inside = painter.mask(eyeball)
-    painter.paint(eyeball, (240, 236, 230), 1.0, 0.004)
+    painter.paint(eyeball, (240, 236, 230), opacity=1.0, blur=0.004)
     middle = np.array([(side * identity.eye_x + 0.04 * photo.gaze, identity.eye_y - 0.1 * identity.eye_height)])
     (x, y), r = painter.turn(middle)[0], 0.062 + 0.25 * identity.eye_height  # of the iris
-    painter.paint(ellipse(x, y, r, r), mix(identity.iris, BLACK, 0.55), 1.0, 0.004, within=inside)
-    painter.paint(ellipse(x, y, 0.84 * r, 0.84 * r), identity.iris, 1.0, 0.008, within=inside)
-    painter.paint(ellipse(x, y + 0.4 * r, 0.5 * r, 0.32 * r), glow(identity.iris, 0.45), 0.7, 0.012, within=inside)
-    painter.paint(ellipse(x, y, 0.42 * r, 0.42 * r), (12, 9, 9), 1.0, 0.004, within=inside)
-    painter.paint(ribbon(upper, 0.07), (60, 36, 34), 0.55, 0.015, within=inside)  # shadow of the lid
-    painter.paint(ellipse(x - 0.3 * r, y - 0.32 * r, 0.2 * r, 0.2 * r), WHITE, 0.95, 0.003, within=inside)
-    painter.paint(ribbon(moved(upper, 0, -0.008), 0.024 + 0.034 * lashes), LASHES, 0.95, 0.003)
+    painter.paint(ellipse(x, y, r, r), mix(identity.iris, BLACK, 0.55), opacity=1.0, blur=0.004, within=inside)
+    painter.paint(ellipse(x, y, 0.84 * r, 0.84 * r), identity.iris, opacity=1.0, blur=0.008, within=inside)
+    painter.paint(
+        ellipse(x, y + 0.4 * r, 0.5 * r, 0.32 * r), glow(identity.iris, 0.45), opacity=0.7, blur=0.012, within=inside
+    )
+    painter.paint(ellipse(x, y, 0.42 * r, 0.42 * r), (12, 9, 9), opacity=1.0, blur=0.004, within=inside)
+    painter.paint(ribbon(upper, 0.07), (60, 36, 34), opacity=0.55, blur=0.015, within=inside)  # shadow of the lid
+    painter.paint(ellipse(x - 0.3 * r, y - 0.32 * r, 0.2 * r, 0.2 * r), WHITE, opacity=0.95, blur=0.003, within=inside)
+    painter.paint(ribbon(moved(upper, 0, -0.008), 0.024 + 0.034 * lashes), LASHES, opacity=0.95, blur=0.003)
     tip = moved(upper[-1:], 0.05 * side * lashes, -0.05 * lashes)
-    painter.paint(np.concatenate([upper[-1:], tip, upper[-5:-4]]), LASHES, 0.9, 0.003)
-    painter.paint(ribbon(lower, 0.018), shadow(skin, 0.7), 0.7, 0.004)
-    painter.paint(ribbon(moved(upper[2:-1], 0, -0.05), 0.022), shadow(skin, 0.62), 0.75, 0.006)  # crease
-    painter.paint(ribbon(moved(lower, 0, 0.05), 0.03), shadow(skin, 0.4), 0.2 + 0.4 * identity.age, 0.012)  # bag
+    painter.paint(np.concatenate([upper[-1:], tip, upper[-5:-4]]), LASHES, opacity=0.9, blur=0.003)
+    painter.paint(ribbon(lower, 0.018), shadow(skin, 0.7), opacity=0.7, blur=0.004)
+    painter.paint(ribbon(moved(upper[2:-1], 0, -0.05), 0.022), shadow(skin, 0.62), opacity=0.75, blur=0.006)  # crease
+    painter.paint(
+        ribbon(moved(lower, 0, 0.05), 0.03), shadow(skin, 0.4), opacity=0.2 + 0.4 * identity.age, blur=0.012
+    )  # bag
 
 
 def draw_brow(painter: Painter, identity: Identity, side: int, strands: np.random.Generator) -> None:
@@ -327,12 +347,12 @@ def draw_brow(painter: Painter, identity: Identity, side: int, strands: np.rando
     half = 0.5 * identity.brow_thickness * np.interp(t, (-1.15, -0.9, 0.2, 1.25), (0.55, 1.0, 0.85, 0.1))
     brow = np.concatenate([np.stack([x, y - half], 1), np.stack([x, y + half], 1)[::-1]])
     colour = mix(identity.hair, (40, 24, 18), 0.45)
-    painter.paint(brow, colour, 0.85, 0.012, depth=0)
+    painter.paint(brow, colour, opacity=0.85, blur=0.012, depth=0)
     hairs = []
     for at in strands.integers(20, size=26):
         low = y[at] + strands.uniform(-0.4, 0.5) * identity.brow_thickness
         hairs.append([(x[at], low), (x[at] + side * strands.uniform(0.03, 0.06), low - strands.uniform(0.0, 0.04))])
-    painter.paint(hairs, mix(colour, BLACK, 0.35), 0.6, line=0.010, depth=0)
+    painter.paint(hairs, mix(colour, BLACK, 0.35), opacity=0.6, line=0.010, depth=0)
 
 
 def draw_glasses(painter: Painter, identity: Identity) -> None:
@@ -343,10 +363,10 @@ def draw_glasses(painter: Painter, identity: Identity) -> None:
         square = np.array([(-0.30, -0.22), (0.30, -0.22), (0.28, 0.20), (-0.28, 0.20)]).repeat(2, 0)
         rim = moved(ellipse(0, 0, 0.265, 0.24) if style == "round" else rounded(square), side * x, y)
         rim = np.concatenate([rim, rim[:2]])  # closed
-        painter.paint(rim, (225, 236, 245), 0.12, depth=0.06)
+        painter.paint(rim, (225, 236, 245), opacity=0.12, depth=0.06)
         glare = moved(np.array([(-0.22, -0.3), (-0.10, -0.3), (-0.2, 0.3), (-0.32, 0.3)]), side * x, y)
-        painter.paint(glare, WHITE, 0.22, 0.02, within=painter.mask(rim, depth=0.06), depth=0.06)
-        painter.paint(moved(rim, 0, 0.03), shadow(identity.skin, 0.6), 0.35, 0.02, line=0.03, depth=0.06)
+        painter.paint(glare, WHITE, opacity=0.22, blur=0.02, within=painter.mask(rim, depth=0.06), depth=0.06)
+        painter.paint(moved(rim, 0, 0.03), shadow(identity.skin, 0.6), opacity=0.35, blur=0.02, line=0.03, depth=0.06)
         painter.paint(rim, identity.frame, line=0.022 if style == "round" else 0.036, depth=0.06)
         if style == "browline":
             bar = np.array([(x - 0.29, y - 0.20), (x + 0.30, y - 0.20)]) * (side, 1)
@@ -361,16 +381,23 @@ def draw_back_hair(painter: Painter, identity: Identity, strands: np.random.Gene
     """The hair behind head and neck."""
     style, half, v = identity.hair_style, identity.head_width + 0.10 + identity.hair_volume, identity.hair_volume
     if style == "bun":
-        paint_hair(painter, identity, [ellipse(0, -1.46 - v, 0.36, 0.30)], (0, -1.2), strands, 20)
+        paint_hair(
+            painter, identity, shapes=[ellipse(0, -1.46 - v, 0.36, 0.30)], crown=(0, -1.2), strands=strands, count=20
+        )
     elif style == "afro":
         paint_hair(
-            painter, identity, curls(ellipse(0, -0.55, half + 0.15, 0.95 + v), 0.17, strands), (0, -0.5), strands, 0
+            painter,
+            identity,
+            shapes=curls(ellipse(0, -0.55, half + 0.15, 0.95 + v), 0.17, strands),
+            crown=(0, -0.5),
+            strands=strands,
+            count=0,
         )
     elif style in COVERED_EARS:
         low = 0.95 if style in ("fringe", "bob") else 1.75
         right = [(0, -1.45 - v), (0.2, -1.45 - v), (0.75 * half, -1.2 - v), (half, -0.7), (half + 0.05, 0)]
         shape = rounded(mirrored([*right, (half + 0.08, low), (0.4, low), (0, low)]))
-        paint_hair(painter, identity, [shape], (0, -1.6), strands, 50, shade=0.28)
+        paint_hair(painter, identity, shapes=[shape], crown=(0, -1.6), strands=strands, count=50, shade=0.28)
 
 
 def draw_front_hair(painter: Painter, identity: Identity, strands: np.random.Generator) -> None:
@@ -406,13 +433,15 @@ def draw_front_hair(painter: Painter, identity: Identity, strands: np.random.Gen
     cap = rounded(np.concatenate([outer[::-1], painter.turn(line)]))
     head = painter.mask(head_outline(identity, painter.photo), blur=0.015)
     if style == "buzz":
-        painter.paint(moved(cap, 0, 0.02), mix(identity.hair, identity.skin, 0.15), 0.85, 0.05, within=head)
+        painter.paint(
+            moved(cap, 0, 0.02), mix(identity.hair, identity.skin, 0.15), opacity=0.85, blur=0.05, within=head
+        )
         return
-    painter.paint(moved(cap, 0, 0.05), shadow(identity.skin, 0.6), 0.45, 0.05, within=head)
+    painter.paint(moved(cap, 0, 0.05), shadow(identity.skin, 0.6), opacity=0.45, blur=0.05, within=head)
     if style in ("curly", "afro"):
-        paint_hair(painter, identity, curls(cap, 0.13, strands), (crown, -1.2), strands, 0)
+        paint_hair(painter, identity, shapes=curls(cap, 0.13, strands), crown=(crown, -1.2), strands=strands, count=0)
     else:
-        paint_hair(painter, identity, [cap], (crown, -1.44 - v), strands, 70)
+        paint_hair(painter, identity, shapes=[cap], crown=(crown, -1.44 - v), strands=strands, count=70)
 
 
 def curls(outline: np.ndarray, radius: float, strands: np.random.Generator) -> list[np.ndarray]:
@@ -423,7 +452,7 @@ def curls(outline: np.ndarray, radius: float, strands: np.random.Generator) -> l
     return [outline] + [ellipse(x, y, r, r) for (x, y), r in zip(spots, radii, strict=True)]
 
 
-def paint_hair(painter, identity, shapes, crown, strands, count, shade=0.0) -> None:
+def paint_hair(painter, identity, *, shapes, crown, strands, count, shade=0.0) -> None:
     """Fill `shapes` with hair: `count` strands from the crown outwards (0: curls), a dark rim, shine by the light."""
     colour, light, mask = mix(identity.hair, BLACK, shade), painter.photo.light, painter.mask(*shapes)
     painter.paint(shapes, colour)
@@ -436,10 +465,10 @@ def paint_hair(painter, identity, shapes, crown, strands, count, shade=0.0) -> N
     low, high = np.concatenate(shapes).min(0), np.concatenate(shapes).max(0)
     for x, y in strands.uniform(low, high, (0 if count else 130, 2)):
         lines.append(ribbon(ellipse(x, y, 0.07, 0.07)[strands.integers(16) :][:14], 0.03))
-    painter.paint(lines[::2], mix(colour, BLACK, 0.4), 0.55, 0.004, within=mask)
-    painter.paint(lines[1::2], glow(colour, 0.28), 0.5, 0.004, within=mask)
+    painter.paint(lines[::2], mix(colour, BLACK, 0.4), opacity=0.55, blur=0.004, within=mask)
+    painter.paint(lines[1::2], glow(colour, 0.28), opacity=0.5, blur=0.004, within=mask)
     shine = ellipse(0.42 * np.cos(light), -1.12 + 0.1 * np.sin(light), 0.36, 0.10)
-    painter.paint(shine, glow(colour, 0.5), 0.55, 0.07, within=mask)
+    painter.paint(shine, glow(colour, 0.5), opacity=0.55, blur=0.07, within=mask)
 
 
 def shadow(skin: Colour, share: float) -> Colour:
@@ -450,42 +479,3 @@ def shadow(skin: Colour, share: float) -> Colour:
 def glow(colour: Colour, share: float) -> Colour:
     """Skin or hair in the light."""
     return mix(colour, (255, 246, 232), share)
-
-
-def moved(shape: np.ndarray, x, y) -> np.ndarray:
-    return shape + np.stack([x, y], -1)
-
-
-def ellipse(x: float, y: float, width: float, height: float) -> np.ndarray:
-    """Half width, half height -> (32, 2) points."""
-    angle = np.linspace(0, 2 * np.pi, 32, endpoint=False)
-    return np.stack([x + width * np.cos(angle), y + height * np.sin(angle)], 1)
-
-
-def mirrored(right) -> np.ndarray:
-    """The right half of an outline, as points from one end to the other, and its mirror image."""
-    return np.concatenate([np.array(right, float), np.array(right, float)[::-1] * (-1, 1)])
-
-
-def rounded(points: np.ndarray) -> np.ndarray:
-    """A closed polygon with its corners cut three times (Chaikin): a smooth curve."""
-    for _ in range(3):
-        after = np.roll(points, -1, axis=0)
-        points = np.stack([0.75 * points + 0.25 * after, 0.25 * points + 0.75 * after], 1).reshape(-1, 2)
-    return points
-
-
-def bezier(*control) -> np.ndarray:
-    """A Bezier curve of any degree -> (16, 2) points (de Casteljau)."""
-    points, t = [np.array(point, float) for point in control], np.linspace(0, 1, 16)[:, None]
-    while len(points) > 1:
-        points = [a + (b - a) * t for a, b in pairwise(points)]
-    return points[0]
-
-
-def ribbon(spine: np.ndarray, width: float) -> np.ndarray:
-    """A stroke along `spine`, `width` in its middle, pointed at both ends."""
-    along = np.gradient(spine, axis=0)
-    normal = along[:, ::-1] * (-1, 1) / np.maximum(np.hypot(*along.T), 1e-9)[:, None]
-    half = 0.5 * width * np.sin(np.linspace(0, np.pi, len(spine)))[:, None] ** 0.6
-    return np.concatenate([spine + half * normal, (spine - half * normal)[::-1]])

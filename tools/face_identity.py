@@ -1,6 +1,6 @@
-"""Who is drawn: an identity, kept in every photo of a person, and a photo's pose, light and mood; both at random."""
+"""What is drawn, at random: an identity, kept in every photo of a person, and the pose, light and mood of a photo."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,50 +20,45 @@ FRAMES = ((24, 24, 28), (96, 58, 34), (150, 40, 44), (44, 66, 110), (168, 140, 8
 GLASSES = ("none", "none", "none", "round", "square", "browline")
 
 
-def between(low: float, high: float):
-    """A dataclass field that `draw_fields` draws evenly from low..high."""
-    return field(metadata={"range": (low, high)})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Identity:
     """What stays the same in every photo of a person.
 
     Lengths in head units: the middle of the face is (0, 0), the chin near y = 1, the hairline near y = -0.9, and one
-    unit is 27 % of the frame, so that the face fills its central half. Slopes: > 0 means outer end up.
+    unit is 27 % of the frame, so that the face fills its central half. Slopes: > 0 is outer end up.
     """
 
     skin: Colour
-    head_width: float = between(0.74, 0.90)  # half width at the ears
-    jaw: float = between(0.74, 0.97)  # width at the mouth relative to head_width
-    chin: float = between(0.16, 0.42)  # half width
-    chin_y: float = between(0.95, 1.08)
-    ear: float = between(0.17, 0.26)  # half height
-    eye_x: float = between(0.33, 0.43)  # half the distance of the eyes
-    eye_y: float = between(-0.16, -0.06)
-    eye_width: float = between(0.16, 0.215)  # half width
-    eye_height: float = between(0.075, 0.13)  # half height, wide open
-    eye_tilt: float = between(-0.14, 0.22)  # slope
+    head_width: float  # half width at the ears
+    jaw: float  # width at the mouth relative to head_width
+    chin: float  # half width
+    chin_y: float
+    ear: float  # half height
+    eye_x: float  # half the distance of the eyes
+    eye_y: float
+    eye_width: float  # half width
+    eye_height: float  # half height, wide open
+    eye_tilt: float  # slope
     iris: Colour
     lashes: float  # 0..1
-    brow_y: float = between(0.21, 0.31)  # above the eye
+    brow_y: float  # above the eye
     brow_thickness: float
-    brow_tilt: float = between(-0.45, 0.15)  # slope
-    brow_arch: float = between(0.0, 0.10)
-    nose_length: float = between(0.36, 0.54)
-    nose_width: float = between(0.12, 0.22)  # half width
-    mouth_y: float = between(0.56, 0.66)
-    mouth_width: float = between(0.23, 0.36)  # half width
-    lip_upper: float = between(0.025, 0.075)
-    lip_lower: float = between(0.045, 0.105)
+    brow_tilt: float  # slope
+    brow_arch: float
+    nose_length: float
+    nose_width: float  # half width
+    mouth_y: float
+    mouth_width: float  # half width
+    lip_upper: float
+    lip_lower: float
     lip: Colour
     hair: Colour
     hair_style: str  # of HAIR_STYLES
-    hair_volume: float = between(0.06, 0.20)
+    hair_volume: float
     beard: str  # of BEARDS
     glasses: str  # of GLASSES
     frame: Colour  # of the glasses
-    blush: float = between(0.1, 0.8)  # 0..1
+    blush: float  # 0..1
     freckles: int  # count
     moles: tuple[tuple[float, float], ...]  # places
     age: float  # 0..1: lines in the face
@@ -74,29 +69,24 @@ class Identity:
 class Photo:
     """What differs between two photos of a person; lengths in head units, angles in radians."""
 
-    shift_x: float = between(-0.09, 0.09)
-    shift_y: float = between(-0.07, 0.07)
-    scale: float = between(0.95, 1.06)
-    roll: float = between(-0.14, 0.14)
-    yaw: float = between(-0.22, 0.22)  # length by which the middle of the face moves sideways
-    pitch: float = between(-0.05, 0.06)  # the same, down
-    smile: float = between(-0.15, 1.0)  # < 0: corners of the mouth down
+    shift_x: float
+    shift_y: float
+    scale: float
+    roll: float
+    yaw: float  # length by which the middle of the face moves sideways
+    pitch: float  # the same, down
+    smile: float  # < 0: corners of the mouth down
     mouth_open: float
-    eye_open: float = between(0.65, 1.0)  # 1: wide open
-    gaze: float = between(-0.7, 0.7)  # -1 left .. 1 right
-    brow_raise: float = between(-0.02, 0.05)
-    light: float = between(-np.pi, 0.3)  # angle, 0: from the right, -pi / 2: from above
-    light_strength: float = between(0.3, 1.0)  # 0: even
-    warmth: float = between(-1.0, 1.0)  # -1 blue .. 1 yellow
-    brightness: float = between(0.82, 1.10)  # factor
+    eye_open: float  # 1: wide open
+    gaze: float  # -1 left .. 1 right
+    brow_raise: float
+    light: float  # angle, 0: from the right, -pi / 2: from above
+    light_strength: float  # 0: even
+    warmth: float  # -1 blue .. 1 yellow
+    brightness: float  # factor
     collar: str
     clothes: Colour
-    noise: float = between(0.0, 0.012)  # standard deviation, share of white
-
-
-def draw_fields(kind: type, generator: np.random.Generator) -> dict[str, float]:
-    """One even draw for each `between` field of a dataclass."""
-    return {f.name: generator.uniform(*f.metadata["range"]) for f in fields(kind) if f.metadata}
+    noise: float  # standard deviation, share of white
 
 
 def random_identity(generator: np.random.Generator) -> Identity:
@@ -126,7 +116,27 @@ def random_identity(generator: np.random.Generator) -> Identity:
         moles=tuple((generator.choice((-1, 1)) * uniform(0.2, 0.52), uniform(0.05, 0.5)) for _ in range(moles)),
         age=age,
         texture=int(generator.integers(2**31)),
-        **draw_fields(Identity, generator),
+        head_width=uniform(0.74, 0.90),
+        jaw=uniform(0.74, 0.97),
+        chin=uniform(0.16, 0.42),
+        chin_y=uniform(0.95, 1.08),
+        ear=uniform(0.17, 0.26),
+        eye_x=uniform(0.33, 0.43),
+        eye_y=uniform(-0.16, -0.06),
+        eye_width=uniform(0.16, 0.215),
+        eye_height=uniform(0.075, 0.13),
+        eye_tilt=uniform(-0.14, 0.22),
+        brow_y=uniform(0.21, 0.31),
+        brow_tilt=uniform(-0.45, 0.15),
+        brow_arch=uniform(0.0, 0.10),
+        nose_length=uniform(0.36, 0.54),
+        nose_width=uniform(0.12, 0.22),
+        mouth_y=uniform(0.56, 0.66),
+        mouth_width=uniform(0.23, 0.36),
+        lip_upper=uniform(0.025, 0.075),
+        lip_lower=uniform(0.045, 0.105),
+        hair_volume=uniform(0.06, 0.20),
+        blush=uniform(0.1, 0.8),
     )
 
 
@@ -137,7 +147,21 @@ def random_photo(generator: np.random.Generator) -> Photo:
         mouth_open=uniform(0.03, 0.14) if uniform() < 0.4 else 0.0,
         collar=str(generator.choice(["crew", "v-neck", "shirt", "high"])),
         clothes=mix(uniform(20, 225, 3), [uniform(20, 225)] * 3, 0.4),  # mixed with grey: not too gaudy
-        **draw_fields(Photo, generator),
+        shift_x=uniform(-0.09, 0.09),
+        shift_y=uniform(-0.07, 0.07),
+        scale=uniform(0.95, 1.06),
+        roll=uniform(-0.14, 0.14),
+        yaw=uniform(-0.22, 0.22),
+        pitch=uniform(-0.05, 0.06),
+        smile=uniform(-0.15, 1.0),
+        eye_open=uniform(0.65, 1.0),
+        gaze=uniform(-0.7, 0.7),
+        brow_raise=uniform(-0.02, 0.05),
+        light=uniform(-np.pi, 0.3),
+        light_strength=uniform(0.3, 1.0),
+        warmth=uniform(-1.0, 1.0),
+        brightness=uniform(0.82, 1.10),
+        noise=uniform(0.0, 0.012),
     )
 
 

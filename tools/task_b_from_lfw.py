@@ -1,4 +1,4 @@
-"""Build Task_B trees of real photos from LFW (Labeled Faces in the Wild): the nearest to FACECOM that is public.
+"""Build Task_B trees of real photos from LFW (Labeled Faces in the Wild), the nearest public data to FACECOM.
 
     python -m tools.task_b_from_lfw
 
@@ -7,7 +7,7 @@ Reads LFW_DIR, LFW in any version (original, funneled or deep-funneled), and wri
 facecom/  train/ 788 persons, 1,837 photos; val/ 222 other persons, 394 photos: FACECOM's own LFW photos.
           The queries of val/ are distorted copies of its gallery photos.
 cross/    train/ as in facecom/; val/ 100 persons that facecom/ lacks, 253 photos. Each one's first photo is the
-          gallery, the distorted copies of the 153 others are the queries: here matching images is not enough.
+          gallery, the distorted copies of the 153 others are the queries: here matching photos is not enough.
 clean/    val/ the 100 persons of cross/ with the same gallery; the 153 others, undistorted, are the queries.
 
 All trees hold <person>/clean/<photo>.jpg and <person>/distortion/<photo>_<kind>.jpg. The queries of clean/ are of kind
@@ -33,7 +33,7 @@ from transforms import load_image
 
 LFW_DIR = None  # folder that holds <Person_Name>/<Person_Name>_0001.jpg; None: scikit-learn downloads LFW (200 MB)
 OUT_DIR = Path("Task_B_lfw")  # must not exist yet
-SEVERITY = 0.5  # 0 (one still sees it) .. 1 (heaviest); 0.5 is the average FACECOM file
+SEVERITY = 0.5  # 0 (just visible) .. 1 (heaviest); 0.5 is the average FACECOM file
 SEED = 0  # 0, 1, 2, ...
 JPEG_QUALITY = 92  # of the distorted photos, 1..95; clean photos are copied byte for byte
 
@@ -60,10 +60,10 @@ def main() -> None:
 
 
 def write_copies(photo: Path, folder: Path, severity: float, seed: int) -> None:
-    """Distort `photo` by every kind of DISTORTIONS, into `folder`/<photo>_<kind>.jpg; the folder is made if need be.
+    """Distort `photo` by every kind of DISTORTIONS, into `folder`/<photo>_<kind>.jpg; the folder is created.
 
-    severity: 0..1, see distortions.py. Each copy has a generator of its own, from `seed`, the photo's name and the
-    kind's: neither the order of the photos nor a further kind changes a copy.
+    severity: 0..1, see distortions.py. Each copy has a generator of its own, from `seed`, the name of the photo
+    and that of the kind, so neither the order of the photos nor a new kind changes a copy.
     Raises UserError if the photo cannot be read.
     """
     image = load_image(photo)
@@ -75,21 +75,22 @@ def write_copies(photo: Path, folder: Path, severity: float, seed: int) -> None:
 
 @dataclass
 class Plan:
-    """What is to be written, but for cross/train/, which is a copy of facecom/train/."""
+    """The files to write, except cross/train/, which is a copy of facecom/train/."""
 
     copied: list[tuple[Path, Path]] = field(default_factory=list)  # (photo, file that gets its bytes)
     distorted: list[tuple[Path, Path]] = field(default_factory=list)  # (photo, folder that gets its distorted copies)
 
 
 def check_constants() -> None:
+    """Raise UserError for a constant out of range, or an OUT_DIR that exists."""
     if not in_range(SEVERITY, float, 0, 1):
         raise UserError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
     if not in_range(JPEG_QUALITY, int, 1, 95):
         raise UserError(f"JPEG_QUALITY = {JPEG_QUALITY!r}: expected a whole number, 1..95")
-    if not in_range(SEED, *common.RANGES["SEED"]):
+    if not in_range(SEED, int, 0, 2**32):
         raise UserError(f"SEED = {SEED!r}: expected a whole number, 0, 1, 2, ...")
     if OUT_DIR.exists():
-        raise UserError(f"{OUT_DIR}: is there already; delete it, or give OUT_DIR another name")
+        raise UserError(f"{OUT_DIR}: already exists; delete it, or give OUT_DIR another name")
 
 
 def read_list(path: Path) -> dict[tuple[str, str], list[str]]:
@@ -112,7 +113,7 @@ def lfw_photo(lfw: Path, stem: str) -> Path:
 
 
 def download_lfw() -> Path:
-    """scikit-learn's folder of funneled LFW photos, downloaded if it is not there yet.
+    """scikit-learn's folder of funneled LFW photos, downloaded first if it is not there.
 
     Raises UserError if the download fails.
     """

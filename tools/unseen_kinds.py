@@ -1,10 +1,11 @@
-"""Write a tree whose queries are distorted in ways that training has never seen: what to expect of an eighth kind.
+"""Write a tree whose queries are distorted in ways that training has never seen: how a network copes with new kinds.
 
     python -m tools.unseen_kinds
 
-Reads SOURCE_DIR, a split of a tree as the other scripts read it, and writes OUT_DIR/val/: each person's clean photos as
-they are, and as queries the photos in `distortion/` whose name ends with _SOURCE_KIND, each distorted by every kind of
-distortions.UNSEEN. With SOURCE_KIND = None the clean photos themselves are distorted. evaluate.py reads OUT_DIR then.
+Reads SOURCE_DIR, a split of a tree as the other scripts read it, and writes OUT_DIR/val/: each person's clean photos
+unchanged, and as queries the photos in `distortion/` whose name ends with _SOURCE_KIND, each distorted by every kind of
+distortions.UNSEEN. With SOURCE_KIND = None the clean photos themselves are distorted. To evaluate on the tree, set
+DATA_DIR of evaluate.py to OUT_DIR.
 """
 
 import shutil
@@ -20,9 +21,9 @@ from distortions import UNSEEN
 from transforms import load_image
 
 SOURCE_DIR = Path("Task_B/val")  # one folder per person
-SOURCE_KIND = None  # kind of the files in distortion/ that are taken, such as "clean" for other, undistorted photos
+SOURCE_KIND = None  # kind of the files in distortion/ that are distorted, such as "clean"; None: clean photos are
 OUT_DIR = Path("Task_B_unseen")  # must not exist yet
-SEVERITY = 0.5  # 0 (one still sees it) .. 1 (heaviest)
+SEVERITY = 0.5  # 0 (just visible) .. 1 (heaviest)
 SEED = 0  # 0, 1, 2, ...
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     if not common.in_range(SEVERITY, float, 0, 1):
         raise UserError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
     if OUT_DIR.exists():
-        raise UserError(f"{OUT_DIR}: is there already; delete it, or give OUT_DIR another name")
+        raise UserError(f"{OUT_DIR}: already exists; delete it, or give OUT_DIR another name")
     photos = 0
     for person in tqdm(scan_persons(SOURCE_DIR), desc="distorting", unit="person", leave=False):
         chosen = [path for path in person.distorted if distortion_kind(path) == SOURCE_KIND]
@@ -44,7 +45,9 @@ def main() -> None:
             for kind, distort in UNSEEN.items():
                 seed = derived_seed(SEED, *path.name.encode(), *kind.encode())
                 distorted = distort(image, SEVERITY, np.random.default_rng(seed))
-                distorted.save(folder / DISTORTION / f"{stem}_{kind}.png")  # PNG: no compression of its own
+                distorted.save(
+                    folder / DISTORTION / f"{stem}_{kind}.png"
+                )  # PNG: compression adds no distortion of its own
                 photos += 1
     if not photos:
         shutil.rmtree(OUT_DIR)

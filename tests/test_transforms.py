@@ -1,0 +1,300 @@
+"""Decoding, crop, augmentation and random distortions, against pixels that can be worked out by hand."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from facenet_pytorch import fixed_image_standardization
+from PIL import Image
+
+from common import UserError
+from distortions import DISTORTIONS
+from transforms import FaceCrop, RandomDistortion, eval_transform, load_image, train_transform
+
+
+def noise(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_exif_orientation_6_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (64, 32), "white")
+    image.paste((255, 0, 0), (0, 0, 16, 16))  # stored top left: top right once turned clockwise
+    tags = Image.Exif()
+    tags[0x112] = 6
+    image.save(tmp_path / "a.jpg", exif=tags, quality=95)
+    upright = load_image(tmp_path / "a.jpg")
+    assert upright.size == (32, 64)
+    for place, colour in {(28, 4): (254, 0, 0), (4, 4): (255, 255, 255), (28, 60): (255, 255, 255)}.items():
+        assert upright.getpixel(place) == pytest.approx(colour, abs=8)
+
+
+def palette_image() -> Image.Image:
+    """Mode P, pixel (0, 0) of index 1 (10, 200, 30), the rest of index 0 (250, 0, 0)."""
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([250, 0, 0, 10, 200, 30])
+    image.putpixel((0, 0), 1)
+    return image
+
+
+def grey16(value: int) -> Image.Image:
+    return Image.fromarray(np.full((8, 8), value, np.uint16))
+
+
+OTHER_MODES = {  # image, transparent colour for the PNG file, its first pixel as RGB; transparency becomes white
+    "L": (Image.new("L", (8, 8), 77), None, (77, 77, 77)),
+    "P": (palette_image(), None, (10, 200, 30)),
+    "P, opaque pixel": (palette_image(), 0, (10, 200, 30)),
+    "P, transparent pixel": (palette_image(), 1, (255, 255, 255)),
+    "RGB, transparent colour": (Image.new("RGB", (8, 8), (1, 2, 3)), (1, 2, 3), (255, 255, 255)),
+    "RGBA, opaque": (Image.new("RGBA", (8, 8), (100, 50, 0, 255)), None, (100, 50, 0)),
+    "RGBA, transparent": (Image.new("RGBA", (8, 8), (100, 50, 0, 0)), None, (255, 255, 255)),
+    "RGBA, 20 % black": (Image.new("RGBA", (8, 8), (0, 0, 0, 51)), None, (204, 204, 204)),
+    "LA, transparent": (Image.new("LA", (8, 8), (77, 0)), None, (255, 255, 255)),
+    "1": (Image.new("1", (8, 8), 1), None, (255, 255, 255)),
+    "I;16, grey": (grey16(32768), None, (128, 128, 128)),
+    "I;16, black": (grey16(255), None, (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("image, transparency, expected", OTHER_MODES.values(), ids=OTHER_MODES)
+def test_every_pixel_mode_becomes_rgb_of_the_same_appearance(tmp_path, image, transparency, expected):
+    image.save(tmp_path / "a.png", transparency=transparency)
+    loaded = load_image(tmp_path / "a.png")
+    assert loaded.mode == "RGB" and loaded.size == (8, 8)
+    assert loaded.getpixel((0, 0)) == pytest.approx(expected, abs=1)
+
+
+def test_a_cmyk_jpeg_becomes_rgb(tmp_path):
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.jpg", quality=95)  # cyan ink alone
+    loaded = load_image(tmp_path / "a.jpg")
+    assert loaded.mode == "RGB" and loaded.getpixel((8, 8)) == pytest.approx((0, 255, 255), abs=8)
+
+
+# --- crop and transforms ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "width, height, fraction, rows, columns",
+    [
+        (200, 160, 0.5, slice(40, 120), slice(60, 140)),
+        (160, 200, 0.5, slice(60, 140), slice(40, 120)),
+        (320, 320, 0.25, slice(120, 200), slice(120, 200)),
+    ],
+)
+def test_the_crop_is_exactly_the_central_square(width, height, fraction, rows, columns):
+    pixels = noise(width, height)
+    cropped = FaceCrop(80, fraction)(Image.fromarray(pixels))  # 80 pixels of the photo to 80: no blending
+    assert np.array_equal(np.asarray(cropped), pixels[rows, columns])
+
+
+def test_jitter_moves_and_scales_the_crop_within_its_bounds():
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (200, 1, 3))  # a pixel's value is its column
+    crop = FaceCrop(100, 0.5, zoom=0.1, shift=0.03)
+    torch.manual_seed(0)
+    rows = [np.asarray(crop(Image.fromarray(ramp)))[50, :, 0].astype(float) for _ in range(200)]
+    centres, sides = [row.mean() + 0.5 for row in rows], [(row[-6] - row[5]) * 100 / 89 for row in rows]
+    assert 93 <= min(centres) < 96 and 104 < max(centres) <= 107  # 100 +- 0.03 * 200
+    assert 88 <= min(sides) < 94 and 106 < max(sides) <= 112  # 100 +- 10 %
+
+
+def test_jitter_continues_the_photo_beyond_its_edges_by_its_mirror_image():
+    ramp = np.zeros((150, 200, 3), np.uint8)
+    ramp[..., 0], ramp[..., 1] = np.arange(200)[None, :], np.arange(150)[:, None]  # red: column, green: row
+    crop = FaceCrop(100, 1.0, zoom=0.2, shift=0.1)
+    torch.manual_seed(0)
+    sides, middles, mirrored = [], [], 0
+    for _ in range(200):
+        pixels = np.asarray(crop(Image.fromarray(ramp))).astype(float)
+        across, down = (pixels[50, 45:55, 0], pixels[45:55, 50, 1])
+        assert np.ptp(across) == pytest.approx(np.ptp(down), abs=1)  # square, and no edge is drawn into the middle
+        sides.append(np.ptp(pixels[50, 30:71, 0]) / 40 * 100)
+        middles.append(pixels[50, 50, 1])
+        rows = np.diff(pixels[:, 50, 1])
+        mirrored += (rows < 0).any()  # row numbers fall beyond the edge
+        assert pixels[..., 1].max() <= 149 and (np.abs(rows) <= 2).all()  # nothing but the photo, without a jump
+    assert 118 <= min(sides) < 125 and 175 < max(sides) <= 182  # 150 +- 20 %
+    assert 60 <= min(middles) < 64 and 86 < max(middles) <= 90  # 75 +- 0.1 * 150
+    assert 100 < mirrored < 200
+
+
+def test_a_crop_fits_into_photos_of_any_size():
+    torch.manual_seed(0)
+    for width in (1, 2, 7, 33, 101, 255):
+        for height in (1, 2, 3, 19, 50, 111):
+            image = Image.new("RGB", (width, height), (9, 9, 9))
+            for fraction in (0.013, 0.3, 0.52, 0.999, 1.0):
+                for crop in (FaceCrop(76, fraction), FaceCrop(76, fraction, zoom=0.3, shift=0.5)):
+                    cropped = crop(image)  # Pillow refuses a box that leaves the photo
+                    assert cropped.size == (76, 76) and cropped.getextrema() == ((9, 9),) * 3
+
+
+@pytest.mark.parametrize(
+    "size, fraction, zoom, shift, message",
+    [
+        (160, 0, 0, 0, "FACE_CROP = 0: expected a share"),
+        (160, 1.1, 0, 0, "FACE_CROP = 1.1: expected a share"),
+        (160, math.nan, 0, 0, "FACE_CROP = nan: expected a share"),
+        (75, 0.5, 0, 0, "IMAGE_SIZE = 75: expected at least 76 pixels"),
+        (160, 0.5, 1.0, 0, "CROP_ZOOM = 1.0: expected a share"),
+        (160, 0.5, 0, -0.1, "CROP_SHIFT = -0.1: expected a share"),
+        (160, 0.5, 0, 0.6, "CROP_SHIFT = 0.6: expected a share"),
+    ],
+)
+def test_a_crop_out_of_range_is_refused_by_the_name_of_its_constant(size, fraction, zoom, shift, message):
+    with pytest.raises(UserError, match=message):
+        FaceCrop(size, fraction, zoom=zoom, shift=shift)
+
+
+def test_eval_transform_scales_pixels_as_facenet_does():
+    pixels = noise(200, 160)
+    expected = fixed_image_standardization(torch.tensor(pixels[40:120, 60:140]).permute(2, 0, 1).float())
+    image = eval_transform(80, 0.5)(Image.fromarray(pixels))
+    assert image.dtype == torch.float32 and image.shape == (3, 80, 80)
+    torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("mirror, fewest, most", [(True, 160, 240), (False, 0, 0)])  # 200 +- 4 deviations of 10
+def test_train_transform_is_the_eval_transform_plus_jitter_and_mirroring(mirror, fewest, most):
+    image = Image.fromarray(noise(90, 90))
+    plain = eval_transform(76, 1.0)(image)
+    augment = train_transform(76, 1.0, zoom=0.0, shift=0.0, mirror=mirror)
+    torch.manual_seed(0)
+    draws = [augment(image) for _ in range(400)]
+    mirrored = sum(torch.equal(draw, plain.flip(2)) for draw in draws)
+    assert mirrored + sum(torch.equal(draw, plain) for draw in draws) == 400
+    assert fewest <= mirrored <= most
+    jittered = train_transform(76, 0.8, zoom=0.1, shift=0.03, mirror=mirror)
+    assert len({round(jittered(image).mean().item(), 5) for _ in range(5)}) == 5
+
+
+def test_train_transform_distorts_the_whole_photo_before_the_crop():
+    sizes = []
+
+    def black(image: Image.Image) -> Image.Image:
+        sizes.append(image.size)
+        return Image.new("RGB", image.size)
+
+    image = train_transform(76, 0.5, zoom=0, shift=0, distort=black)(Image.new("RGB", (200, 300), "white"))
+    assert sizes == [(200, 300)] and image.shape == (3, 76, 76)
+    torch.testing.assert_close(image, torch.full_like(image, -127.5 / 128))
+
+
+# --- random distortions -----------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Kinds of distortion that change nothing and record (name, size, severity) of what they are given."""
+
+    def __init__(self, names: str):
+        self.seen: list[tuple[str, tuple[int, int], float]] = []
+        self.kinds = {name: self.kind(name) for name in names}
+
+    def kind(self, name: str):
+        def distort(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
+            assert isinstance(severity, float) and isinstance(generator, np.random.Generator)
+            self.seen.append((name, image.size, severity))
+            return image.copy()
+
+        return distort
+
+    def calls(self, times: int, *, probability=1.0, most=1, size=(8, 8), seed=0) -> list[list[tuple]]:
+        """What each of `times` calls passed to the kinds."""
+        distort = RandomDistortion(self.kinds, probability, most, side=100)
+        torch.manual_seed(seed)
+        calls = []
+        for _ in range(times):
+            self.seen = []
+            distort(Image.new("RGB", size))
+            calls.append(self.seen)
+        return calls
+
+
+def test_a_distortion_of_probability_0_returns_the_image_itself_in_its_size():
+    image = Image.fromarray(noise(300, 200))
+    distort = RandomDistortion(DISTORTIONS, probability=0, most=7, side=100)
+    assert all(distort(image) is image for _ in range(200)) and image.size == (300, 200)
+
+
+@pytest.mark.parametrize("kind", DISTORTIONS)
+def test_a_distortion_of_probability_1_changes_a_copy_of_the_image(kind):
+    pixels = noise(100, 100)
+    image = Image.fromarray(pixels)
+    distort = RandomDistortion({kind: DISTORTIONS[kind]}, probability=1, most=1, side=100)
+    torch.manual_seed(0)
+    for _ in range(20):
+        distorted = distort(image)
+        assert distorted.size == image.size and distorted.mode == "RGB"
+        assert not np.array_equal(np.asarray(distorted), pixels)
+    assert np.array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5])
+def test_photos_are_distorted_with_the_given_probability(probability):
+    calls = Recorder("ab").calls(1000, probability=probability)
+    assert sum(map(bool, calls)) == pytest.approx(1000 * probability, abs=64)  # 4 standard deviations of at most 16
+
+
+def test_severities_are_uniform_in_0_to_1_for_each_kind_of_a_mixture():
+    calls = Recorder("abc").calls(600, most=3)
+    for place in range(3):
+        severities = [call[place][2] for call in calls if len(call) > place]
+        found, _ = np.histogram(severities, bins=4, range=(0, 1))
+        assert found.sum() == len(severities) > 150  # none outside
+        assert found.min() > 0.17 * len(severities)  # a quarter each
+        assert min(severities) < 0.03 and max(severities) > 0.97
+    assert all(len({severity for *_, severity in call}) == len(call) for call in calls)  # each kind its own
+
+
+@pytest.mark.parametrize("most", [1, 4])
+def test_1_to_most_different_kinds_are_mixed_in_any_order_each_number_equally_often(most):
+    calls = [[name for name, *_ in call] for call in Recorder("abcd").calls(800, most=most)]
+    assert all(len(set(call)) == len(call) for call in calls)
+    numbers = Counter(map(len, calls))
+    assert numbers == {number: pytest.approx(800 / most, abs=60) for number in range(1, most + 1)}
+    for place in range(most):
+        kinds = Counter(call[place] for call in calls if len(call) > place)
+        assert set(kinds) == set("abcd") and min(kinds.values()) > 0.17 * kinds.total()  # a quarter each
+
+
+def test_each_kind_acts_on_the_result_of_the_one_before():
+    def add(image, severity, generator):
+        return image.point(lambda value: value + 1)
+
+    torch.manual_seed(0)
+    distort = RandomDistortion(dict.fromkeys("abcd", add), probability=1, most=4, side=100)
+    black = Image.new("RGB", (8, 8))
+    assert {distort(black).getpixel((3, 3)) for _ in range(100)} == {(n, n, n) for n in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    "size, seen",
+    [((300, 600), (100, 200)), ((5000, 120), (4167, 100)), ((100, 300), (100, 300)), ((99, 3000), (99, 3000))],
+)
+def test_a_photo_is_shrunk_until_its_shorter_side_has_no_more_than_side_pixels(size, seen):
+    recorder = Recorder("ab")
+    assert {shape for call in recorder.calls(5, size=size, most=2) for _, shape, _ in call} == {seen}
+    assert RandomDistortion(recorder.kinds, 1, 1, side=100)(Image.new("RGB", size)).size == seen
+
+
+def test_a_shrunk_photo_shows_the_same_scene():
+    ramp = np.tile(np.linspace(0, 250, 400).astype(np.uint8)[None, :, None], (400, 1, 3))
+    small = RandomDistortion(Recorder("a").kinds, 1, 1, side=50)(Image.fromarray(ramp))
+    assert np.asarray(small)[25, ::10, 0] == pytest.approx(ramp[200, 4::80, 0], abs=4)
+
+
+def test_distortions_follow_torchs_seed_and_neither_numpys_nor_the_order_of_the_kinds():
+    first = Recorder("abc").calls(20, most=3)
+    np.random.seed(1)
+    assert Recorder("cab").calls(20, most=3) == first != Recorder("abc").calls(20, most=3, seed=1)
+
+
+@pytest.mark.parametrize("probability, most", [(-0.1, 1), (1.1, 1), (math.nan, 1), (0.5, 0), (0.5, 8)])
+def test_a_distortion_out_of_range_is_refused_by_the_name_of_its_constant(probability, most):
+    probable = f"DISTORT = {probability}: expected a probability" if probability != 0.5 else f"DISTORT_MOST = {most}: "
+    with pytest.raises(UserError, match=probable):
+        RandomDistortion(DISTORTIONS, probability, most, side=100)
