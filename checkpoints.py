@@ -68,10 +68,10 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(saved, dict) or not {"format", "stage", "model", "image_size", "face_crop"} <= saved.keys():
         raise UserError(f"{path}: no checkpoint of these scripts; a bare state dict belongs into PRETRAINED")
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {saved['format']}, these scripts read {FORMAT}; train it anew")
+        raise UserError(f"{path}: checkpoint format {saved['format']}, these scripts read {FORMAT}; train it again")
     odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
     if odd:
-        raise UserError(f"{path}: damaged, its {odd[0]} is {str(saved.get(odd[0]))[:40]!r}; train it anew")
+        raise UserError(f"{path}: damaged, its {odd[0]} is {str(saved.get(odd[0]))[:40]!r}; train it again")
     return saved
 
 

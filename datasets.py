@@ -365,7 +365,7 @@ class FacePairDataset(_SeededDataset):
     The positive is a distorted copy of the anchor (see source_photo), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
     `distort(anchor)`, for example a RandomDistortion. Kinds in `often` are drawn twice as often as others.
-    Every second item on average is mirrored, both photos alike: `transform` would mirror each of them on its own.
+    Each item is mirrored with probability 0.5, both photos alike: `transform` would mirror each on its own.
     Index i + n * len(self) is anchor i again, with random draws of its own (see PersonBatches).
     root as in FaceClassificationDataset; persons without clean or without distorted photos are counted in a warning.
     Raises what `persons_of` raises; UserError if fewer than two persons have pairs, or for a share outside 0..1.

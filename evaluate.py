@@ -132,7 +132,7 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
     if known := set(facts.get("persons", ())) & set(gallery.persons):
         print(f"  {len(known)} of {len(gallery.persons)} persons of {root} were trained on: no test of unseen persons")
     if len(gallery.persons) == 1:
-        warn_once(f"{root}: the gallery holds one person, which is the answer to every query: the figures say nothing")
+        warn_once(f"{root}: the gallery holds one person, who is the answer to every query, so the figures say nothing")
     distorted = None
     if set(PROTOCOLS) != {"clean"}:
         distorted = embed_queries(
@@ -175,7 +175,7 @@ def queries_by_protocol(gallery: Gallery, distorted: Queries | None) -> dict[str
     for protocol in PROTOCOLS:
         try:
             queries[protocol] = select_queries(gallery, distorted, protocol)
-        except NoQueries as error:
+        except NoQueries as error:  # no second photo in the split: the other protocols still say something
             if len(PROTOCOLS) == 1:
                 raise
             warn_once(str(error))

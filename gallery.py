@@ -43,8 +43,8 @@ class Gallery:
 
     @property
     def weighted(self) -> Tensor:
-        """(G, D): the embeddings times their quality, if they are rated, as `metrics` takes them: in the mean of a
-        person's photos a bad one counts for less."""
+        """(G, D): the embeddings times their quality, if they are rated: in the mean of a person's photos a bad one
+        counts for less."""
         return self.embeddings if self.quality is None else self.embeddings * self.quality.clamp(min=1e-6)[:, None]
 
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
@@ -365,8 +365,8 @@ def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> 
     return found
 
 
-class NoQueries(ValueError):
-    """A protocol has no query in this data."""
+class NoQueries(UserError):
+    """The data holds no query of a protocol."""
 
 
 def check_protocol(protocol: str) -> None:

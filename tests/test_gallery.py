@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
+from conftest import TinyNet, write_plain
 from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -42,13 +42,6 @@ def as_float(image: Image.Image) -> torch.Tensor:
     return pil_to_tensor(image).float()
 
 
-def write(path: Path, colour) -> Path:
-    """A photo of one colour."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), tuple(int(value) for value in colour)).save(path)
-    return path
-
-
 def retrieved(root: Path, protocol: str = "same", template: str = "mean") -> tuple[Gallery, Queries, dict]:
     """Gallery, the protocol's queries and their answers."""
     gallery, distorted = embed_split(MeanColour(), root, as_float, "cpu", template=template)
@@ -71,7 +64,7 @@ FOUR_QUERIES = {
 @pytest.fixture
 def four_queries(tmp_path) -> Path:
     for name, colour in FOUR_QUERIES.items():
-        write(tmp_path / "val" / name, colour)
+        write_plain(tmp_path / "val" / name, colour)
     return tmp_path / "val"
 
 
@@ -82,10 +75,10 @@ def random_colours(tmp_path) -> Path:
     for p in range(6):
         colour = random.integers(60, 200, 3)
         for k in range(random.integers(1, 5)):
-            write(tmp_path / "val" / f"p{p}" / "clean" / f"{k}.png", colour + random.integers(-60, 55, 3))
+            write_plain(tmp_path / "val" / f"p{p}" / "clean" / f"{k}.png", colour + random.integers(-60, 55, 3))
             for kind in ("blurred", "foggy", "sunny")[: random.integers(1, 4)]:
                 copy = colour + random.integers(-60, 55, 3)
-                write(tmp_path / "val" / f"p{p}" / "distortion" / f"{k}_{kind}.png", copy)
+                write_plain(tmp_path / "val" / f"p{p}" / "distortion" / f"{k}_{kind}.png", copy)
     return tmp_path / "val"
 
 
@@ -93,7 +86,7 @@ def random_colours(tmp_path) -> Path:
 
 
 def test_embeddings_are_unit_rows_in_the_order_of_the_paths(tmp_path):
-    paths = [write(tmp_path / "b.png", (30, 40, 0)), write(tmp_path / "a.png", (0, 0, 7))]
+    paths = [write_plain(tmp_path / "b.png", (30, 40, 0)), write_plain(tmp_path / "a.png", (0, 0, 7))]
     rows = embed(MeanColour(), paths, as_float, "cpu", batch_size=1).embeddings
     assert rows.dtype == torch.float32
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]]))
@@ -115,7 +108,7 @@ def test_the_network_embeds_in_eval_mode_and_returns_to_its_modes_also_after_a_f
     model, modes = TinyNet().train(training), []
     model.backbone[1].eval()  # frozen, as FREEZE_BATCHNORM does
     model.backbone.register_forward_hook(lambda module, *_: modes.append(module.training))
-    embed(model, [write(tmp_path / "whole.png", (9, 8, 7))], as_float, "cpu")
+    embed(model, [write_plain(tmp_path / "whole.png", (9, 8, 7))], as_float, "cpu")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"broken\.jpg: cannot be read as an image"):
         embed(model, [tmp_path / "broken.jpg"], as_float, "cpu")
@@ -132,9 +125,9 @@ class DivergesOnWhite(MeanColour):
 
 
 def test_an_embedding_that_is_not_finite_is_an_error_with_its_photo(tmp_path):
-    paths = [write(tmp_path / f"{number}.png", (9 * number, 9, 9)) for number in range(5)]
-    write(paths[2], (255, 255, 255))
-    write(paths[4], (255, 255, 255))
+    paths = [write_plain(tmp_path / f"{number}.png", (9 * number, 9, 9)) for number in range(5)]
+    write_plain(paths[2], (255, 255, 255))
+    write_plain(paths[4], (255, 255, 255))
     with pytest.raises(UserError, match="its embedding is not finite") as error:
         embed(DivergesOnWhite(), paths, as_float, "cpu", batch_size=2)
     assert str(error.value).startswith(f"{paths[2]}: ")
@@ -151,14 +144,17 @@ class Rating(MeanColour):
 
 
 def test_quality_weights_the_gallery_and_goes_with_the_queries_and_their_answers(four_queries):
+    write_plain(four_queries / "ann/clean/2.png", (0, 100, 0))
     gallery, queries = embed_split(Rating(), four_queries, as_float, "cpu", template="best")
-    assert gallery.quality.tolist() == [200, 200, 300]
-    assert torch.equal(gallery.weighted, gallery.embeddings * torch.tensor([[200.0], [200.0], [300.0]]))
+    assert gallery.quality.tolist() == [200, 100, 300]
+    assert torch.equal(gallery.weighted, gallery.embeddings * torch.tensor([[200.0], [100.0], [300.0]]))
     assert queries.quality.tolist() == [275, 210, 150, 110]
     assert select_queries(gallery, queries, "cross").quality.tolist() == [275, 210]  # bob has one photo
-    assert select_queries(gallery, None, "clean").quality.tolist() == [200, 200]
+    assert select_queries(gallery, None, "clean").quality.tolist() == [200, 100]
     same = select_queries(gallery, queries, "same")
     scores = score(gallery, same)
+    ann = torch.tensor([2.0, 1.0, 0.0]) / math.sqrt(5)  # the mean of her photos by their quality
+    torch.testing.assert_close(scores["mean"].matrix[:, 0], queries.embeddings @ ann)
     assert [query["quality"] for query in retrieve(gallery, same, scores)["per_query"]] == [275, 210, 150, 110]
     left = discard_curves(same, measure(gallery, same, scores, seed=0)["best"])
     assert {group: counts.tolist() for group, counts in left.items()} == {
@@ -218,7 +214,7 @@ def test_a_list_of_persons_takes_the_place_of_a_folder(random_colours):
 
 
 def test_a_query_whose_person_is_not_in_the_gallery_counts_as_wrong_and_is_reported(four_queries, caplog):
-    write(four_queries / "cy" / "distortion" / "1_foggy.png", (0, 0, 200))  # no clean photo
+    write_plain(four_queries / "cy" / "distortion" / "1_foggy.png", (0, 0, 200))  # no clean photo
     gallery, _, details = retrieved(four_queries)
     assert gallery.persons == ["ann", "bob"]
     assert details["top1"] == {"mean": 2 / 5, "best": 3 / 5}
@@ -244,7 +240,7 @@ def test_files_that_cannot_be_read_are_left_out_by_the_scan_or_stop_the_embeddin
     ],
 )
 def test_a_split_without_clean_or_without_distorted_photos_is_an_error(tmp_path, photo, message):
-    write(tmp_path / photo, (9, 9, 9))
+    write_plain(tmp_path / photo, (9, 9, 9))
     with pytest.raises(UserError) as error:
         retrieved(tmp_path)
     assert str(error.value).startswith(message.format(root=tmp_path))
@@ -257,10 +253,10 @@ def test_an_unknown_template_is_refused_before_any_photo_is_embedded():
 
 
 def test_means_of_persons_are_those_of_their_unit_embeddings_with_their_places_in_the_list(tmp_path):
-    write(tmp_path / "ann/clean/1.png", (200, 0, 0))
-    write(tmp_path / "ann/clean/2.png", (0, 100, 0))
-    write(tmp_path / "bob/clean/1.png", (0, 0, 50))
-    write(tmp_path / "dee/distortion/1_foggy.png", (9, 9, 9))  # no clean photo
+    write_plain(tmp_path / "ann/clean/1.png", (200, 0, 0))
+    write_plain(tmp_path / "ann/clean/2.png", (0, 100, 0))
+    write_plain(tmp_path / "bob/clean/1.png", (0, 0, 50))
+    write_plain(tmp_path / "dee/distortion/1_foggy.png", (9, 9, 9))  # no clean photo
     ann, bob, dee = scan_persons(tmp_path)
     means, places = person_means(MeanColour(), [bob, dee, ann], as_float, "cpu")
     found = dict(zip(places.tolist(), means, strict=True))
@@ -358,9 +354,9 @@ def test_every_protocol_equals_a_brute_force_over_the_files(random_colours, prot
 
 
 def test_under_cross_a_query_of_unknown_source_is_matched_against_all_photos(tmp_path):
-    write(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
-    write(tmp_path / "bob" / "clean" / "1.png", (0, 200, 0))
-    write(tmp_path / "ann" / "distortion" / "7_foggy.png", (90, 5, 0))
+    write_plain(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
+    write_plain(tmp_path / "bob" / "clean" / "1.png", (0, 200, 0))
+    write_plain(tmp_path / "ann" / "distortion" / "7_foggy.png", (90, 5, 0))
     _, queries, details = retrieved(tmp_path, "cross")
     assert queries.sources.tolist() == [-1] and details["top1"]["mean"] == 1.0
 
@@ -369,8 +365,8 @@ def test_under_cross_a_query_of_unknown_source_is_matched_against_all_photos(tmp
     "protocol, who", [("cross", "no person with a distorted photo"), ("clean", "no person")], ids=["cross", "clean"]
 )
 def test_a_protocol_in_which_no_person_has_a_second_photo_has_no_queries(tmp_path, protocol, who):
-    write(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
-    write(tmp_path / "ann" / "distortion" / "1_foggy.png", (90, 0, 0))
+    write_plain(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
+    write_plain(tmp_path / "ann" / "distortion" / "1_foggy.png", (90, 0, 0))
     with pytest.raises(NoQueries, match=f"PROTOCOL '{protocol}': no query, as {who} has a second clean photo"):
         retrieved(tmp_path, protocol)
 

@@ -316,8 +316,11 @@ def test_the_eer_counted_by_hand(genuine, impostor, eer):
 
 @pytest.mark.parametrize("rounding", [0.0, 8e-7, -8e-7, TIE, -TIE])
 def test_impostors_tied_with_all_genuine_pairs_allow_no_true_accept_at_a_low_far(rounding):
-    curve = roc(scores_of([[0.5, 0.5 + rounding]] * 1000, [0] * 1000))
+    scores = scores_of([[0.5, 0.5 + rounding]] * 1000, [0] * 1000)
+    curve = roc(scores)
     assert curve.far.tolist() == [1.0] and curve.far_above.tolist() == [0.0] and curve.at_far(0.01) == (0.0, math.inf)
+    found = all_figures(scores)
+    assert found.figures["TAR@FAR=0.01"]["value"] == 0 and "TAR@FAR=0.01" not in found.thresholds  # none to report
 
 
 def test_genuine_scores_within_rounding_share_the_lowest_of_them_as_threshold():
@@ -742,6 +745,8 @@ def test_a_difference_of_1_at_every_person_gets_no_binomial_bound_and_few_person
         all_figures(scores_of(matrix, truth)) for matrix in (torch.eye(persons).roll(1, 1), torch.eye(persons))
     )
     assert compare(wrong, right, truth, 0)["rank-1"] == {"value": 1.0, "low": low, "high": low}
+    bound = {"low": low and pytest.approx(0.025 ** (1 / 12)), "high": low}  # the figure itself is a share
+    assert right.figures["rank-1"] == {"value": 1.0} | bound
 
 
 def test_a_comparison_takes_the_figures_that_both_have():

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet, tell_apart, write_plain
+from conftest import write_plain
 from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import Person, distortion_kind, scan_persons
-from gallery import build_gallery, embed_queries, embed_split, evaluate
-from transforms import eval_transform
+from gallery import build_gallery, evaluate
 from validation import QUICK_STRIDE, summary, thinned, validate
 
 
@@ -103,7 +102,7 @@ def test_the_summary_has_each_kind_under_the_chosen_template(template, foggy):
     assert summary(details) == {"top1_mean": 0.25, "top1_best": 0.75, "top1_foggy": foggy}
 
 
-# --- quick validation, and a split in one pass ------------------------------------------------------------------------
+# --- quick validation ------------------------------------------------------------------------------------------------
 
 
 def person(name: str, photos: int, kinds: str) -> Person:
@@ -135,16 +134,3 @@ def test_quick_validation_that_fails_restores_the_mirroring(two_worlds):
     with pytest.raises(ZeroDivisionError):
         validate(model, two_worlds, lambda image: 1 / 0, "cpu", template="best", quick=True)
     assert model.mirror
-
-
-def test_a_split_in_one_pass_is_embedded_as_its_gallery_and_its_queries_are(task_b):
-    torch.manual_seed(0)
-    model, transform, root = tell_apart(TinyNet(mirror=True), side=76), eval_transform(76, 1.0), task_b / "train"
-    gallery, queries = embed_split(model, root, transform, "cpu", template="best", made_by={"a": 1}, batch_size=4)
-    expected = build_gallery(model, root, transform, "cpu", template="best", made_by={"a": 1})
-    for found, alone in ((gallery, expected), (queries, embed_queries(model, expected, root, transform, "cpu"))):
-        for name, value in vars(found).items():
-            if torch.is_tensor(value):
-                torch.testing.assert_close(value, getattr(alone, name))
-            else:
-                assert value == getattr(alone, name)
