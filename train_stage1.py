@@ -15,7 +15,9 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 import common
+import distributed
 import gallery
+import optimisation
 import training
 import validation
 from datasets import (
@@ -122,22 +124,23 @@ def main() -> None:
     head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     if CENTRES_FROM_MEANS and not RESUME:
         clean = [person for person in train_persons if person.name in train_set.label2idx]
-        head.start_at(*gallery.person_means(model, clean, transform, device, num_workers=NUM_WORKERS))
+        means, labels = gallery.person_means(model, clean, transform, device, num_workers=NUM_WORKERS)
+        head.start_at(means, labels)
     head = head.to(device)
     groups = [
-        {"name": "backbone", "params": training.trainable(model), "lr": BACKBONE_LR},
+        {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},
         {"name": "head", "params": head.parameters(), "lr": HEAD_LR},
     ]
     optimizer = AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
-    scheduler = training.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
+    scheduler = optimisation.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
     if COMPILE:
         model.compile()
-    ddp_model, ddp_head = training.parallel(model), training.parallel(head)
+    ddp_model, ddp_head = distributed.parallel(model), distributed.parallel(head)
 
     # Epochs; epoch 0 of the log is the network as loaded.
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=checkpoint_facts(train_set, holdout, files_digest(everybody)),
+        facts=checkpoint_facts(train_set, holdout, data=files_digest(everybody), steps=len(loader)),
         networks={"model": model, "head": head},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -184,8 +187,8 @@ def augmentation() -> Transform:
     return train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort)
 
 
-def checkpoint_facts(train_set: FaceClassificationDataset, holdout: list[str], data: str) -> dict:
-    """What the checkpoints state beside the weights; a run is resumed only where all of it is the same."""
+def checkpoint_facts(train_set: FaceClassificationDataset, holdout: list[str], data: str, steps: int) -> dict:
+    """What the checkpoints state beside the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
     return {
         "stage": 1,
         "seed": SEED,
@@ -205,6 +208,10 @@ def checkpoint_facts(train_set: FaceClassificationDataset, holdout: list[str], d
         "chosen_by": validation.CHOICE,
         "quick_validation": QUICK_VALIDATION,
         "data": data,
+        "ema_decay": EMA_DECAY,
+        "accumulate": ACCUMULATE,
+        "steps": steps,
+        "selected_on": training.selected_on(holdout),
     }
 
 
@@ -212,18 +219,18 @@ def train_one_epoch(run: training.Run, model, ddp_head, head: ArcMarginProduct, 
     """One pass over the train photos."""
     model.train()
     if FREEZE_BATCHNORM:
-        training.freeze_batchnorm(model)
+        optimisation.freeze_batchnorm(model)
     for images, labels in run.steps():
-        with training.autocast(device, AMP):
+        with optimisation.autocast(device, AMP):
             embeddings = model(images)
-        embeddings, labels = training.gather(embeddings, labels)  # from here on each process has the whole batch
+        embeddings, labels = distributed.gather(embeddings, labels)  # from here on each process has the whole batch
         logits = ddp_head(embeddings, labels)
         loss = F.cross_entropy(logits, labels)
         with torch.no_grad():
             # Without the margin, as at test time: with it the right logit is handicapped.
             right = (head.cosine(embeddings).argmax(1) == labels).float().mean()
             target = logits.gather(1, labels[:, None]).mean()  # s cos(t + m), on the way from 0 to s
-        run.step(loss, accuracy=right, target_logit=target)
+        run.step(loss, {"accuracy": right, "target_logit": target})
 
 
 def clean_val_loader(

@@ -20,6 +20,8 @@ from torch.optim import AdamW
 
 import checkpoints
 import common
+import distributed
+import optimisation
 import training
 import validation
 from common import UserError
@@ -133,19 +135,27 @@ def main() -> None:
 
     # Losses and optimizer.
     losses = Losses(bank.clone().to(device), torch.tensor(labels, device=device))  # embed()'s tensors know no autograd
-    groups = [{"name": "backbone", "params": training.trainable(model.backbone), "lr": BACKBONE_LR}]
+    groups = [{"name": "backbone", "params": optimisation.trainable(model.backbone), "lr": BACKBONE_LR}]
     if WIDE_WEIGHT:
-        groups.append({"name": "wide", "params": training.trainable(model.wide), "lr": WIDE_LR})
+        groups.append({"name": "wide", "params": optimisation.trainable(model.wide), "lr": WIDE_LR})
     optimizer = AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
-    scheduler = training.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
+    scheduler = optimisation.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
     if COMPILE:
         model.compile()
-    ddp_model = training.parallel(model)
+    ddp_model = distributed.parallel(model)
 
     # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=checkpoint_facts(train_set, stage1, model.crops, image_size, crop, files_digest(everybody)),
+        facts=checkpoint_facts(
+            train_set,
+            stage1,
+            crops=model.crops,
+            image_size=image_size,
+            face_crop=crop,
+            data=files_digest(everybody),
+            steps=len(loader),
+        ),
         networks={"model": model},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -218,9 +228,16 @@ def pair_dataset(train_persons: list[Person], transform: Transform, side: int) -
 
 
 def checkpoint_facts(
-    train_set: FacePairDataset, stage1: dict, crops: Crops | None, image_size: int, face_crop: float, data: str
+    train_set: FacePairDataset,
+    stage1: dict,
+    *,
+    crops: Crops | None,
+    image_size: int,
+    face_crop: float,
+    data: str,
+    steps: int,
 ) -> dict:
-    """What the checkpoints state beside the weights; a run is resumed only where all of it is the same."""
+    """What the checkpoints state beside the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
     return {
         "stage": 2,
         "seed": SEED,
@@ -243,6 +260,10 @@ def checkpoint_facts(
         "chosen_by": validation.CHOICE,
         "quick_validation": QUICK_VALIDATION,
         "data": data,
+        "ema_decay": EMA_DECAY,
+        "accumulate": ACCUMULATE,
+        "steps": steps,
+        "selected_on": training.selected_on(stage1["holdout"]),
     }
 
 
@@ -283,18 +304,18 @@ def train_one_epoch(run: training.Run, model: FaceNet, ddp_model, losses: Losses
     """One pass over the anchors."""
     model.train()
     if FREEZE_BATCHNORM:
-        training.freeze_batchnorm(model)
+        optimisation.freeze_batchnorm(model)
     for clean, distorted, _, source in run.steps():
-        with training.autocast(device, AMP):
+        with optimisation.autocast(device, AMP):
             face = ddp_model(distorted, "face")
             frames = ddp_model(torch.cat([clean, distorted]), "wide").chunk(2) if WIDE_WEIGHT else ()
         # From here on each process has the whole batch.
-        face, gate, source, *frames = training.gather(face, model.gate(distorted), source, *frames)
+        face, gate, source, *frames = distributed.gather(face, model.gate(distorted), source, *frames)
         loss, values = losses.of_faces(face, gate, source)
         if WIDE_WEIGHT:
             of_frames, more = losses.of_frames(*frames, source)
             loss, values = loss + of_frames, values | more
-        run.step(loss, **values)
+        run.step(loss, values)
 
 
 def run_settings() -> training.RunSettings:

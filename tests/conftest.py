@@ -6,11 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 import checkpoints
 import common
+import plots
 import train_stage1
 import train_stage2
 from models import FaceNet
@@ -54,15 +56,18 @@ def write_person(folder: Path, colour, photos: int, layout: str = "clean") -> No
 COLOURS = {"ann": (220, 40, 40), "bob": (40, 220, 40), "cy": (40, 40, 220), "di": (220, 220, 40)}
 
 
-@pytest.fixture
-def task_b(tmp_path) -> Path:
-    """Task_B of 4 train persons (1, 2, 3 and 1 photos) and 2 other val persons, in the layout with clean/."""
-    root = tmp_path / "Task_B"
+def write_task_b(root: Path) -> Path:
+    """4 train persons (1, 2, 3 and 1 photos: 21 files) and 2 other val persons, in the layout with clean/."""
     for (name, colour), photos in zip(COLOURS.items(), (1, 2, 3, 1), strict=True):
         write_person(root / "train" / name, colour, photos)
     write_person(root / "val" / "eve", (200, 40, 200), 2)
     write_person(root / "val" / "fay", (40, 200, 200), 1)
     return root
+
+
+@pytest.fixture
+def task_b(tmp_path) -> Path:
+    return write_task_b(tmp_path / "Task_B")
 
 
 class TinyNet(FaceNet):
@@ -85,15 +90,16 @@ class TinyNet(FaceNet):
         self._frozen = [self.backbone[:5].requires_grad_(False)] if freeze_until else []
 
 
-@pytest.fixture
-def tiny_runs(monkeypatch, task_b, tmp_path):
-    """Both training scripts, set to TinyNet on `task_b` for two short epochs; yields (train_stage1, train_stage2)."""
+def set_tiny_runs(monkeypatch, data_dir: Path, runs: Path) -> tuple:
+    """Set both training scripts to TinyNet on `data_dir` for two short epochs; returns (train_stage1, train_stage2)."""
+    figure = Figure(figsize=(0.1, 0.1))
+    monkeypatch.setattr(plots, "curves", lambda history, steps: figure)  # drawing would take longer than the run
     monkeypatch.setattr(train_stage1, "FaceNet", TinyNet)
     monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     monkeypatch.setattr(train_stage2, "FaceNet", TinyNet)
     monkeypatch.setattr(train_stage2, "WIDE_SIZE", 76)
     monkeypatch.setattr(train_stage2, "TEACHER", None)  # the network that stage 1 left
-    both = {"DATA_DIR": task_b, "NUM_WORKERS": 0, "EPOCHS": 2, "WARMUP_STEPS": 1, "QUICK_VALIDATION": False}
+    both = {"DATA_DIR": data_dir, "NUM_WORKERS": 0, "EPOCHS": 2, "WARMUP_STEPS": 1, "QUICK_VALIDATION": False}
     monkeypatch.setattr(train_stage1, "BATCH_SIZE", 4)
     # TinyNet starts at random: its defaults are those for such a network.
     for constant, value in {"SKIP_KINDS": (), "FREEZE_BATCHNORM": False, "HEAD_LR": 1e-2}.items():
@@ -101,12 +107,17 @@ def tiny_runs(monkeypatch, task_b, tmp_path):
     monkeypatch.setattr(train_stage2, "PERSONS_PER_BATCH", 3)
     monkeypatch.setattr(train_stage2, "OFTEN", ())  # of kinds that task_b does not have
     for script, name in ((train_stage1, "stage1"), (train_stage2, "stage2")):
-        for constant, value in (both | {"RUN_DIR": tmp_path / "runs" / name}).items():
+        for constant, value in (both | {"RUN_DIR": runs / name}).items():
             monkeypatch.setattr(script, constant, value)
     monkeypatch.setattr(train_stage1, "IMAGE_SIZE", 76)
     monkeypatch.setattr(train_stage1, "FACE_CROP", 0.8)
-    monkeypatch.setattr(train_stage2, "STAGE1_CHECKPOINT", tmp_path / "runs" / "stage1" / "best.pt")
+    monkeypatch.setattr(train_stage2, "STAGE1_CHECKPOINT", runs / "stage1" / "best.pt")
     return train_stage1, train_stage2
+
+
+@pytest.fixture
+def tiny_runs(monkeypatch, task_b, tmp_path) -> tuple:
+    return set_tiny_runs(monkeypatch, task_b, tmp_path / "runs")
 
 
 FRAME = 154  # pixels: its centre of 0.52 is 80 wide, rows and columns 37..116
@@ -144,6 +155,15 @@ class MakesFolderWhenLoaded:
 def same_tensors(a: dict, b: dict) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def plain(saved):
+    """`saved` with its tensors as lists, exactly, so that == compares all of it."""
+    if isinstance(saved, torch.Tensor):
+        return str(saved.dtype), saved.tolist()
+    if isinstance(saved, dict):
+        return {name: plain(value) for name, value in saved.items()}
+    return [plain(value) for value in saved] if isinstance(saved, (list, tuple)) else saved
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

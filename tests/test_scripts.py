@@ -1,14 +1,19 @@
-"""The scripts as a user runs them: stage 1, stage 2 and evaluate in sequence."""
+"""The scripts as a user runs them: stage 1, stage 2 and evaluate in sequence; and how scripts end."""
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_person, write_photo
+from conftest import TinyNet, set_tiny_runs, write_person, write_photo, write_task_b
 from PIL import Image
 
+import checkpoints
 import common
 import demo
 import evaluate
@@ -19,13 +24,22 @@ import train_stage2
 from common import UserError
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Holds the runs of both stages on photos as in `task_b`."""
+    root = tmp_path_factory.mktemp("scripts")
+    with pytest.MonkeyPatch.context() as patch:
+        for script in set_tiny_runs(patch, write_task_b(root / "Task_B"), root / "runs"):
+            script.main()
+    return root / "runs"
+
+
 @pytest.fixture
-def trained(tiny_runs, monkeypatch, tmp_path, task_b):
-    """Both stages run on `task_b`; evaluate set to the result. Yields the folder that evaluate.main() writes."""
-    for script in tiny_runs:
-        script.main()
-    settings = {"DATA_DIR": task_b, "RESULTS_DIR": tmp_path / "results", "NUM_WORKERS": 0}
-    for constant, value in (settings | {"CHECKPOINT": tmp_path / "runs" / "stage2" / "best.pt"}).items():
+def trained(runs, monkeypatch, tmp_path, task_b) -> Path:
+    """evaluate set to what stage 2 left, without pictures; yields the folder that evaluate.main() writes."""
+    monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
+    settings = {"DATA_DIR": task_b, "RESULTS_DIR": tmp_path / "results", "NUM_WORKERS": 0, "PICTURES": False}
+    for constant, value in (settings | {"CHECKPOINT": runs / "stage2" / "best.pt"}).items():
         monkeypatch.setattr(evaluate, constant, value)
     return tmp_path / "results" / "val_stage2"
 
@@ -38,7 +52,7 @@ def read_csv(path):
 def test_three_scripts_in_sequence_with_the_real_network(task_b, tmp_path, monkeypatch):
     common = {"DATA_DIR": task_b, "NUM_WORKERS": 0}
     stage1, stage2 = tmp_path / "s1", tmp_path / "s2"
-    training_constants = common | {"EPOCHS": 1}
+    training_constants = common | {"EPOCHS": 1, "QUICK_VALIDATION": False}
     monkeypatch.setattr(train_stage1, "BATCH_SIZE", 7)
     monkeypatch.setattr(train_stage2, "PERSONS_PER_BATCH", 4)
     for script, constants in (
@@ -86,15 +100,6 @@ def test_evaluate_writes_what_it_returns(trained):
         assert overall == pytest.approx(float(per_kind["all"][figure]))
 
 
-def test_evaluate_draws_pictures_that_open(trained):
-    evaluate.main()
-    for name in ("tsne", "similarity", "mistakes"):
-        [path] = trained.glob(f"{name}.*")
-        with Image.open(path) as picture:
-            picture.load()
-            assert min(picture.size) > 100
-
-
 def test_evaluate_prints_the_table_and_how_the_checkpoint_was_chosen(trained, capsys):
     evaluate.main()
     printed = capsys.readouterr().out
@@ -113,25 +118,28 @@ def strict_json(path):
     return json.loads(path.read_text(), parse_constant=no)
 
 
-def test_evaluate_reports_every_protocol_on_one_page(trained):
+def test_evaluate_reports_every_protocol_on_one_page_with_pictures_that_open(trained, monkeypatch):
+    monkeypatch.setattr(evaluate, "PICTURES", True)
     evaluate.main()
     protocols = strict_json(trained / "figures.json")["protocols"]
     # eve has two photos: her four distorted ones ask under cross, her two clean ones under clean; fay's ask under same.
     assert {name: found["queries"] for name, found in protocols.items()} == {"same": 6, "cross": 4, "clean": 2}
     assert set(protocols["same"]["figures"]["best"]["all"]) == set(metrics.FIGURES)
     page = (trained / "report.html").read_text(encoding="utf-8")
-    assert (
-        all(f"<h2>Protocol “{name}”</h2>" in page for name in protocols)
-        and "http:" not in page
-        and "https:" not in page
-    )
-    pictures = {path.stem for path in trained.iterdir() if path.suffix in (".png", ".jpg")}
+    assert all(f"<h2>Protocol “{name}”</h2>" in page for name in protocols)
+    assert "http:" not in page and "https:" not in page
+    pictures = {path.stem: path for path in trained.iterdir() if path.suffix in (".png", ".jpg")}
     drawn = {f"{kind}_{name}" for kind in ("kinds", "cmc", "roc", "scores") for name in protocols}
-    assert pictures == drawn | {"tsne", "similarity", "mistakes"} and page.count("data:image/") == len(pictures)
+    assert pictures.keys() == drawn | {"tsne", "similarity", "mistakes"}
+    assert page.count("data:image/") == len(pictures)
+    for name in ("tsne", "similarity", "mistakes"):
+        with Image.open(pictures[name]) as picture:
+            picture.load()
+            assert min(picture.size) > 100
 
 
-def test_evaluate_compares_two_checkpoints_on_the_same_queries(trained, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(evaluate, "COMPARE_WITH", tmp_path / "runs" / "stage1" / "best.pt")
+def test_evaluate_compares_two_checkpoints_on_the_same_queries(trained, runs, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "COMPARE_WITH", runs / "stage1" / "best.pt")
     evaluate.main()
     assert "difference to stage1" in capsys.readouterr().out
     saved = strict_json(trained / "figures.json")
@@ -222,7 +230,10 @@ def test_evaluate_in_eight_bits_is_fitted_to_train_photos_and_nearly_the_same(tr
     assert evaluate.int8_photos(str).paths == photos.paths[:5]
 
 
-def test_evaluate_tells_what_is_left_of_the_wrong_answers_when_bad_photos_are_refused(trained, task_b, capsys):
+def test_evaluate_tells_what_is_left_of_the_wrong_answers_when_bad_photos_are_refused(
+    trained, monkeypatch, task_b, capsys
+):
+    monkeypatch.setattr(evaluate, "PICTURES", True)
     write_photo(task_b / "val" / "eve" / "distortion" / "eve_0001_swapped.png", (40, 200, 200), seed=1)
     details = evaluate.main()
     [wrong] = [query for query in details["per_query"] if query["mean"]["predicted"] != query["person"]]
@@ -264,6 +275,7 @@ def test_evaluate_of_the_plain_network_needs_no_checkpoint(trained, monkeypatch)
 
 
 def test_evaluate_of_one_person_with_one_photo_draws_what_it_can(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "PICTURES", True)
     root = tmp_path / "one"
     write_person(root / "val" / "gil", (120, 120, 120), 1)
     monkeypatch.setattr(evaluate, "DATA_DIR", root)
@@ -272,7 +284,8 @@ def test_evaluate_of_one_person_with_one_photo_draws_what_it_can(trained, monkey
     assert (trained / "similarity.png").exists()
 
 
-def test_evaluate_without_any_enrolled_query_still_draws(trained, task_b):
+def test_evaluate_without_any_enrolled_query_still_draws(trained, monkeypatch, task_b):
+    monkeypatch.setattr(evaluate, "PICTURES", True)
     shutil.rmtree(task_b / "val" / "eve" / "distortion")
     shutil.rmtree(task_b / "val" / "fay" / "clean")  # fay asks, eve is the gallery
     details = evaluate.main()
@@ -311,12 +324,45 @@ def test_demo_goes_on_from_scratch_where_weights_cannot_be_had(monkeypatch, caps
     assert demo.available("vggface2") == "vggface2"
 
 
-def test_user_errors_end_in_one_sentence(task_b, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "DATA_DIR", task_b)
-    monkeypatch.setattr(evaluate, "CHECKPOINT", tmp_path / "none.pt")
-    with pytest.raises(SystemExit) as stopped:
-        common.run_script(evaluate.main)
-    assert "none.pt: no checkpoint; run the stage that writes it" in str(stopped.value)
+def raising(error: BaseException):
+    def main():
+        raise error
+
+    return main
+
+
+def test_a_users_mistake_ends_a_script_with_its_sentence_and_no_traceback(tmp_path, monkeypatch):
+    code = (
+        "import common\ndef main():\n    raise common.UserError('BATCH_SIZE = 1: too few')\ncommon.run_script(main)\n"
+    )
+    (tmp_path / "script.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "TRACEBACK": ""}
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: BATCH_SIZE = 1: too few\n(TRACEBACK=1 python script.py shows where)\n"
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(UserError, match="the place"):
+        common.run_script(raising(UserError("the place")))
+
+
+@pytest.mark.parametrize("kind", [KeyError, AssertionError, RuntimeError, ValueError, OSError])
+def test_our_own_mistakes_keep_their_traceback(monkeypatch, kind):
+    monkeypatch.delenv("TRACEBACK", raising=False)
+    with pytest.raises(kind, match="bug"):
+        common.run_script(raising(kind("bug")))
+
+
+def test_an_interrupted_script_says_how_to_go_on_if_it_can(monkeypatch):
+    def end_of(error: KeyboardInterrupt) -> object:
+        with pytest.raises(SystemExit) as end:
+            common.run_script(raising(error))
+        return end.value.code
+
+    assert end_of(KeyboardInterrupt()) == "\ninterrupted"
+    assert end_of(KeyboardInterrupt("stopped after batch 3")) == "\nstopped after batch 3"  # the run could still save
+    monkeypatch.setitem(globals(), "RESUME", False)  # as a training script has it
+    way_on = "RESUME = True goes on from the last checkpoint, if there is one"
+    assert end_of(KeyboardInterrupt()) == f"\ninterrupted; {way_on}"
 
 
 def test_a_checkpoint_compared_with_one_of_its_own_stage_keeps_both_apart(trained, monkeypatch, capsys):
