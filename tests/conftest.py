@@ -76,8 +76,13 @@ class TinyNet(FaceNet):
     def __init__(self, pretrained=None, dropout=0.4, freeze_until=None, crops=None, mirror=False):
         nn.Module.__init__(self)
         self.backbone = nn.Sequential(
-            *(nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-            *(nn.Dropout(dropout), nn.Linear(16, 512)),
+            nn.Conv2d(3, 16, 3, stride=4),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(16, 512),
         )
         self.crops, self.wide, self.mirror = None, None, mirror
         if crops:
