@@ -124,7 +124,8 @@ def main() -> None:
     head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     if CENTRES_FROM_MEANS and not RESUME:
         clean = [person for person in train_persons if person.name in train_set.label2idx]
-        head.start_at(*gallery.person_means(model, clean, transform, device, num_workers=NUM_WORKERS))
+        means, labels = gallery.person_means(model, clean, transform, device, num_workers=NUM_WORKERS)
+        head.start_at(means, labels)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},
