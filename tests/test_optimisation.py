@@ -169,14 +169,14 @@ def test_precision_is_the_one_selected_or_the_best_of_the_device(monkeypatch, de
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)
 
 
-@pytest.mark.parametrize("ask", [optimisation.precision, optimisation.autocast])
-def test_a_precision_that_is_unknown_or_that_the_device_lacks_is_refused(ask):
+@pytest.mark.parametrize("select", [optimisation.precision, optimisation.autocast])
+def test_a_precision_that_is_unknown_or_that_the_device_lacks_is_refused(select):
     with pytest.raises(UserError, match=r"^AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU"):
-        ask(CPU, "fp16")
+        select(CPU, "fp16")
     for amp in (True, False, "float16", "FP16", "", 16):
         for device in (CPU, torch.device("cuda")):
             with pytest.raises(UserError, match=f"^AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None"):
-                ask(device, amp)
+                select(device, amp)
 
 
 # --- the average of the weights ---------------------------------------------------------------------------------------
