@@ -27,7 +27,7 @@ PRETRAINED = "vggface2"  # used if it can be downloaded or is in torch's cache; 
 # --- faces ---
 TRAIN_PERSONS = 48  # 2..1000
 VAL_PERSONS = 20  # 2..1000, none of them in train
-MIN_PHOTOS = 3  # clean photos per person, >= 1, seven distorted ones for each
+MIN_PHOTOS = 3  # clean photos per person, >= 1, each with a distorted copy of every kind
 MAX_PHOTOS = 6  # >= MIN_PHOTOS
 
 # --- training: small, a real run takes the scripts' own constants ---

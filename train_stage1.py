@@ -80,7 +80,7 @@ BALANCE = 0.0  # 0: each photo once per epoch; 1: each person equally often, how
 CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
 DISTORT = 0.0  # fraction of the photos that are distorted on the fly, besides the files on disk, 0..1
-DISTORT_MOST = 2  # kinds on one such photo, 1..7
+DISTORT_MOST = 2  # kinds on one such photo, >= 1
 
 # --- ArcFace ---
 MARGIN = 0.5  # m, radians, 0 or more and below pi/2

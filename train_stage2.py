@@ -93,7 +93,7 @@ SKIP_KINDS = ()  # kinds of distortion to leave out of training, such as ("sunny
 OFTEN = ("sunny", "rainy")  # the hard kinds, drawn twice as often as the others; (): none
 CLEAN = 0.1  # fraction of the positives that are the clean photo itself, 0..0.5
 DISTORT = 0.0  # fraction of the positives that are the clean photo distorted on the fly, not a file on disk, 0..1
-DISTORT_MOST = 2  # kinds on one such photo, 1..7
+DISTORT_MOST = 2  # kinds on one such photo, >= 1
 CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
 
