@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -22,6 +21,8 @@ from conftest import plain, write_task_b
 from journal import ACTIVITIES
 
 TESTS = Path(__file__).parent
+ENVIRONMENT = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT |= {"TRACEBACK": ""}
 CLOCK = ("images_per_second", "seconds", *ACTIVITIES)
 
 
@@ -55,13 +56,12 @@ def child(out: Path, *jobs: dict, processes: int = 1) -> Iterator[Child]:
     out.mkdir(parents=True)
     (out / "jobs.json").write_text(json.dumps(jobs))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    settings = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # Not pipes: a loader's worker that outlives its killed parent would hold them open.
     with open(out / "stdout", "w") as stdout, open(out / "stderr", "w") as stderr:
         process = subprocess.Popen(
             [sys.executable, *(launcher if processes > 1 else []), str(TESTS / "process_jobs.py"), ".", "jobs.json"],
             cwd=out,
-            env=os.environ | settings | {"TRACEBACK": ""},
+            env=os.environ | ENVIRONMENT,
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
@@ -228,10 +228,6 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert steps(run_dir) == steps(whole)
 
 
-def numbers(row: dict) -> dict:
-    return {name: float(value) for name, value in row.items()}
-
-
 def assert_close(ours, theirs) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -243,7 +239,9 @@ def assert_close_run(run_dir: Path, whole: Path) -> None:
         assert_close(ours[part], theirs[part])
     assert_close(ours["history"], theirs["history"])
     assert len(ours["history"]) == 3
-    ours, theirs = ([numbers(row) for row in steps(folder)] for folder in (run_dir, whole))
+    ours, theirs = (
+        [{n: float(text) for n, text in row.items()} for row in steps(folder)] for folder in (run_dir, whole)
+    )
     # Of a large gradient of a random network the norm alone rounds by more on some CPUs.
     norms = ([row.pop("gradient_norm") for row in rows] for rows in (ours, theirs))
     torch.testing.assert_close(*norms, rtol=5e-5, atol=1e-5)
@@ -294,47 +292,10 @@ def test_a_resumed_epoch_shows_the_photos_that_are_left(resumed):
     assert len(seen) == len(set(seen)) == 21 - 9  # the first two batches hold 5 and 4 of the 21 photos
 
 
-EXIT = """
-import multiprocessing, sys
-import torch
-import training
-from samplers import ShuffledBatches
-
-
-class Data(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return torch.zeros(1), 0
-
-
-def main():
-    multiprocessing.set_start_method({start_method}, force=True)
-    loader = training.train_loader(Data(), ShuffledBatches([0, 0, 1, 1], 2, 0), 1, torch.device("cpu"))
-    loader.itself = loader  # a reference cycle: only Python's exit ends it
-    for _ in loader:
-        {in_the_loop}
-    print("done", flush=True)
-
-
-if __name__ == "__main__":
-    if {in_a_child}:
-        child = multiprocessing.get_context("spawn").Process(target=main)
-        child.start()
-        child.join()
-        sys.exit(child.exitcode)
-    main()
-"""
-
-
-@pytest.mark.parametrize("in_the_loop, status, in_a_child", [("raise SystemExit(3)", 3, False), ("pass", 0, True)])
-def test_a_process_ends_though_a_loader_with_workers_still_lives(tmp_path, in_the_loop, status, in_a_child):
-    script = EXIT.replace("{in_the_loop}", in_the_loop).replace("{in_a_child}", str(in_a_child))
-    method = multiprocessing.get_start_method()  # a spawned process would spawn its workers
-    (tmp_path / "script.py").write_text(script.replace("{start_method}", repr(method)))
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment, start_new_session=True)
+@pytest.mark.parametrize("status, where", [(3, "main"), (0, "main"), (0, "child")])
+def test_a_process_ends_though_a_loader_with_workers_still_lives(tmp_path, status, where):
+    command = [sys.executable, str(TESTS / "exit_with_workers.py"), str(status), where]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, start_new_session=True)
     try:
         assert process.wait(timeout=60) == status
     finally:
