@@ -149,6 +149,15 @@ def test_two_bad_steps_a_good_one_and_two_bad_ones_do_not_stop_the_run(tmp_path)
     assert column(tmp_path, "skipped") == [1, 1, 0, 1, 1, 0]
 
 
+def test_an_overflow_of_float16_halves_the_scale_and_is_not_reported_before_the_scale_is_1(tmp_path, caplog):
+    run = small_run(tmp_path, RunSettings(epochs=1), batches=6)
+    run.learner.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    fit(run, gradient_bad_at(1, 2, 3, 4, 5))  # at 8, 4, 2, 1 and 0.5
+    assert column(tmp_path, "skipped") == [1, 1, 1, 1, 1, 0]
+    assert listed_files(caplog) == [[f"item_{i}.png" for i in range(k, k + 4)] for k in (12, 16)]
+    assert (run.history[1]["skipped"], run.learner.scaler.get_scale()) == (2, 0.25)
+
+
 # --- the best epoch ---------------------------------------------------------------------------------------------------
 
 
