@@ -190,7 +190,7 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
         queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
         if not queries.paths:
             raise UserError(f"{source}: none of its {total} distorted photos is usable (REFUSE = {refuse:g})")
-    found = metrics.ranking(score(gallery, queries)[gallery.template])
+    found = metrics.ranking(score(gallery, queries, [gallery.template])[gallery.template])
     used = len(found.rival)
     if used * far < metrics.MIN_ERRORS:
         raise UserError(

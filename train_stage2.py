@@ -46,10 +46,11 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
-from gallery import check_template, embed
+from gallery import embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet
 from samplers import PersonBatches
+from scores import check_template
 from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
 # --- files ---
