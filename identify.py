@@ -1,4 +1,4 @@
-"""Who is on these photos? A name and a cosine, 'unknown', or 'not usable', from a gallery that is kept between runs.
+"""Who is in these photos? A name and a cosine, 'unknown', or 'not usable', from a gallery that is kept between runs.
 
     python identify.py
 
