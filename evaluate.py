@@ -67,7 +67,7 @@ PICTURES = True  # False: figures only
 PLOT_PERSONS = 20  # persons in t-SNE and similarity matrix, the first by name, 2..40
 MISTAKES = 12  # rows of the sheet, 1..30: the wrong answers with the highest scores
 MISTAKES_PER_KIND = 3  # most rows of one kind, so that a hopeless kind does not fill the sheet
-SEED = 0  # of t-SNE, the bootstrap and the halves of the open-set test
+SEED = 0  # of t-SNE, the intervals and the halves of the open-set test
 
 
 def main() -> dict:
