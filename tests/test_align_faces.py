@@ -121,15 +121,28 @@ def test_the_tree_is_mirrored_and_photos_of_a_person_go_to_clean(script):
 def test_photos_that_no_other_script_reads_are_left_out_and_reported(script, capsys):
     for name in ("sheet.png", "ann/a.png", "ann/clean/b.png", "ann/clean/old/c.png", "bob/b.png"):
         write(script.IN_DIR / name)
-    assert script.main()["left out"] == 3
+    for name in (
+        "ann/distorted/a_foggy.png",
+        ".hidden/x.png",
+        "@eaDir/x/x.png",
+        "$RECYCLE.BIN/x.png",
+        "#recycle/x.png",
+    ):
+        write(script.IN_DIR / name)
+    (script.IN_DIR / "ann/film.MP4").write_text("")
+    assert script.main()["left out"] == 5
     assert crops_in(script.OUT_DIR) == ["ann/clean/b.png", "bob/clean/b.png"]
     reasons = {path: row["reason"] for path, row in rows_of(script).items() if row["done"] == "left out"}
     assert reasons == {
-        "sheet.png": "lies beside the folders of persons",
-        "ann/a.png": "lies beside clean/, which counts",
-        "ann/clean/old/c.png": "lies deeper than clean/, where no script reads",
+        "sheet.png": "beside the folders of persons",
+        "ann/a.png": "beside clean/, which counts",
+        "ann/clean/old/c.png": "deeper than clean/, where no script reads",
+        "ann/distorted/a_foggy.png": "in distorted/, to be named distortion/",
+        "ann/film.MP4": ".mp4",
     }
-    assert "3 left out: sheet.png (lies beside" in capsys.readouterr().out
+    assert (
+        f"{script.IN_DIR}: 5 files left out: 1 beside the folders of persons (sheet.png); " in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("names", [("a.png", "a.bmp"), ("a.jpg", "A.JPG")])
