@@ -82,7 +82,7 @@ TREES = {  # files (a folder ends in /) -> clean and distorted photos of each pe
         "12 files left out: 4 .heic (pip install pillow-heif); 2 too deep, expected in <person>/, <person>/clean/ or "
         "<person>/distortion/ (ann/clean/old/3.jpg, ann/new/2.jpg); 2 in distorted/, to be named distortion/ "
         "(ann/distorted/1_foggy.png, ann/distorted/1_rainy.png); 1 outside the folders of persons (5.png); "
-        "1 without a suffix (list); 1 .csv; 1 .mp4",
+        "1 without a suffix (list); 1 .mp4; 1 .csv",
     ),
     "no photo": (["ann/1.png", "bob/2.png/"], {"ann": (["1.png"], [])}, "1 folders without a photo, ignored (bob)"),
     "no clean photo": (

@@ -358,9 +358,8 @@ def report(rows: Sequence[Row], processed: int) -> dict[str, int]:
         with checkpoints.atomic_file(OUT_DIR / "align_faces.png") as file:
             contact_sheet(shown, SHEET_CELL).save(file, "PNG")
 
-    print(
-        f"{OUT_DIR}: {len(of[CUT])} of {len(rows) - len(of[GONE]) - len(of[LEFT_OUT])} photos cut; {processed} processed in this run"
-    )
+    photos = len(rows) - len(of[GONE]) - len(of[LEFT_OUT])
+    print(f"{OUT_DIR}: {len(of[CUT])} of {photos} photos cut; {processed} processed in this run")
     several = [row for row in of[CUT] if row["box_of"] == row["path"] and int(row["faces"]) > 1]
     borrowed = [row for row in of[CUT] if row["box_of"] != row["path"]]
     print_rows(several, f"with several faces, of which the {WHICH} one was cut")
