@@ -81,12 +81,17 @@ _in_flight = PixelsInFlight(MOST_PIXELS)
 
 @contextlib.contextmanager
 def _decoded(path: Path, quick: bool) -> Iterator[Image.Image]:
-    """The image in the file `path`. quick: a JPEG at 1/8 of its size, which fails all the same where it is damaged."""
+    """The image in the file `path`. quick: a JPEG at 1/8 of its size, which fails all the same where it is damaged; and
+    the pixels are gone at the end, before the next photo's turn."""
     with Image.open(path, formats=list(formats())) as image, _in_flight.hold(image.width * image.height):
-        if quick:
-            image.draft("RGB", (64, 64))
-        image.load()
-        yield image
+        try:
+            if quick:
+                image.draft("RGB", (64, 64))
+            image.load()
+            yield image
+        finally:
+            if quick:
+                image.close()
 
 
 def load_image(path: Path) -> Image.Image:
