@@ -34,7 +34,6 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
-from folders import source_photo
 from transforms import RandomDistortion, load_image, suffixes
 
 
@@ -200,21 +199,6 @@ def test_the_kind_of_distortion_is_what_follows_the_last_underscore():
     kinds = {"a_0001_blurred": "blurred", "001_frontal_SUNNY": "sunny", "a_1.v2_noisy": "noisy"}
     kinds |= dict.fromkeys(("portrait", "portrait_", "portrait_7"), "unknown")
     assert {stem: distortion_kind(Path(f"train/ann_lee/distortion/{stem}.jpg")) for stem in kinds} == kinds
-
-
-def test_the_source_of_a_distorted_photo_is_the_clean_photo_it_is_named_after():
-    clean = [Path("c") / name for name in ("a_1.jpg", "a_10.jpg", "b.png", "b_smiling.jpg")]
-    sources = {
-        "a_1_blurred.jpg": "a_1.jpg",
-        "a_10_blurred.jpg": "a_10.jpg",
-        "a_1_very_foggy.png": "a_1.jpg",
-        "b.jpg": "b.png",
-        "b_smiling_left_foggy.jpg": "b_smiling.jpg",  # not b.png: the longest name
-        **dict.fromkeys(("a_100_blurred.jpg", "a.jpg", "bb_foggy.jpg")),  # None
-    }
-    for photos in (clean, clean[::-1]):
-        found = {name: source_photo(Path("d") / name, photos) for name in sources}
-        assert {name: photo and photo.name for name, photo in found.items()} == sources
 
 
 def test_a_split_is_given_as_a_folder_or_as_the_persons_scanned_there(task_b):
