@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from common import list_names, plain_name, warn_once
@@ -26,11 +26,11 @@ def is_text(name: str) -> bool:
     return not any(unicodedata.category(character) == "Cs" for character in name)
 
 
-def _visible(folder: Path, what: str) -> list[Path]:
-    """The visible files ("is_file") or folders ("is_dir") directly in `folder`, sorted by name; [] if it is none."""
+def _visible(folder: Path, is_wanted: Callable[[os.DirEntry], bool]) -> list[Path]:
+    """The visible entries of `folder` that are wanted, sorted by name; [] if there is no such folder."""
     try:
         with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if is_visible(entry.name) and getattr(entry, what)()]
+            names = [entry.name for entry in entries if is_visible(entry.name) and _leads_to(entry, is_wanted)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -39,12 +39,19 @@ def _visible(folder: Path, what: str) -> list[Path]:
     return [folder / name for name in sorted(names)]  # paths themselves sort by other rules on Windows
 
 
+def _leads_to(entry: os.DirEntry, is_wanted: Callable[[os.DirEntry], bool]) -> bool:
+    try:
+        return is_wanted(entry)
+    except OSError:  # a link to itself
+        return False
+
+
 def visible_files(folder: Path) -> list[Path]:
-    return _visible(folder, "is_file")
+    return _visible(folder, os.DirEntry.is_file)
 
 
 def subfolders(folder: Path) -> list[Path]:
-    return _visible(folder, "is_dir")
+    return _visible(folder, os.DirEntry.is_dir)
 
 
 def find_photos(folder: Path) -> list[Path]:
