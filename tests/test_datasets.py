@@ -412,6 +412,13 @@ def test_a_validation_split_that_does_not_fit_the_training_set_is_refused(tree):
         FaceCleanValDataset(no_clean_photo, ["bob"], {"bob": 0}, pil_to_tensor)
 
 
+def test_persons_without_distorted_photos_are_named_before_training(tmp_path, caplog):
+    write_all(tmp_path, "ann/1.png", "bob/1.png", "bob/distortion/1_foggy.png")
+    FaceClassificationDataset(tmp_path, pil_to_tensor)
+    expected = "1 of 2 persons have no distorted photo to train on (ann); expected "
+    assert caplog.messages == [f"{tmp_path}: {expected}{tmp_path}/<person>/distortion/*.jpg"]
+
+
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
