@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     """'a, b, c and 7 more'"""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def plain_name(name: str) -> str:
+    """`name` as names are compared: in Unicode's NFC. From a Mac, "é" may come as e and an accent, two characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def in_range(value: object, kind: type, low: float, high: float) -> bool:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 import metrics
 from common import UserError, rank_and_world, warn_once
-from datasets import Person, PhotoList, Split, distortion_kind, folder_of, persons_of, source_photo
+from datasets import Person, PhotoList, Split, distortion_kind, folder_of, persons_of
+from folders import source_photos
 from models import fingerprint
 from scores import TEMPLATES, Scores, check_template, mean_templates, person_scores, templates
 from transforms import Transform
@@ -295,9 +296,9 @@ def _queries(gallery: Gallery, persons: Sequence[Person], paths: list[Path], fou
     for row, (path, label) in enumerate(zip(gallery.paths, gallery.labels.tolist(), strict=True)):
         photos.setdefault(label, {})[path] = row
     sources = []
-    for path, label in zip(paths, truth.tolist(), strict=True):
-        of_person = photos.get(label, {})
-        sources.append(of_person.get(source_photo(path, list(of_person)), -1))
+    for person in persons:
+        of_person = photos.get(label_of.get(person.name, -1), {})
+        sources += [of_person.get(photo, -1) for photo in source_photos(person.distorted, list(of_person))]
     return Queries(
         embeddings=found.embeddings,
         truth=truth,
