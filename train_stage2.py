@@ -281,8 +281,11 @@ class Losses:
         The anchor is frozen, so it is the distorted photo that goes to it and leaves the nearest other person.
         """
         anchor = self.bank[source]
-        negative = self.bank[hardest_negatives(face, self.labels[source], self.bank, self.labels)]
-        contrastive = self.contrastive(face, anchor, negative, gate)
+        nearest = hardest_negatives(
+            embeddings=face, labels=self.labels[source], candidates=self.bank, candidate_labels=self.labels
+        )
+        negative = self.bank[nearest]
+        contrastive = self.contrastive(anchor=anchor, positive=face, negative=negative, weight=gate)
         with torch.no_grad():
             to_anchor, to_negative = euclidean(face, anchor), euclidean(face, negative)
             told = {

@@ -460,7 +460,7 @@ def test_a_nan_loss_lists_the_photos_of_its_batch(stages, train, monkeypatch, ca
 
     monkeypatch.setattr(stages[0], "F", SimpleNamespace(cross_entropy=lambda *args: spoiled(F.cross_entropy(*args))))
     forward = stages[1].ContrastiveLoss.forward
-    monkeypatch.setattr(stages[1].ContrastiveLoss, "forward", lambda *args: spoiled(forward(*args)))
+    monkeypatch.setattr(stages[1].ContrastiveLoss, "forward", lambda *args, **named: spoiled(forward(*args, **named)))
     constants = {"EPOCHS": 2} | ({"CLEAN": 0.0, "DISTORT": 0.0} if stage == 2 else {})
     trained = train(stages[stage - 1], "run", constants)
     (listed,) = [record.getMessage() for record in caplog.records if "the step is skipped" in record.getMessage()]
@@ -685,9 +685,9 @@ def banks(monkeypatch, stages) -> list[SimpleNamespace]:
         made.append(SimpleNamespace(bank=bank, labels=labels, calls=[]))
         losses(self, bank, labels)
 
-    def watched_loss(self, *args):
-        made[-1].calls.append([arg.detach() for arg in args])
-        return forward(self, *args)
+    def watched_loss(self, anchor, positive, negative, weight):
+        made[-1].calls.append([part.detach() for part in (anchor, positive, negative, weight)])
+        return forward(self, anchor=anchor, positive=positive, negative=negative, weight=weight)
 
     monkeypatch.setattr(stages[1].Losses, "__init__", watched_bank)
     monkeypatch.setattr(stages[1].ContrastiveLoss, "forward", watched_loss)
@@ -728,7 +728,7 @@ def test_stage_2_pulls_to_the_photos_row_of_the_bank_and_pushes_the_nearest_row_
     trained = train(stages[1], "stage2", {"BACKBONE_LR": 1e-2, "WIDE_LR": 1e-2})
     (made,), steps = banks, trained.rows("steps.csv")
     assert len(steps) == len(made.calls) == 2
-    for (face, anchor, negative, gate), row in zip(made.calls, steps, strict=True):
+    for (anchor, face, negative, gate), row in zip(made.calls, steps, strict=True):
         assert gate.tolist() == [1.0] * 3
         to_bank = torch.cdist(face, made.bank)
         sources, negatives = (torch.cdist(rows, made.bank).argmin(1) for rows in (anchor, negative))
