@@ -195,7 +195,10 @@ def load_networks(device: torch.device) -> tuple[FaceNet, FaceNet, dict]:
     )
     if stage1["stage"] != 1:
         raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
-    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR).to(device)
+    if TEACHER is None:
+        teacher = copy.deepcopy(model)
+    else:
+        teacher = FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR, constant="TEACHER").to(device)
     if WIDE_WEIGHT:
         model.widen(Crops(stage1["face_crop"], WIDE_SIZE, WIDE_WEIGHT))
     return model, teacher.to(memory_format=torch.channels_last), stage1

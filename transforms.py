@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import v2
 
-from common import UserError
+from common import MAX_SIDE, UserError
 
 READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
 Transform = Callable[[Image.Image], Tensor]
@@ -63,6 +63,8 @@ class FaceCrop:
             raise UserError(f"FACE_CROP = {fraction}: expected a share of the shorter side in (0, 1]")
         if size < 76:  # less does not survive InceptionResnetV1's strides of 2
             raise UserError(f"IMAGE_SIZE = {size}: expected at least 76 pixels; the pretrained network knows 160")
+        if size > MAX_SIDE:
+            raise UserError(f"{size} pixels a side: expected at most {MAX_SIDE}; lower IMAGE_SIZE, or raise FACE_CROP")
         if not 0 <= zoom < 1:
             raise UserError(f"CROP_ZOOM = {zoom}: expected a share in [0, 1), usually about 0.1")
         if not 0 <= shift <= 0.5:
