@@ -118,6 +118,28 @@ def is_main() -> bool:
     return rank_and_world()[0] == 0
 
 
+def check_compiler(device: torch.device | str, setting: str, way_out: str) -> None:
+    """Raises UserError, which begins with `setting` and advises `way_out`, where torch.compile cannot work."""
+    try:
+        _try_compiler(torch.device(device))
+    except Exception as error:  # by platform: no compiler, no headers, no Triton, ...
+        raise UserError(
+            f"{setting}: torch.compile does not work here ({first_line(error)}); install a C++ compiler (Linux: g++ "
+            "and python3-dev; macOS: xcode-select --install; Windows: Visual Studio's Build Tools) and, for a GPU, "
+            f"the package triton, or set {way_out}"
+        ) from error
+
+
+@functools.cache
+def _try_compiler(device: torch.device) -> None:
+    """Compile a sum, once in a process; what the first compilation prepares, later ones find."""
+    torch.compile(_double)(torch.ones(8, device=device))
+
+
+def _double(values: torch.Tensor) -> torch.Tensor:
+    return values + values
+
+
 def read_plain(path: Path, fault: str, way_out: str) -> object:
     """Content of a torch file, tensors on the CPU. `weights_only`: a file from elsewhere can run no code.
 

@@ -110,6 +110,8 @@ def main() -> None:
     device = common.pick_device()
     training.start_run(RUN_DIR, RESUME, globals())
     check_template(TEMPLATE)
+    if COMPILE:
+        common.check_compiler(device, setting="COMPILE = True", way_out="COMPILE = False")
 
     # Model: what stage 1 left, and what its checkpoint knows.
     model, teacher, stage1 = load_networks(device)

@@ -428,6 +428,7 @@ def test_compile_is_called_once_and_trains_the_same_under_the_usual_names(stages
         nn.Module.compile(self, backend="eager")
 
     monkeypatch.setattr(TinyNet, "compile", compile_eagerly)
+    monkeypatch.setattr(common, "_try_compiler", lambda device: None)  # which takes seconds, and a compiler
     for script in stages:
         usual = train(script, f"{script.__name__}_usual", {"EMA_DECAY": 0.9}).last
         assert not compiled
@@ -436,6 +437,19 @@ def test_compile_is_called_once_and_trains_the_same_under_the_usual_names(stages
         for part in ("model", "ema"):
             torch.testing.assert_close(trained.last[part], usual[part], rtol=0, atol=1e-5)
         compiled.clear()
+
+
+def test_without_a_compiler_compile_is_refused_before_anything_is_read(stages, monkeypatch):
+    def no_compiler(device):
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(common, "_try_compiler", no_compiler)
+    for script in stages:
+        monkeypatch.setattr(script, "COMPILE", True)
+        monkeypatch.setattr(script, "scan_persons", lambda *_, **__: pytest.fail("photos were read"))
+        message = r"^COMPILE = True: torch\.compile does not work here \(no C\+\+ compiler found\); .* COMPILE = False$"
+        with pytest.raises(UserError, match=message):
+            script.main()
 
 
 def test_both_stages_use_a_fused_optimizer_and_images_in_channels_last(stages, train, forwards):
@@ -704,7 +718,7 @@ def test_the_bank_is_every_clean_face_as_the_teacher_sees_it(
     if teacher:
         expected, sources = TinyNet(), []
 
-        def loaded(source, dropout, mirror):
+        def loaded(source, dropout, mirror, constant):
             sources.append(source)
             network = copy.deepcopy(expected)
             network.mirror = mirror
