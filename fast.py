@@ -45,30 +45,35 @@ def accelerated(
     "fused": see `fused`. "compiled": that through torch.compile, which needs a C++ compiler and takes about a minute at
     the first batch, and again at the first batch of another size. On the CPU only: "onnxruntime", see OnnxFaceNet;
     "openvino", see OpenVinoFaceNet; "openvino-int8", see Int8FaceNet, which needs `photos` and whose embeddings differ.
-    Raises UserError for an unknown backend, a CPU backend on a GPU, a package that is not installed, or no compiler.
+    Raises what check_backend raises.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    check_backend(backend, device)
     if backend == "torch":
         return model
     if backend in PACKAGES:
-        if torch.device(device).type != "cpu":
-            raise UserError(
-                f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
-            )
-        for package in PACKAGES[backend]:  # before the export, which takes seconds
-            _package(package, PACKAGES[backend], ", or set BACKEND = 'fused'")
         exported = to_onnx(model, image_size, metadata={})
         if backend == "openvino-int8":
             return Int8FaceNet(exported, photos)
         return OnnxFaceNet(exported) if backend == "onnxruntime" else OpenVinoFaceNet(exported)
-    if backend == "compiled":
-        check_compiler(device, setting="BACKEND = 'compiled'", way_out="BACKEND = 'fused'")
     network = fused(model).to(device)
     if backend == "compiled":
         network.forward = torch.compile(network.forward)
         network.rated = torch.compile(network.rated)  # what gallery.embed calls
     return network
+
+
+def check_backend(backend: str, device: torch.device | str) -> None:
+    """Raises UserError if `backend` is unknown or cannot work on `device`, or if what it needs is not installed."""
+    if backend not in BACKENDS:
+        raise UserError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend in PACKAGES and torch.device(device).type != "cpu":
+        raise UserError(
+            f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
+        )
+    for package in PACKAGES.get(backend, ()):
+        _package(package, PACKAGES[backend], ", or set BACKEND = 'fused'")
+    if backend == "compiled":
+        check_compiler(device, setting="BACKEND = 'compiled'", way_out="BACKEND = 'fused'")
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------

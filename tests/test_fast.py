@@ -12,6 +12,7 @@ from torch import nn
 
 import checkpoints
 import common
+import evaluate
 import fast
 from common import UserError
 from gallery import embed
@@ -140,6 +141,14 @@ def test_a_backend_that_is_unknown_or_not_for_this_device_is_refused(facenet, ba
     )
     with pytest.raises(UserError, match=f"BACKEND = '{backend}': {message}"):
         fast.accelerated(facenet, backend, SIZE, device)
+
+
+def test_evaluate_refuses_a_backend_before_it_reads_a_photo(monkeypatch):
+    monkeypatch.setattr(evaluate, "BACKEND", "onnxruntime")
+    monkeypatch.setattr(evaluate, "scan_persons", lambda *_, **__: pytest.fail("photos were read"))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"package onnx is not installed"):
+        evaluate.main()
 
 
 @pytest.mark.parametrize(
