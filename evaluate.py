@@ -76,6 +76,7 @@ def main() -> dict:
     for protocol in PROTOCOLS:
         check_protocol(protocol)
     device = common.pick_device()
+    fast.check_backend(BACKEND, device)
     root = DATA_DIR / SPLIT
     persons = scan_persons(root, check_images=CHECK_IMAGES)
     warn_shared_persons([], persons)

@@ -115,6 +115,8 @@ def main() -> None:
     device = common.pick_device()
     training.start_run(RUN_DIR, RESUME, globals())
     check_template(TEMPLATE)
+    if COMPILE:
+        common.check_compiler(device, setting="COMPILE = True", way_out="COMPILE = False")
 
     # Data: the persons of train/, minus any that are held out to choose the best epoch on.
     everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from common import UserError, first_line
+from common import MAX_SIDE, UserError, first_line
 
 # Pillow's formats that are opened, whatever a file's suffix says, and the suffixes of files that are taken for photos.
 # No others: each decoder is one more that a stranger's file can attack, and that of EPS starts another program.
@@ -160,6 +160,8 @@ class FaceCrop:
             raise UserError(f"FACE_CROP = {fraction}: expected a share of the shorter side in (0, 1]")
         if size < 76:  # less does not survive InceptionResnetV1's strides of 2
             raise UserError(f"IMAGE_SIZE = {size}: expected at least 76 pixels; the pretrained network knows 160")
+        if size > MAX_SIDE:
+            raise UserError(f"{size} pixels a side: expected at most {MAX_SIDE}; lower IMAGE_SIZE, or raise FACE_CROP")
         if not 0 <= zoom < 1:
             raise UserError(f"CROP_ZOOM = {zoom}: expected a share in [0, 1), usually about 0.1")
         if not 0 <= shift <= 0.5:

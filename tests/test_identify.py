@@ -287,7 +287,7 @@ def test_image_size_and_crop_come_from_the_checkpoint(here, monkeypatch):
     monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     torch.manual_seed(0)
     facts = {"stage": 1, "image_size": 80, "face_crop": 0.7, "dropout": 0.0}
-    facts |= {"epoch": 1, "selected_on": "val", "persons": ["ann", "bob"]}
+    facts |= {"epoch": 1, "selected_on": "val", "persons": ["ann", "bob"], "holdout": [], "pretrained": "None"}
     checkpoints.save_checkpoint(Path("best.pt"), facts, {"model": TinyNet()})
     identify.CHECKPOINT, identify.CALIBRATE_ON = Path("best.pt"), None
     answers = by_name(identify.main())
