@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from filelock import AcquireReturnProxy, FileLock, Timeout
+from torch import nn
+from torch.optim import Optimizer
 
-from common import UserError, read_plain, warn_once
+from common import UserError, list_names, read_plain, warn_once
 from models import Crops, FaceNet
 
 if TYPE_CHECKING:
@@ -128,9 +130,9 @@ def locked(path: Path, *, refusal: str | None) -> AcquireReturnProxy:
     return held
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
     with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+        file.write((json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_csv(path: Path, rows: "Iterable[dict] | DataFrame") -> None:
@@ -152,13 +154,13 @@ def save_checkpoint(path: Path, facts: dict, parts: dict) -> None:
 def read_checkpoint(path: Path) -> dict:
     """What `save_checkpoint` wrote, tensors on the CPU.
 
-    Raises FileNotFoundError, or ValueError if the file is no checkpoint of this project.
+    Raises UserError if there is no file, or if it is not a checkpoint of this project.
     """
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint; run the stage that writes it, or correct the path")
     saved = read_plain(path, "damaged, or not a checkpoint", "run the stage that writes it again")
     if not isinstance(saved, dict) or not {"format", "stage", "model", "image_size", "face_crop"} <= saved.keys():
-        raise UserError(f"{path}: no checkpoint of these scripts; a bare state dict belongs into PRETRAINED")
+        raise UserError(f"{path}: no checkpoint of these scripts; a bare state dict belongs in PRETRAINED")
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
         raise UserError(f"{path}: checkpoint format {saved['format']}, these scripts read {FORMAT}; train it again")
     odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
@@ -167,8 +169,40 @@ def read_checkpoint(path: Path) -> dict:
     return saved
 
 
+def check_facts(path: Path, saved: dict, facts: dict) -> None:
+    """Raises UserError for the first of a run's `facts` that differs from what its checkpoint `saved` states."""
+    for name, now in facts.items():
+        then = saved.get(name)
+        if then == now:
+            continue
+        if name in ("persons", "holdout"):  # of hundreds of names show those that differ
+            old, new = {*then}, {*now}
+            then, now = list_names(sorted(old - new)) or "none", list_names(sorted(new - old)) or "none"
+        raise UserError(
+            f"{path}: cannot be resumed, {name} has changed ({then} then, {now} now); set it back, or give RUN_DIR "
+            "another name to start a new run"
+        )
+
+
+def check_disk(run_dir: Path, networks: dict[str, nn.Module], optimizer: Optimizer, *, average: bool) -> None:
+    """Raises UserError, before the first step, where the checkpoints will not fit. average: there is a best_ema.pt."""
+    weights = sum(t.numel() * t.element_size() for n in networks.values() for t in n.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+    averages = weights if average else 0
+    best, last = weights + averages, weights + averages + 2 * trained  # AdamW keeps two moments
+    exists = (run_dir / "last.pt").exists()
+    needed = last + (0 if exists else best + last)  # a file is written beside the one that it replaces
+    folder = next(parent for parent in [run_dir, *run_dir.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{run_dir}: {free / 2**20:.0f} MiB free, the checkpoints need {needed / 2**20:.0f}; "
+            "make room, or set RUN_DIR to another disk"
+        )
+
+
 def restore(path: Path, saved: dict, parts: dict) -> None:
-    """Load each of `parts` from `saved`, strictly. Raises ValueError naming the part that is missing or differs."""
+    """Load each of `parts` from `saved`, strictly. Raises UserError if one is missing or differs, with its name."""
     for name, part in parts.items():
         if name not in saved:
             raise UserError(f"{path}: holds no {name!r}; only last.pt can be resumed")

@@ -19,7 +19,9 @@ import report
 from common import UserError, warn_once
 from datasets import Person, PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
 from gallery import (
+    Gallery,
     NoQueries,
+    Queries,
     build_gallery,
     check_protocol,
     discard_curves,
@@ -105,18 +107,13 @@ def main() -> dict:
 
 
 def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torch.device) -> Evaluated:
-    """Embed gallery and queries, ask and measure by every protocol that has queries.
+    """Embed gallery and queries, retrieve and measure under every protocol that has queries.
 
-    Raises ValueError if none has.
+    Raises NoQueries if there is one protocol and it has none.
     """
     model, facts = checkpoints.load_model(checkpoint, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
-    title = f"stage{facts['stage']}" if facts["stage"] else "pretrained" if PRETRAINED else "random"
-    root = DATA_DIR / SPLIT
     if checkpoint is not None:
-        epoch = f"epoch {facts['epoch']}" if facts["epoch"] else "the network as loaded (no epoch was better)"
-        print(f"{checkpoint}: stage {facts['stage']}, {epoch}, chosen on {facts['selected_on']}")
-        if facts["selected_on"] == SPLIT:
-            print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS chooses on persons of train instead")
+        print_choice(checkpoint, facts)
     transform = eval_transform(facts["image_size"], facts["face_crop"])
     facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"])
     photos = int8_photos(transform) if BACKEND == "openvino-int8" else None
@@ -131,10 +128,9 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
         batch_size=BATCH_SIZE,
         num_workers=NUM_WORKERS,
     )
+    root = DATA_DIR / SPLIT
     if known := set(facts.get("persons", ())) & set(gallery.persons):
-        print(
-            f"  {len(known)} of {len(gallery.persons)} persons in {root} were trained on: not a test of unseen persons"
-        )
+        print(f"  {len(known)} of {len(gallery.persons)} persons of {root} were trained on: no test of unseen persons")
     if len(gallery.persons) == 1:
         warn_once(f"{root}: the gallery holds one person, who is the answer to every query, so the figures say nothing")
     distorted = None
@@ -143,6 +139,38 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
             model, gallery, persons, transform, device, batch_size=BATCH_SIZE, num_workers=NUM_WORKERS
         )
 
+    queries = queries_by_protocol(gallery, distorted)
+    details, measured = {}, {}
+    for protocol, of_protocol in queries.items():
+        scores = score(gallery, of_protocol)
+        details[protocol] = retrieve(gallery, of_protocol, scores)
+        measured[protocol] = measure(gallery, of_protocol, scores, SEED)
+    return Evaluated(
+        title=f"stage{facts['stage']}" if facts["stage"] else "pretrained" if PRETRAINED else "random",
+        source=str(checkpoint or PRETRAINED),
+        split=SPLIT,
+        facts=facts,
+        gallery=gallery,
+        queries=queries,
+        details=details,
+        measured=measured,
+        discard_curves={protocol: discard_curves(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
+    )
+
+
+def print_choice(checkpoint: Path | str, facts: dict) -> None:
+    """How the epoch of a checkpoint was chosen, and whether it was on the persons of this evaluation."""
+    epoch = f"epoch {facts['epoch']}" if facts["epoch"] else "the network as loaded (no epoch was better)"
+    print(f"{checkpoint}: stage {facts['stage']}, {epoch}, chosen on {facts['selected_on']}")
+    if facts["selected_on"] == SPLIT:
+        print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS chooses on persons of train instead")
+
+
+def queries_by_protocol(gallery: Gallery, distorted: Queries | None) -> dict[str, Queries]:
+    """The queries of each of PROTOCOLS; one without any is left out with a warning.
+
+    Raises NoQueries if there is one protocol and it has none.
+    """
     queries = {}
     for protocol in PROTOCOLS:
         try:
@@ -153,25 +181,10 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
             warn_once(str(error))
     if "cross" in queries and (unknown := int((queries["cross"].sources < 0).sum())):
         warn_once(
-            f"{root}: {unknown} of {len(distorted.paths)} queries have no source photo in the gallery by their name, "
-            "<clean photo's name>_<kind>: under 'cross' they ask against all photos"
+            f"{DATA_DIR / SPLIT}: {unknown} of {len(distorted.paths)} queries have no source photo in the gallery by "
+            "their name, <clean photo's name>_<kind>: under 'cross' they are compared with all photos"
         )
-    details, measured = {}, {}
-    for protocol, of_protocol in queries.items():
-        scores = score(gallery, of_protocol)
-        details[protocol] = retrieve(gallery, of_protocol, scores)
-        measured[protocol] = measure(gallery, of_protocol, scores, SEED)
-    return Evaluated(
-        title,
-        str(checkpoint or PRETRAINED),
-        SPLIT,
-        facts,
-        gallery,
-        queries,
-        details,
-        measured,
-        {protocol: discard_curves(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
-    )
+    return queries
 
 
 def int8_photos(transform: Transform) -> PhotoList:
@@ -185,7 +198,7 @@ def int8_photos(transform: Transform) -> PhotoList:
 def compared(before: Evaluated, after: Evaluated) -> dict[str, dict[str, dict]]:
     """protocol -> group -> figure -> difference with interval, of the template that counts.
 
-    Raises ValueError if the two were not asked the same photos.
+    Raises UserError if their queries are not the same photos.
     """
     found: dict[str, dict[str, dict]] = {}
     for protocol, queries in after.queries.items():

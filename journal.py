@@ -1,8 +1,11 @@
 """What a training run writes for people: logs, TensorBoard events, curves; and the means of an epoch."""
 
+import time
 from pathlib import Path
 
 from checkpoints import atomic_file, write_csv
+
+ACTIVITIES = ("training", "loading", "validation", "saving")  # that a run's time is spent on
 
 
 class Journal:
@@ -70,32 +73,57 @@ class Journal:
 
 
 class Meter:
-    """Means over an epoch, weighted by the images of each step, and images per second of its steps."""
+    """Means over an epoch, weighted by the images of each step, and what its time was spent on.
+
+    The clock runs from one row of log.csv to the next, so what is saved with a row counts for the next one.
+    """
 
     def __init__(self):
-        self.images, self.sums = 0, {}  # of steps that counted
-        self.seen, self.seconds, self.waited = 0, 0.0, 0.0  # images, time and time spent waiting for them, of all steps
+        self.images, self.sums = 0, {}  # of the steps that counted
+        self.seen = 0  # images of all steps
+        self.spent = dict.fromkeys(ACTIVITIES, 0.0)  # seconds
+        self._lap = time.perf_counter()
 
-    def add(self, images: int, **values: float) -> None:
+    def add(self, images: int, values: dict[str, float]) -> None:
         self.images += images
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * images
 
-    def add_time(self, images: int, seconds: float, waited: float) -> None:
-        self.seen, self.seconds, self.waited = self.seen + images, self.seconds + seconds, self.waited + waited
+    def lap(self, activity: str) -> float:
+        """Put the seconds since the last lap down to `activity`, and return them."""
+        now = time.perf_counter()
+        seconds, self._lap = now - self._lap, now
+        self.spent[activity] += seconds
+        return seconds
 
     def means(self) -> dict[str, float]:
         means = {name: total / self.images for name, total in self.sums.items()}
-        seconds = max(self.seconds, 1e-9)
-        return means | {"images_per_second": self.seen / seconds, "loading": self.waited / seconds}
+        return means | {"images_per_second": self.seen / max(self.spent["training"] + self.spent["loading"], 1e-9)}
+
+    def times(self) -> dict[str, float]:
+        """`seconds` of the epoch, and the shares (0..1) of them that each activity took: together 1, as the clock never
+        stops. `training` is that of the steps without `loading`, the wait for their images."""
+        seconds = sum(self.spent.values())
+        return {"seconds": seconds} | {name: spent / max(seconds, 1e-9) for name, spent in self.spent.items()}
 
     def state_dict(self) -> dict:
-        return dict(vars(self))
+        return {"images": self.images, "sums": self.sums, "seen": self.seen, "spent": self.spent}
 
     def load_state_dict(self, state: dict) -> None:
-        vars(self).update(state)
+        self.images, self.sums, self.seen = state["images"], state["sums"], state["seen"]
+        self.spent = state.get("spent", self.spent)  # a last.pt of an earlier version has none
+        self._lap = time.perf_counter()
 
     def __str__(self) -> str:
         means = self.means()
         shown = "".join(f"{name} {means[name]:.3f}, " for name in ("loss", "accuracy") if name in means)
         return f"{shown}{means['images_per_second']:.1f} images/s"
+
+
+def time_shares(history: list[dict], meter: Meter) -> str:
+    """What a run spent its time on, in one line. history: the rows of log.csv; meter: what came after the last one."""
+    rows = [row for row in [*history, meter.times()] if "seconds" in row]  # rows of an earlier version have none
+    spent = {name: sum(row[name] * row["seconds"] for row in rows) for name in ACTIVITIES}
+    seconds = sum(spent.values())
+    shares = ", ".join(f"{name} {spent[name] / max(seconds, 1e-9):.0%}".replace("%", " %") for name in ACTIVITIES)
+    return f"time: {shares} of {seconds / 60:.1f} min"

@@ -37,7 +37,7 @@ class ArcMarginProduct(nn.Module):
 
     def cosine(self, embeddings: Tensor) -> Tensor:
         """cos(t_ij), (B, C), without margin and scale: what a prediction is read from."""
-        with torch.autocast(embeddings.device.type, enabled=False):  # in half precision 10 degrees may round to 0
+        with torch.autocast(embeddings.device.type, enabled=False):  # half precision does not resolve small angles
             embeddings = embeddings.to(self.weight.dtype)
             return F.linear(F.normalize(embeddings), F.normalize(self.weight))
 
@@ -61,11 +61,11 @@ class ContrastiveLoss(nn.Module):
     d: Euclidean distance; on unit embeddings d^2 = 2 - 2 cos, 0..4. `margin` is a distance: 1.0 is an angle of 60
     degrees, and a negative farther away than that gives no gradient.
     Shapes: anchor, positive, negative (B, D), weight (B,) in 0..1 -> scalar, the mean over triplets by weight; 0 if
-    all weights are. The gradient is finite, and 0, where a pair coincides.
+    all weights are 0. The gradient is finite, and 0, where a pair coincides.
     Raises UserError if the margin is outside (0, 2], the distances that unit embeddings can have.
     """
 
-    def __init__(self, margin: float = 1.0):
+    def __init__(self, margin: float):
         super().__init__()
         if not 0 < margin <= 2:
             raise UserError(

@@ -89,8 +89,8 @@ class FaceNet(nn.Module):
     Frozen weights take no gradient, so no backward pass runs through them, and frozen BatchNorm keeps its statistics
     in train mode too.
 
-    Without `crops`, images are face crops and D = EMBEDDING_DIM. With them images are whole frames, which a second
-    network sees as a whole, and D = 2 EMBEDDING_DIM:
+    Without `crops`, images are face crops and D = EMBEDDING_DIM. With them images are whole frames, of which the first
+    network sees the centre and a second one everything, and D = 2 EMBEDDING_DIM:
         z = [g f, w v] / norm
     f: embedding of the face, the frame's centre; v: embedding of the whole frame; w: wide_weight; g: the gate, 0 where
     the face is burnt out, else 1. In the cosine of two such embeddings hair, clothes and background have a share of

@@ -19,7 +19,7 @@ class EpochBatches(Sampler[list[int]]):
         self.seed, self.epoch, self.skip = seed, 1, 0
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Give the epoch to draw, and how many of its batches were had already (a resumed run's)."""
+        """Set the epoch to draw, and how many of its batches a resumed run has had already."""
         self.epoch, self.skip = epoch, skip
 
     def batches(self) -> list[list[int]]:
@@ -41,7 +41,7 @@ class ShuffledBatches(EpochBatches):
     balance 0: each item once per epoch. 1: each person (label) equally often, however many photos it has: an epoch is
     as long, but a photo of a person with n of them comes up in proportion to n^-balance, rounded at random up or down;
     copy k of photo i is index i + k * len(labels), which draws a crop of its own.
-    Raises ValueError if the batch is larger than the data, or too small for two items in each process.
+    Raises UserError if the batch is larger than the data, or too small for two items in each process.
     """
 
     def __init__(self, labels: Sequence[int], batch_size: int, seed: int, balance: float = 0.0):
@@ -76,10 +76,10 @@ class PersonBatches(EpochBatches):
     `pairs` pairs of a clean and a distorted photo (K = 2 pairs photos), for FacePairDataset.
 
     labels: the person of each anchor. An epoch shows each anchor once; a person whose anchors run out fills its last
-    group with anchors anew, as indices beyond len(labels), which stand for other positives. A person of very many
+    group with some of them again, as indices beyond len(labels), which stand for other positives. A person of very many
     photos cannot fill more than one place of a batch, and persons left over at the end make no batch: those anchors
-    miss the epoch, other ones each time.
-    Raises ValueError if there are fewer persons, or fewer pairs in a batch than processes.
+    miss the epoch, others each time.
+    Raises UserError if there are fewer persons, or fewer pairs in a batch than processes.
     """
 
     def __init__(self, labels: Sequence[int], persons: int, pairs: int, seed: int):

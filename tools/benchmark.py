@@ -118,7 +118,7 @@ def main() -> dict[str, dict]:
 
 
 def cases() -> dict[str, Case]:
-    """The rows by name; one whose ratio others are given to comes before them."""
+    """The rows by name; a row that others are compared with comes before them."""
     train, memory, search = "plain training loop", "plain embedding", "plain search, image by image"
 
     def embedding(backend: str) -> Case:

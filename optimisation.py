@@ -1,0 +1,197 @@
+"""What changes the weights: precision, learning rates, the average of the weights, one update of all of them."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from checkpoints import restore
+from common import UserError
+
+NORMS = nn.modules.batchnorm._BatchNorm  # the base of BatchNorm in any dimension, and of SyncBatchNorm
+
+
+def precision(device: torch.device, amp: str | None) -> torch.dtype | None:
+    """The type that `amp` selects: "auto" is bfloat16 where the GPU has it, else float16, and float32 on the CPU;
+    "bf16" and "fp16" are those two, "bf16" on the CPU too; None is float32, for which this returns None.
+
+    Raises UserError for anything else, or where the device cannot.
+    """
+    cuda = device.type == "cuda"
+    if amp is None or (amp == "auto" and not cuda):
+        return None
+    if amp == "auto":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if amp not in ("bf16", "fp16"):
+        raise UserError(f"AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None")
+    if amp == "fp16" and not cuda:
+        raise UserError("AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU")
+    return torch.bfloat16 if amp == "bf16" else torch.float16
+
+
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """The forward pass in the precision that `amp` selects."""
+    dtype = precision(device, amp)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def trainable(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+def freeze_batchnorm(model: nn.Module) -> None:
+    """Put the BatchNorm layers into eval mode: normalise by the stored statistics and leave them as they are."""
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            module.eval()
+
+
+def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Learning rates times a factor per step: linear up to 1 over `warmup_steps`, then half a cosine down to 0."""
+    warmup_steps = min(warmup_steps, total_steps // 2)  # a short run still has a way down
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of `model` whose weights follow: w <- d w + (1 - d) new, d = min(decay, (1 + n) / (10 + n)) at update n,
+    so that a short run's average is not mostly its start. BatchNorm's statistics, averages already, are copied."""
+
+    def average(averaged: Tensor, new: Tensor, updates: Tensor | int) -> Tensor:
+        n = int(updates)
+        return averaged.lerp(new, 1 - min(decay, (1 + n) / (10 + n)))
+
+    average_of = AveragedModel(model, avg_fn=average)
+    average_of.n_averaged.fill_(1)  # at 0 the first update would copy, and forget where the model started
+    return average_of
+
+
+@dataclass
+class Update:
+    """One update of the weights while its batches go through."""
+
+    sizes: list[int]  # items in each of its batches
+    values: list[dict[str, Tensor]] = field(default_factory=list)  # loss and other means of the batches done, 0-dim
+    images: int = 0  # so far
+    loading: float = 0.0  # seconds spent waiting for data
+    training: float = 0.0  # seconds of the steps without that
+    norm: float = math.nan  # of the gradient; it and the next two are known from `finish` on
+    losses: list[float] = field(default_factory=list)  # of each batch
+    means: dict[str, float] = field(default_factory=dict)  # of the values, over all items
+
+    def share(self) -> float:
+        """Of the update's items, those in the batch at hand."""
+        return self.sizes[len(self.values)] / sum(self.sizes)
+
+    def at_last(self) -> bool:
+        """Whether the batch at hand is the last one."""
+        return len(self.values) + 1 == len(self.sizes)
+
+    def complete(self) -> bool:
+        """Whether all batches are done."""
+        return len(self.values) == len(self.sizes)
+
+    def finish(self, norm: Tensor) -> None:
+        """Fetch the values and the `norm` of the gradient, all in one copy: each would wait for the GPU."""
+        names = list(self.values[0])
+        scalars = [norm, *(values[name] for values in self.values for name in names)]
+        self.norm, *numbers = torch.stack(scalars).tolist()
+        columns = {name: numbers[i :: len(names)] for i, name in enumerate(names)}
+        self.losses = columns["loss"]
+        shares = [size / sum(self.sizes) for size in self.sizes]
+        for name, column in columns.items():
+            self.means[name] = sum(share * mean for share, mean in zip(shares, column, strict=True))
+
+    def finite(self) -> bool:
+        return math.isfinite(self.norm) and all(map(math.isfinite, self.losses))
+
+    def speed(self) -> dict[str, float]:
+        """Images per second, and the share of the time that went into waiting for them."""
+        seconds = self.loading + self.training
+        return {"images_per_second": self.images / seconds, "loading": self.loading / seconds}
+
+
+class Learner:
+    """The networks and what trains them: optimizer, schedule, the scaler of float16, the average of the weights.
+
+    networks: "model" and what else is trained. ema_decay 0: no average, `ema` is None.
+    An update: `start_update`, then `backward` for each of its batches, `clip` and `end_update`.
+    """
+
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
+        *,
+        device: torch.device,
+        amp: str | None,
+        ema_decay: float,
+    ):
+        self.networks, self.optimizer, self.scheduler = networks, optimizer, scheduler
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == torch.float16)
+        self.ema = moving_average(networks["model"], ema_decay) if ema_decay else None
+        self._statistics: list[Tensor] = []  # BatchNorm's means and variances that this epoch changes
+        self._before: list[Tensor] = []  # their values before the update
+
+    def parts(self) -> dict:
+        """Everything that has a state, by its name in last.pt."""
+        parts = self.networks | {"optimizer": self.optimizer, "scheduler": self.scheduler, "scaler": self.scaler}
+        return parts | ({"ema": self.ema} if self.ema else {})
+
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each group of parameters."""
+        return {f"{group['name']}_lr": group["lr"] for group in self.optimizer.param_groups}
+
+    def start_epoch(self) -> None:
+        """Find the statistics that change; to be called once the networks are in training mode."""
+        layers = [m for network in self.networks.values() for m in network.modules() if isinstance(m, NORMS)]
+        self._statistics = [t for layer in layers if layer.training for t in (layer.running_mean, layer.running_var)]
+
+    def start_update(self) -> None:
+        self._before = [statistic.clone() for statistic in self._statistics]
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradient of all parameters together down to the norm `limit`; its norm before that, 0-dim."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return nn.utils.clip_grad_norm_(parameters, limit)
+
+    def may_overflow(self) -> bool:
+        """Whether a gradient that is not finite can be float16's range alone: the scale is then halved."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() > 1
+
+    def end_update(self, finite: bool) -> None:
+        """Change weights, learning rates and average; if the update is not `finite`, undo BatchNorm's changes."""
+        if finite:
+            self.scaler.step(self.optimizer)
+            self.scheduler.step()
+            if self.ema:
+                self.ema.update_parameters(self.networks["model"])
+        elif self._statistics:
+            torch._foreach_copy_(self._statistics, self._before)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def restore(self, path: Path, saved: dict) -> None:
+        """Load all parts from the checkpoint `saved`, but keep this run's base learning rates: the user may have
+        lowered them after a loss that was not finite. Raises UserError as `checkpoints.restore` does."""
+        rates = self.scheduler.base_lrs
+        restore(path, saved, self.parts())
+        self.scheduler.base_lrs = rates
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, self.scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(self.scheduler.last_epoch)
