@@ -31,6 +31,7 @@ import gallery
 import optimisation
 import training
 import validation
+from constants import course
 from datasets import (
     FaceClassificationDataset,
     FaceCleanValDataset,
@@ -43,9 +44,8 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
-from gallery import check_template
 from losses import ArcMarginProduct
-from models import EMBEDDING_DIM, FaceNet
+from models import EMBEDDING_DIM, FaceNet, fingerprint
 from samplers import ShuffledBatches
 from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
@@ -113,8 +113,7 @@ COMPILE = False  # True: torch.compile the network; the first steps then take mi
 
 def main() -> None:
     device = common.pick_device()
-    training.start_run(RUN_DIR, RESUME, globals())
-    check_template(TEMPLATE)
+    saved = training.start_run(RUN_DIR, RESUME, globals(), stage=1)
 
     # Data: the persons of train/, minus any that are held out to choose the best epoch on.
     everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)
@@ -122,8 +121,8 @@ def main() -> None:
     train_persons, val_persons = split_persons(everybody, holdout)
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
-    warn_shared_persons(train_persons, val_persons)
     train_set = FaceClassificationDataset(without_kinds(train_persons, SKIP_KINDS), augmentation(), seed=SEED)
+    check_data(train_set, train_persons, val_persons)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP)
@@ -131,12 +130,9 @@ def main() -> None:
 
     # Model, head and optimizer.
     torch.manual_seed(SEED)
-    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL).to(device, memory_format=torch.channels_last)
+    model, pretrained_weights = load_network(saved)
+    model = model.to(device, memory_format=torch.channels_last)
     head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
-    if CENTRES_FROM_MEANS and not RESUME:
-        clean = [person for person in train_persons if person.name in train_set.label2idx]
-        means, labels = gallery.person_means(model, clean, transform, device, num_workers=NUM_WORKERS)
-        head.start_at(means, labels)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},
@@ -151,7 +147,13 @@ def main() -> None:
     # Epochs; epoch 0 is the network before training.
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=checkpoint_facts(train_set, holdout, data=files_digest(everybody), steps=len(loader)),
+        facts=checkpoint_facts(
+            train_set,
+            holdout,
+            data=files_digest(everybody),
+            steps=len(loader),
+            pretrained_weights=pretrained_weights,
+        ),
         networks={"model": model, "head": head},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -176,10 +178,15 @@ def main() -> None:
             row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
         return top1, row
 
-    if RESUME:
+    if saved:
         run.resume()
     else:
         print(f"train: {len(train_set.persons)} persons, {len(train_set)} photos, {len(loader)} steps per epoch")
+        if CENTRES_FROM_MEANS:
+            clean = [person for person in train_persons if person.name in train_set.label2idx]
+            means, labels = gallery.person_means(model, clean, transform, device, num_workers=NUM_WORKERS)
+            head.start_at(means, labels)
+    if not run.history:
         run.finish_epoch(validate)
     for _ in run.epochs():
         train_one_epoch(run, ddp_model, ddp_head, head, device)
@@ -198,31 +205,51 @@ def augmentation() -> Transform:
     return train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort)
 
 
-def checkpoint_facts(train_set: FaceClassificationDataset, holdout: list[str], data: str, steps: int) -> dict:
-    """What the checkpoints store besides the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
+def load_network(saved: dict | None) -> tuple[FaceNet, str]:
+    """The network to train, and the fingerprint of the weights that it starts, or once started, from.
+
+    saved: what last.pt states, if the run is resumed. The weights then come from there, and PRETRAINED is not read: but
+    where it has changed, for the run to notice other weights by their fingerprint.
+    """
+    if saved and saved["pretrained"] == str(PRETRAINED):
+        return FaceNet(None, DROPOUT, FREEZE_UNTIL), saved.get("pretrained_weights", "")
+    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL)
+    return model, fingerprint(model)
+
+
+def check_data(train_set: FaceClassificationDataset, train_persons: list[Person], val_persons: list[Person]) -> None:
+    """Raises UserError for data that cannot be trained or validated on; warns of what makes figures misleading."""
+    warn_shared_persons(train_persons, val_persons)
+    validation.check_data(
+        train_set.persons,
+        val_persons,
+        quick=QUICK_VALIDATION,
+        max_clean_drop=MAX_CLEAN_DROP,
+        template=TEMPLATE,
+    )
+
+
+def checkpoint_facts(
+    train_set: FaceClassificationDataset, holdout: list[str], *, data: str, steps: int, pretrained_weights: str
+) -> dict:
+    """What the checkpoints state besides the weights: the network, the data, and the constants."""
     return {
         "stage": 1,
         "seed": SEED,
-        "batch_size": BATCH_SIZE,
         "image_size": IMAGE_SIZE,
         "face_crop": FACE_CROP,
         "dropout": DROPOUT,
         "pretrained": str(PRETRAINED),
-        "freeze_until": FREEZE_UNTIL,
-        "balance": BALANCE,
-        "skip_kinds": list(SKIP_KINDS),
+        "pretrained_weights": pretrained_weights,
         "photos": len(train_set),
-        "distort": [DISTORT, DISTORT_MOST],
         "persons": train_set.persons,
         "holdout": holdout,
         "template": TEMPLATE,
         "chosen_by": validation.CHOICE,
-        "quick_validation": QUICK_VALIDATION,
         "data": data,
-        "ema_decay": EMA_DECAY,
-        "accumulate": ACCUMULATE,
         "steps": steps,
         "selected_on": training.selected_on(holdout),
+        "constants": course(globals()),
     }
 
 
