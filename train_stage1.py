@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 import common
 import distributed
 import gallery
+import models
 import optimisation
 import training
 import validation
@@ -45,7 +46,7 @@ from datasets import (
 )
 from distortions import DISTORTIONS
 from losses import ArcMarginProduct
-from models import EMBEDDING_DIM, FaceNet, fingerprint
+from models import FaceNet, fingerprint
 from samplers import ShuffledBatches
 from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
@@ -132,7 +133,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     model, pretrained_weights = load_network(saved)
     model = model.to(device, memory_format=torch.channels_last)
-    head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
+    head = ArcMarginProduct(models.EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},
