@@ -1,44 +1,135 @@
 """Checkpoints and other files: written atomically, read strictly."""
 
 import contextlib
+import glob
 import json
+import logging
 import os
 import reprlib
 import shutil
+import tempfile
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import torch
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import nn
 from torch.optim import Optimizer
 
-from common import MAX_SIDE, UserError, in_range, list_names, read_plain
+from common import MAX_SIDE, UserError, in_range, list_names, read_plain, warn_once
 from models import Crops, FaceNet
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
+log = logging.getLogger(__name__)
 FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
 # What every checkpoint states, besides its weights.
 STATED = {"stage": int, "model": dict, "image_size": int, "face_crop": (int, float), "dropout": (int, float)}
 STATED |= {"epoch": int, "selected_on": str, "persons": list, "holdout": list, "pretrained": str}
 LIMITS = {"image_size": (76, MAX_SIDE), "face_crop": (1e-3, 1), "dropout": (0, 1 - 1e-9)}  # of its numbers
+REPLACE_SECONDS = 5  # that another program may hold a file which is to be replaced
+GRACE_SECONDS = 8  # that a lock may still be held by the loader workers of a killed process: they look every 5 s
+LEFTOVER = 40  # characters of a file's name in its temporary one
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends well; killed midway, the old file stays."""
+    """A binary file that becomes `path` when the block ends well; killed midway, the old file stays.
+
+    Whoever else writes `path` meanwhile does not mix with it: the last one to finish counts. The old file's mode is
+    kept, and so is a symlink: the file that it points to is replaced.
+    """
+    path = _behind_link(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")  # a sibling: rename is atomic in one filesystem
+    # A sibling, as rename is atomic in one filesystem only; hidden, so that no folder of photos lists it; the name cut,
+    # as filesystems take 255 bytes.
+    temporary = path.with_name(f".{path.name[:LEFTOVER]}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # a power cut may otherwise keep the new name without its bytes
-        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # there is no old file, or the filesystem has no modes
+            shutil.copymode(path, temporary)
+        _replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has become `path`
+            temporary.unlink()
+
+
+def _behind_link(path: Path) -> Path:
+    return path.resolve() if path.is_symlink() else path
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """os.replace, tried again for REPLACE_SECONDS: on Windows, virus scanners and OneDrive hold files for moments."""
+    last = time.monotonic() + REPLACE_SECONDS
+    while True:
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            if time.monotonic() > last:
+                raise
+            time.sleep(0.2)
+
+
+def check_writable(constant: str, path: Path, *, folder: bool) -> None:
+    """Make the folder of the file `path`, or with `folder` the folder `path`, and try to write there.
+
+    To be called before work whose result goes there. Raises UserError, with the name of the constant that `path` is
+    the value of.
+    """
+    place = path if folder else _behind_link(path).parent
+    if path.exists() and path.is_dir() != folder:
+        found, expected = ("a folder", "a file") if path.is_dir() else ("a file", "a folder")
+        raise UserError(f"{constant} = {path}: is {found}; give the path of {expected}")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"0")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(
+            f"{constant} = {path}: {place} cannot be written to ({reason}); choose a folder where you may write"
+        ) from error
+
+
+def locked(path: Path, *, refusal: str | None) -> AcquireReturnProxy:
+    """A lock on `path`, a file or an existing folder, which one process at a time holds until it ends or releases it.
+
+    `with locked(...):` releases it after the block; of a result that is kept, `.lock.release()` does so. A lock that
+    nothing refers to is released. Another holder is waited for, and a line says so; with a `refusal`, for GRACE_SECONDS
+    at most, then UserError "<path>: <refusal>". What killed writers of `path` left is removed.
+    The lock is an empty hidden file, in the folder or beside the file, which stays there. Where it cannot be made or
+    locked (in a read-only or network folder), a warning says so, and nothing is locked.
+    """
+    target = path.resolve()
+    file = target / ".lock" if target.is_dir() else target.with_name(f".{target.name}.lock")
+    lock = FileLock(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held = lock.acquire(timeout=0.5 if refusal is None else GRACE_SECONDS)
+        except Timeout:
+            if refusal is not None:
+                raise UserError(f"{path}: {refusal}") from None
+            log.warning(f"{path}: another process changes it; waiting until it has finished")
+            held = lock.acquire(timeout=-1, poll_interval=0.2)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout):
+            raise
+        warn_once(f"{path}: cannot be locked ({error}); nothing else may change it while this script runs")
+        return AcquireReturnProxy(lock)  # releasing what is not held does nothing
+    pattern = ".*.tmp" if target.is_dir() else f".{glob.escape(target.name[:LEFTOVER])}.*.tmp"
+    for leftover in file.parent.glob(pattern):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > 3600:  # younger: maybe of a writer without the lock
+                leftover.unlink()
+    return held
 
 
 def write_json(path: Path, values: dict) -> None:

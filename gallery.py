@@ -170,6 +170,13 @@ def _clean_photos(root: Split) -> tuple[list[Person], list[Path]]:
     return enrolled, [path for person in enrolled for path in person.clean]
 
 
+def check_split(root: Path | str | Sequence[Person]) -> None:
+    """Raises, before anything is embedded, what `embed_split` raises for the photos of a split."""
+    persons = persons_of(root)
+    _clean_photos(persons)
+    _distorted_photos(persons)
+
+
 def _gallery(
     enrolled: Sequence[Person], paths: list[Path], found: Embedded, template: str, made_by: dict | None
 ) -> Gallery:

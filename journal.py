@@ -1,58 +1,135 @@
 """What a training run writes for people: logs, TensorBoard events, curves; and the means of an epoch."""
 
+import contextlib
+import logging
+import os
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from checkpoints import atomic_file, write_csv
+from common import first_line, list_names
 
+log = logging.getLogger(__name__)
 ACTIVITIES = ("training", "loading", "validation", "saving")  # that a run's time is spent on
 
 
 class Journal:
-    """What a run writes for people: steps.csv, log.csv, TensorBoard events and curves.png, all in `run_dir`."""
+    """What a run writes for people: steps.csv, log.csv, TensorBoard events and curves.png, all in `run_dir`.
+
+    None of these files ends a training. One that cannot be written (it is open in Excel, a virus scanner holds it, the
+    disk is full) is reported once and written later; until then last.pt keeps the `unwritten` rows of steps.csv.
+    """
 
     def __init__(self, run_dir: Path):
-        self.run_dir, self._rows, self._events = run_dir, [], None
+        self.run_dir, self._events = run_dir, None
+        self.unwritten: list[dict] = []  # rows for the end of steps.csv
+        self._last_update: int | None = None  # what steps.csv holds of later ones is to be dropped first; None: nothing
+        self._purge_step: int | None = None  # the same for the events
+        self._failed: set[str] = set()  # files that could not be written at the last attempt
 
-    def rewind(self, updates: int) -> None:
-        """Forget what was written of steps after `updates`, before the first of them is done again."""
-        rows = [row for row in self.steps() if int(row["update"]) <= updates]
-        if rows:
-            write_csv(self.run_dir / "steps.csv", rows)
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if name not in self._failed:
+                log.warning(
+                    f"{self.run_dir / name}: cannot be written ({error.strerror or first_line(error)}); the training "
+                    "goes on and tries again later; close the file if another program has it open"
+                )
+            self._failed.add(name)
+            if name == "tensorboard":
+                self._events = None  # its writer, once it failed, fails for good
         else:
-            (self.run_dir / "steps.csv").unlink(missing_ok=True)
-        self._open_events(purge_step=updates + 1)
+            self._failed.discard(name)
+
+    def rewind(self, updates: int, unwritten: Sequence[dict] = ()) -> None:
+        """Forget what was written of steps after `updates`, before the first of them is done again.
+
+        unwritten: rows of earlier steps, some of which may be missing in steps.csv.
+        """
+        self._last_update, self._purge_step, self.unwritten = updates, updates + 1, list(unwritten)
+        self.flush()
 
     def step(self, row: dict) -> None:
-        self._rows.append(row)
-        for name, value in row.items():
-            if name not in ("update", "epoch", "batch"):
-                self._open_events().add_scalar(f"step/{name}", value, row["update"])
+        self.unwritten.append(row)
+        with self._writing("tensorboard"):
+            for name, value in row.items():
+                if name not in ("update", "epoch", "batch"):
+                    self._open_events().add_scalar(f"step/{name}", value, row["update"])
 
     def flush(self) -> None:
         """Bring the steps to disk."""
-        if self._rows:
-            import pandas  # takes half a second, which importing this module can do without
+        with self._writing("steps.csv"):
+            if self._last_update is not None:
+                self._drop_steps(self._last_update)
+                self._last_update = None
+            if self.unwritten:
+                self._append(self.unwritten)
+                self.unwritten.clear()
+        with self._writing("tensorboard"):
+            self._open_events().flush()
 
-            path = self.run_dir / "steps.csv"
-            table = pandas.DataFrame(self._rows, dtype=object)
+    def _drop_steps(self, after: int) -> None:
+        path = self.run_dir / "steps.csv"
+        try:
+            rows = [row for row in self.steps() if int(row["update"]) <= after]
+        except (KeyError, ValueError):  # saved by a program that makes another table of it
+            old = path.with_name("steps_old.csv")
+            log.warning(f"{path}: no table of steps any more; kept as {old.name}, a new one is begun")
+            os.replace(path, old)
+            rows = []
+        if rows:
+            write_csv(path, rows)
+        else:
+            path.unlink(missing_ok=True)
+        last = int(rows[-1]["update"]) if rows else 0
+        self.unwritten = [row for row in self.unwritten if row["update"] > last]
+
+    def _append(self, rows: list[dict]) -> None:
+        import pandas  # takes half a second, which importing this module can do without
+
+        with open(self.run_dir / "steps.csv", "ab") as file:
+            size = file.seek(0, os.SEEK_END)
             # A skipped step's loss is written as "nan": `steps` takes an empty cell for a line cut short.
-            table.to_csv(path, mode="a", header=not path.exists(), index=False, na_rep="nan", lineterminator="\n")
-            self._rows.clear()
-        self._open_events().flush()
+            table = pandas.DataFrame(rows, dtype=object)
+            text = table.to_csv(header=size == 0, index=False, na_rep="nan", lineterminator="\n")
+            try:
+                file.write(text.encode())
+                file.flush()
+            except OSError:
+                file.truncate(size)  # on a full disk a part may be there; all of it is written later
+                raise
 
     def epoch(self, history: list[dict]) -> None:
         """Log the last row of `history`, one row per epoch so far."""
+        self.flush()
+        with self._writing("tensorboard"):
+            for name, value in history[-1].items():
+                if name != "epoch":
+                    self._open_events().add_scalar(f"epoch/{name}", value, history[-1]["epoch"])
+            self._open_events().flush()
+        self.tables(history)
+
+    def tables(self, history: list[dict]) -> None:
+        """log.csv and curves.png of all epochs so far."""
         import plots  # matplotlib and scikit-learn take seconds, and only an epoch's end needs them
 
-        self.flush()
-        write_csv(self.run_dir / "log.csv", history)
-        for name, value in history[-1].items():
-            if name != "epoch":
-                self._open_events().add_scalar(f"epoch/{name}", value, history[-1]["epoch"])
-        self._open_events().flush()
-        with atomic_file(self.run_dir / "curves.png") as file:
+        with self._writing("log.csv"):
+            write_csv(self.run_dir / "log.csv", history)
+        with self._writing("curves.png"), atomic_file(self.run_dir / "curves.png") as file:
             plots.curves(history, self.steps()).savefig(file, format="png")
+
+    def close(self, history: list[dict]) -> None:
+        """Try once more what could not be written, and report what still cannot be."""
+        if self._failed:
+            self.epoch(history)
+        if self._failed:
+            log.warning(
+                f"{self.run_dir}: {list_names(sorted(self._failed))} could not be written to the end; close what holds "
+                "them and run the script with RESUME = True, which writes them"
+            )
 
     def steps(self) -> list[dict]:
         """The rows of steps.csv, as text; a line cut short by a kill is left out."""
@@ -64,11 +141,12 @@ class Journal:
         table = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
         return table.dropna().to_dict("records")
 
-    def _open_events(self, purge_step: int | None = None):
+    def _open_events(self):
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # takes a second, which evaluate.py can do without
 
-            self._events = SummaryWriter(self.run_dir / "tensorboard", purge_step=purge_step)
+            self._events = SummaryWriter(self.run_dir / "tensorboard", purge_step=self._purge_step)
+            self._purge_step = None
         return self._events
 
 

@@ -6,7 +6,6 @@ import http.client
 import math
 import os
 import socket
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,12 +195,8 @@ class FaceNet(nn.Module):
 
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits that two models share only if all their weights are equal, on any device."""
-    return _digest(model.state_dict().items())
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, value in tensors:
+    for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         numbers = value.detach().cpu().contiguous().flatten()
         digest.update(numbers.view(torch.uint8).numpy().tobytes())  # as bytes: NumPy has no bfloat16
@@ -234,14 +229,6 @@ def load_pretrained(source: str | Path, constant: str = "PRETRAINED") -> dict[st
     if faults := _faults(state, wanted):
         raise UserError(f"{path}: not a state dict of {type(network).__name__}: {faults}")
     return state
-
-
-def source_fingerprint(source: str | Path | None, constant: str = "PRETRAINED") -> str:
-    """16 hexadecimal digits of the weights that `source` gives (see FaceNet), wherever it lies; "random" for None.
-
-    Raises what load_pretrained raises.
-    """
-    return "random" if source is None else _digest(sorted(load_pretrained(source, constant).items()))
 
 
 def _unwrapped(path: Path, saved: object) -> dict[str, Tensor]:

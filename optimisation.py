@@ -188,10 +188,16 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
 
     def restore(self, path: Path, saved: dict) -> None:
-        """Load all parts from the checkpoint `saved`, but keep this run's base learning rates: the user may have
-        lowered them after a loss that was not finite. Raises UserError as `checkpoints.restore` does."""
-        rates = self.scheduler.base_lrs
-        restore(path, saved, self.parts())
+        """Load all parts from the checkpoint `saved`, but keep this run's base learning rates and weight decay, which
+        the user may have changed. Raises UserError as `checkpoints.restore` does."""
+        rates, decays = self.scheduler.base_lrs, [group["weight_decay"] for group in self.optimizer.param_groups]
+        parts = self.parts()
+        if not saved.get("scaler", True):
+            del parts["scaler"]  # of a run without float16, which has no scale to go on from
+        restore(path, saved, parts)
         self.scheduler.base_lrs = rates
-        for group, rate, factor in zip(self.optimizer.param_groups, rates, self.scheduler.lr_lambdas, strict=True):
+        for group, rate, decay, factor in zip(
+            self.optimizer.param_groups, rates, decays, self.scheduler.lr_lambdas, strict=True
+        ):
             group["initial_lr"], group["lr"] = rate, rate * factor(self.scheduler.last_epoch)
+            group["weight_decay"] = decay

@@ -28,9 +28,11 @@ from torch.utils.data import DataLoader
 import common
 import distributed
 import gallery
+import models
 import optimisation
 import training
 import validation
+from constants import course
 from datasets import (
     FaceClassificationDataset,
     FaceCleanValDataset,
@@ -44,9 +46,8 @@ from datasets import (
 )
 from distortions import DISTORTIONS
 from losses import ArcMarginProduct
-from models import EMBEDDING_DIM, FaceNet
+from models import FaceNet, fingerprint
 from samplers import ShuffledBatches
-from scores import check_template
 from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
 # --- files ---
@@ -113,10 +114,7 @@ COMPILE = False  # True: torch.compile the network; the first steps then take mi
 
 def main() -> None:
     device = common.pick_device()
-    training.start_run(RUN_DIR, RESUME, globals())
-    check_template(TEMPLATE)
-    if COMPILE:
-        common.check_compiler(device, setting="COMPILE = True", way_out="COMPILE = False")
+    saved = training.start_run(RUN_DIR, RESUME, globals(), stage=1)
 
     # Data: the persons of train/, minus any that are held out to choose the best epoch on.
     everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)
@@ -124,9 +122,9 @@ def main() -> None:
     train_persons, val_persons = split_persons(everybody, holdout)
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
-    warn_shared_persons(train_persons, val_persons)
     trained_on = without_kinds(train_persons, SKIP_KINDS)
     train_set = FaceClassificationDataset(trained_on, augmentation(), seed=SEED)
+    check_data(train_set, train_persons, val_persons)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP)
@@ -134,11 +132,9 @@ def main() -> None:
 
     # Model, head and optimizer.
     torch.manual_seed(SEED)
-    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL).to(device, memory_format=torch.channels_last)
-    head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
-    if CENTRES_FROM_MEANS and not RESUME:
-        means, labels = gallery.person_means(model, trained_on, transform, device, num_workers=NUM_WORKERS)
-        head.start_at(means, labels)
+    model, pretrained_weights = load_network(saved)
+    model = model.to(device, memory_format=torch.channels_last)
+    head = ArcMarginProduct(models.EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},
@@ -153,7 +149,13 @@ def main() -> None:
     # Epochs; epoch 0 is the network before training.
     run = training.Run(
         run_dir=RUN_DIR,
-        facts=checkpoint_facts(train_set, holdout, data=files_digest(everybody), steps=len(loader)),
+        facts=checkpoint_facts(
+            train_set,
+            holdout,
+            data=files_digest(everybody),
+            steps=len(loader),
+            pretrained_weights=pretrained_weights,
+        ),
         networks={"model": model, "head": head},
         optimizer=optimizer,
         scheduler=scheduler,
@@ -178,10 +180,14 @@ def main() -> None:
             row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
         return top1, row
 
-    if RESUME:
+    if saved:
         run.resume()
     else:
         print(f"train: {len(train_set.persons)} persons, {len(train_set)} photos, {len(loader)} steps per epoch")
+        if CENTRES_FROM_MEANS:
+            means, labels = gallery.person_means(model, trained_on, transform, device, num_workers=NUM_WORKERS)
+            head.start_at(means, labels)
+    if not run.history:
         run.finish_epoch(validate)
     for _ in run.epochs():
         train_one_epoch(run, ddp_model, ddp_head, head, device)
@@ -200,31 +206,50 @@ def augmentation() -> Transform:
     return train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort)
 
 
-def checkpoint_facts(train_set: FaceClassificationDataset, holdout: list[str], data: str, steps: int) -> dict:
-    """What the checkpoints store besides the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
+def load_network(saved: dict | None) -> tuple[FaceNet, str]:
+    """The network to train, and the fingerprint of the weights that it starts, or once started, from.
+
+    saved: what last.pt states, if the run is resumed. The weights then come from there, and PRETRAINED is not read: but
+    where it has changed, for the run to notice other weights by their fingerprint.
+    """
+    if saved and saved["pretrained"] == str(PRETRAINED):
+        return FaceNet(None, DROPOUT, FREEZE_UNTIL), saved.get("pretrained_weights", "")
+    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL)
+    return model, fingerprint(model)
+
+
+def check_data(train_set: FaceClassificationDataset, train_persons: list[Person], val_persons: list[Person]) -> None:
+    """Raises UserError for data that cannot be trained or validated on; warns of what makes figures misleading."""
+    warn_shared_persons(train_persons, val_persons)
+    validation.check_data(
+        train_set.persons,
+        val_persons,
+        quick=QUICK_VALIDATION,
+        max_clean_drop=MAX_CLEAN_DROP,
+    )
+
+
+def checkpoint_facts(
+    train_set: FaceClassificationDataset, holdout: list[str], *, data: str, steps: int, pretrained_weights: str
+) -> dict:
+    """What the checkpoints state besides the weights: the network, the data, and the constants."""
     return {
         "stage": 1,
         "seed": SEED,
-        "batch_size": BATCH_SIZE,
         "image_size": IMAGE_SIZE,
         "face_crop": FACE_CROP,
         "dropout": DROPOUT,
         "pretrained": str(PRETRAINED),
-        "freeze_until": FREEZE_UNTIL,
-        "balance": BALANCE,
-        "skip_kinds": list(SKIP_KINDS),
+        "pretrained_weights": pretrained_weights,
         "photos": len(train_set),
-        "distort": [DISTORT, DISTORT_MOST],
         "persons": train_set.persons,
         "holdout": holdout,
         "template": TEMPLATE,
         "chosen_by": validation.CHOICE,
-        "quick_validation": QUICK_VALIDATION,
         "data": data,
-        "ema_decay": EMA_DECAY,
-        "accumulate": ACCUMULATE,
         "steps": steps,
         "selected_on": training.selected_on(holdout),
+        "constants": course(globals()),
     }
 
 

@@ -36,6 +36,7 @@ import optimisation
 import training
 import validation
 from common import UserError
+from constants import course
 from datasets import (
     FacePairDataset,
     Person,
@@ -48,9 +49,8 @@ from datasets import (
 from distortions import DISTORTIONS
 from gallery import embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
-from models import Crops, FaceNet
+from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
-from scores import check_template
 from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
 # --- files ---
@@ -118,13 +118,10 @@ COMPILE = False  # True: torch.compile the network; the first steps then take mi
 
 def main() -> None:
     device = common.pick_device()
-    training.start_run(RUN_DIR, RESUME, globals())
-    check_template(TEMPLATE)
-    if COMPILE:
-        common.check_compiler(device, setting="COMPILE = True", way_out="COMPILE = False")
+    saved = training.start_run(RUN_DIR, RESUME, globals(), stage=2)
 
     # Model: the network of stage 1, its teacher, and what else the checkpoint stores.
-    model, teacher, stage1 = load_networks(device)
+    model, teacher, stage1 = load_networks(device, saved)
     holdout, face_transform = stage1["holdout"], eval_transform(stage1["image_size"], stage1["face_crop"])
     image_size, crop = (frame_size(stage1), 1.0) if WIDE_WEIGHT else (stage1["image_size"], stage1["face_crop"])
 
@@ -133,21 +130,15 @@ def main() -> None:
     train_persons, val_persons = split_persons(everybody, holdout)
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
-    check_data(train_persons, val_persons)
     # The dataset mirrors both photos of a pair together, so the transform must not.
     augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False)
     train_set = pair_dataset(train_persons, augment, side=frame_size(stage1))
+    check_data(train_set, train_persons, val_persons)
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
 
-    # The bank: the clean photos as the teacher sees them, without augmentation.
-    paths = [path for path, _ in train_set.anchors]
-    bank = embed(teacher, paths, face_transform, device, num_workers=NUM_WORKERS).embeddings
-    del teacher
-
-    # Losses and optimizer.
-    losses = Losses(bank.clone().to(device), torch.tensor(labels, device=device))  # autograd refuses inference tensors
+    # Optimizer.
     groups = [{"name": "backbone", "params": optimisation.trainable(model.backbone), "lr": BACKBONE_LR}]
     if WIDE_WEIGHT:
         groups.append({"name": "wide", "params": optimisation.trainable(model.wide), "lr": WIDE_LR})
@@ -168,6 +159,7 @@ def main() -> None:
             face_crop=crop,
             data=files_digest(everybody),
             steps=len(loader),
+            teacher_weights=fingerprint(teacher),
         ),
         networks={"model": model},
         optimizer=optimizer,
@@ -187,10 +179,18 @@ def main() -> None:
         quick=QUICK_VALIDATION,
         num_workers=NUM_WORKERS,
     )
-    if RESUME:
+    if saved:
         run.resume()
     else:
         print(f"train: {len(train_set.persons)} persons, {len(train_set)} anchors, {len(loader)} steps per epoch")
+
+    # The bank: the clean photos as the teacher sees them, without augmentation.
+    paths = [path for path, _ in train_set.anchors]
+    bank = embed(teacher, paths, face_transform, device, num_workers=NUM_WORKERS).embeddings
+    del teacher
+    losses = Losses(bank.clone().to(device), torch.tensor(labels, device=device))  # autograd refuses inference tensors
+
+    if not run.history:
         run.finish_epoch(validate)
     for _ in run.epochs():
         train_one_epoch(run, model, ddp_model, losses, device)
@@ -198,16 +198,24 @@ def main() -> None:
     run.report_best()
 
 
-def load_networks(device: torch.device) -> tuple[FaceNet, FaceNet, dict]:
-    """The network to train, its frozen teacher, and what the checkpoint of stage 1 stores.
+def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, FaceNet, dict]:
+    """The network to train, its frozen teacher, and what is known of stage 1.
 
+    saved: what last.pt states, if the run is resumed. The weights then come from there, and STAGE1_CHECKPOINT is read
+    only where its network is the teacher.
     Raises UserError if STAGE1_CHECKPOINT is not of stage 1, or what `load_facenet` and `FaceNet` raise.
     """
-    model, stage1 = checkpoints.load_facenet(
-        STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
-    )
-    if stage1["stage"] != 1:
-        raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
+    stage1 = saved.get("stage1") if saved and TEACHER is not None else None
+    if stage1:
+        model = FaceNet(None, DROPOUT, FREEZE_UNTIL, mirror=MIRROR).to(device, memory_format=torch.channels_last)
+    else:
+        model, stage1 = checkpoints.load_facenet(
+            STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
+        )
+        if stage1["stage"] != 1:
+            found = stage1["stage"]
+            raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {found}, expected one of stage 1")
+        stage1 = {name: stage1[name] for name in ("image_size", "face_crop", "pretrained", "holdout")}
     if TEACHER is None:
         teacher = copy.deepcopy(model)
     else:
@@ -222,11 +230,17 @@ def frame_size(stage1: dict) -> int:
     return round(stage1["image_size"] / stage1["face_crop"])
 
 
-def check_data(train_persons: list[Person], val_persons: list[Person]) -> None:
-    """Warn of persons in both splits. Raises UserError if a person's photos cannot be half clean, half distorted."""
+def check_data(train_set: FacePairDataset, train_persons: list[Person], val_persons: list[Person]) -> None:
+    """Raises UserError for data that cannot be trained or validated on; warns of what makes figures misleading."""
     if PHOTOS_PER_PERSON % 2:
         raise UserError(f"PHOTOS_PER_PERSON = {PHOTOS_PER_PERSON}: expected an even number, half clean, half distorted")
     warn_shared_persons(train_persons, val_persons)
+    validation.check_data(
+        train_set.persons,
+        val_persons,
+        quick=QUICK_VALIDATION,
+        max_clean_drop=MAX_CLEAN_DROP,
+    )
 
 
 def pair_dataset(train_persons: list[Person], transform: Transform, side: int) -> FacePairDataset:
@@ -252,12 +266,13 @@ def checkpoint_facts(
     face_crop: float,
     data: str,
     steps: int,
+    teacher_weights: str,
 ) -> dict:
-    """What the checkpoints store besides the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
+    """What the checkpoints state besides the weights: the network, the data, and the constants."""
     return {
         "stage": 2,
+        "stage1": stage1,
         "seed": SEED,
-        "batch_size": [PERSONS_PER_BATCH, PHOTOS_PER_PERSON],
         "image_size": image_size,
         "face_crop": face_crop,
         "crops": crops and asdict(crops),
@@ -265,21 +280,16 @@ def checkpoint_facts(
         "mirror": MIRROR,
         "pretrained": stage1["pretrained"],
         "teacher": str(TEACHER),
-        "freeze_until": FREEZE_UNTIL,
-        "skip_kinds": list(SKIP_KINDS),
-        "often": list(OFTEN),
-        "distort": [CLEAN, DISTORT, DISTORT_MOST],
+        "teacher_weights": teacher_weights,
         "photos": len(train_set),
         "persons": train_set.persons,
         "holdout": stage1["holdout"],
         "template": TEMPLATE,
         "chosen_by": validation.CHOICE,
-        "quick_validation": QUICK_VALIDATION,
         "data": data,
-        "ema_decay": EMA_DECAY,
-        "accumulate": ACCUMULATE,
         "steps": steps,
         "selected_on": training.selected_on(stage1["holdout"]),
+        "constants": course(globals()),
     }
 
 

@@ -21,25 +21,35 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from checkpoints import check_disk, check_facts, read_checkpoint, save_checkpoint, write_json
-from common import RANGES, UserError, derived_seed, in_range, is_main, rank_and_world, warn_once
+from checkpoints import check_disk, check_facts, check_writable, locked, read_checkpoint, save_checkpoint
+from common import (
+    RANGES,
+    UserError,
+    check_compiler,
+    derived_seed,
+    in_range,
+    is_main,
+    pick_device,
+    rank_and_world,
+    warn_once,
+)
+from constants import check_constants, constants_then, course, note_constants, plain_constants
 from distributed import any_process, stop_requests
 from journal import Journal, Meter, time_shares
 from optimisation import Learner, Update
+from scores import check_template
 
 log = logging.getLogger(__name__)
 
 PREFETCH = 4  # batches that each worker prepares ahead
 BAD_IN_A_ROW = 3  # steps without a finite loss after which a run stops
 
-# The facts that the scripts state in their checkpoints: a run is resumed only where these are equal ...
-MUST_EQUAL = (
-    *("stage", "seed", "batch_size", "accumulate", "steps", "ema_decay"),  # the course of the training
-    *("pretrained", "teacher", "freeze_until", "dropout", "mirror", "image_size", "face_crop", "crops"),  # the network
-    *("data", "persons", "holdout", "photos", "balance", "skip_kinds", "often", "distort"),  # what it is trained on
-    *("template", "chosen_by", "quick_validation", "selected_on"),  # how the best epoch is chosen
-)
-MAY_CHANGE = ()  # ... and whatever these are: none so far
+# Facts of a checkpoint that a resumed run does not compare: where weights lay (what they are, other facts say), and the
+# constants, which constants.py compares.
+NOT_COMPARED = ("pretrained", "teacher", "constants")
+WEIGHTS = ("model", "head", "optimizer", "ema")  # in last.pt, what is large
+
+_folder_lock = None  # of the folder that this process trains in
 
 
 @dataclass(frozen=True)
@@ -56,25 +66,64 @@ class RunSettings:
     amp: str | None = None  # see optimisation.precision
 
 
-def start_run(run_dir: Path, resume: bool, constants: dict) -> None:
-    """Check what every run needs, before anything slow, and note the script's CAPITALS in `run_dir`/constants.json.
+def start_run(run_dir: Path, resume: bool, constants: dict, stage: int) -> dict | None:
+    """Check what every run needs, before anything slow, and keep other trainings out of `run_dir` from now on.
 
-    Raises UserError for a constant out of range, or if `run_dir` holds an earlier run and `resume` is off: nothing is
+    constants: the script's globals(). Returns what last.pt states, without its weights, if the run is to be resumed,
+    else None; the CAPITALS of a new run are noted in `run_dir`/constants.json.
+    Raises UserError for a constant out of range, for a folder that another process trains in, if the run to be resumed
+    is not there or was made with other constants, or if there is an earlier run and `resume` is off: nothing is
     overwritten.
     """
-    if not resume and any((run_dir / name).exists() for name in ("best.pt", "last.pt")):
+    for name, (kind, low, high) in RANGES.items():
+        if name in constants and not in_range(constants[name], kind, low, high):
+            article = "a whole number" if kind is int else "a number"
+            raise UserError(f"{name} = {constants[name]!r}: expected {article}, {low}..{high}")
+    if "TEMPLATE" in constants:
+        check_template(constants["TEMPLATE"])
+    if constants.get("COMPILE"):
+        check_compiler(pick_device(), setting="COMPILE = True", way_out="COMPILE = False")
+    if resume:
+        _check_folder(run_dir, resume)  # before it is made
+    if is_main():
+        _lock_folder(run_dir)
+    _check_folder(run_dir, resume)
+    if not resume:
+        if is_main():
+            note_constants(run_dir, plain_constants(constants), add=False)
+        return None
+    path = run_dir / "last.pt"
+    saved = read_checkpoint(path)
+    check_facts(path, saved, {"stage": stage})
+    check_constants(path, constants_then(run_dir, saved), course(constants))
+    return {name: value for name, value in saved.items() if name not in WEIGHTS}
+
+
+def _check_folder(run_dir: Path, resume: bool) -> None:
+    """Raises UserError if a run can not be started in `run_dir`, or not be resumed; the sentence says what can be."""
+    last, best = ((run_dir / name).exists() for name in ("last.pt", "best.pt"))
+    if last and not resume:
         raise UserError(
             f"{run_dir}: holds the checkpoints of an earlier run; set RESUME = True to go on with it, "
             "or give RUN_DIR another name"
         )
-    plain = (bool, int, float, str, Path, tuple, type(None))  # not torch.nn.functional as F
-    capitals = {name: value for name, value in constants.items() if name.isupper() and isinstance(value, plain)}
-    for name, (kind, low, high) in RANGES.items():
-        if name in capitals and not in_range(capitals[name], kind, low, high):
-            article = "a whole number" if kind is int else "a number"
-            raise UserError(f"{name} = {capitals[name]!r}: expected {article}, {low}..{high}")
-    if not resume and is_main():
-        write_json(run_dir / "constants.json", {n: str(v) if isinstance(v, Path) else v for n, v in capitals.items()})
+    if best and not last:
+        raise UserError(
+            f"{run_dir}: holds best.pt of an earlier run, but no last.pt to go on from; give RUN_DIR another name and "
+            "set RESUME = False to start a new run"
+        )
+    if resume and not last:
+        raise UserError(f"{run_dir / 'last.pt'}: no checkpoint to resume; set RESUME = False to start the run")
+
+
+def _lock_folder(run_dir: Path) -> None:
+    """Keep other processes from training in `run_dir`, until this one ends or starts another run."""
+    global _folder_lock
+    if _folder_lock is not None:
+        _folder_lock.lock.release()
+    check_writable("RUN_DIR", run_dir, folder=True)
+    refusal = "another training uses this folder; wait until it has ended, or give RUN_DIR another name"
+    _folder_lock = locked(run_dir, refusal=refusal)
 
 
 def selected_on(holdout: list[str]) -> str:
@@ -184,8 +233,8 @@ class Run:
                 run.step(loss of batch)
             run.finish_epoch(validate)
 
-    facts: plain types that the checkpoint states, each declared in MUST_EQUAL or MAY_CHANGE. networks: "model" and what
-    else is trained and saved, without `parallel` around them (the wrapped ones go into `wrapped`). loader: of
+    facts: plain types that the checkpoint states; a resumed run has to have the same, but for NOT_COMPARED. networks:
+    "model" and what else is trained and saved, without `parallel` around them (those go into `wrapped`). loader: of
     `train_loader`. Epochs count from 1; 0 is the network as loaded. A step is one batch, an update the step of the
     optimizer after `accumulate` of them.
 
@@ -208,9 +257,6 @@ class Run:
         settings: RunSettings,
         wrapped: Iterable[nn.Module] = (),
     ):
-        undeclared = sorted(facts.keys() - {*MUST_EQUAL, *MAY_CHANGE})
-        if undeclared:
-            raise ValueError(f"facts {undeclared}: list each of them in MUST_EQUAL or in MAY_CHANGE")
         self.run_dir, self.facts, self.loader, self.device, self.settings = run_dir, facts, loader, device, settings
         self.wrapped = [network for network in wrapped if isinstance(network, DistributedDataParallel)]
         self.learner = Learner(
@@ -225,6 +271,7 @@ class Run:
         self.rates: dict[str, float] = {}  # learning rates of the last update that counted
         self.history: list[dict] = []  # the rows of log.csv
         self.journal, self.meter = Journal(run_dir), Meter()
+        self._saved_at = (-1, -1)  # epoch and batch of last.pt
         self._update = Update([])  # the one at hand
         self._bar = tqdm(disable=True)  # the epoch's
         check_disk(run_dir, networks, optimizer, average=self.learner.ema is not None)
@@ -353,10 +400,16 @@ class Run:
     # --- the end of an epoch ---
 
     def finish_epoch(self, validate: Callable[[nn.Module], tuple[float, dict]]) -> None:
-        """Evaluate the model, and its average if there is one; save last.pt, what is the best so far as best.pt and
-        best_ema.pt, and the log."""
+        """Evaluate the model, and its average if there is one; save what is the best so far as best.pt and best_ema.pt,
+        then last.pt and the log.
+
+        last.pt is saved before, too. A run that ends from then on is resumed at this validation: the epoch is not lost,
+        and never is there a best.pt without a last.pt.
+        """
         if self.epoch == 0 and is_main():
             self.journal.rewind(0)  # of an earlier run whose checkpoints were deleted
+        if self._saved_at != (self.epoch, self.batch):
+            self.save()
         top1, row = validate(self.learner.networks["model"])
         self.meter.lap("validation")
         if self.meter.seen:
@@ -390,6 +443,8 @@ class Run:
 
     def report_best(self) -> None:
         """Print which epoch was best, and what the run spent its time on."""
+        if is_main():
+            self.journal.close(self.history)
         for best, name in ((self.best, "best.pt"), (self.best_ema, "best_ema.pt")):
             which = f"epoch {best.epoch}" if best.epoch else "the network as loaded, no epoch was better"
             if best.epoch >= 0:
@@ -403,32 +458,41 @@ class Run:
             save_checkpoint(self.run_dir / name, self.facts | facts, parts)
 
     def save(self) -> None:
-        """Write last.pt: everything that `resume` needs, after any update."""
+        """Write last.pt: everything that `resume` needs, after any update; then the log of the steps."""
+        facts = {name: getattr(self, name) for name in self.PROGRESS}
+        facts |= {"epoch": self.epoch - (self.batch > 0), "top1": self.history[-1]["top1"] if self.history else None}
+        facts |= {"best": self.best.state_dict(), "best_ema": self.best_ema.state_dict()}
+        facts |= {"meter": self.meter.state_dict(), "unwritten": self.journal.unwritten}
+        self._write("last.pt", facts, self.learner.parts())
+        self._saved_at = (self.epoch, self.batch)
         if is_main():
             self.journal.flush()
-        facts = {name: getattr(self, name) for name in self.PROGRESS}
-        facts |= {"epoch": self.epoch - (self.batch > 0), "top1": self.history[-1]["top1"]}
-        facts |= {"best": self.best.state_dict(), "best_ema": self.best_ema.state_dict()}
-        self._write("last.pt", facts | {"meter": self.meter.state_dict()}, self.learner.parts())
         self.meter.lap("saving")
 
     def resume(self) -> None:
         """Restore everything from last.pt.
 
-        Raises UserError if there is none, if it is damaged, or if one of its MUST_EQUAL facts differs from this run's.
+        Raises UserError if it is damaged, if a constant or a fact differs that must not, or if a part does not fit.
         """
         path = self.run_dir / "last.pt"
-        if not path.is_file():
-            raise UserError(f"{path}: no checkpoint to resume; set RESUME = False to start the run")
         saved = read_checkpoint(path)
-        check_facts(path, saved, {name: fact for name, fact in self.facts.items() if name in MUST_EQUAL})
+        now, then = self.facts.get("constants", {}), constants_then(self.run_dir, saved)
+        changes = check_constants(path, then, now)
+        check_facts(path, saved, {name: fact for name, fact in self.facts.items() if name not in NOT_COMPARED})
         self.learner.restore(path, saved)
         self.epoch = saved["epoch"]
         for name in self.PROGRESS:
             setattr(self, name, saved[name])
         for part, name in ((self.best, "best"), (self.best_ema, "best_ema"), (self.meter, "meter")):
             part.load_state_dict(saved[name])
-        if is_main():
-            self.journal.rewind(self.updates)
+        self._saved_at = (self.epoch + (self.batch > 0), self.batch)
         within = f", batch {self.batch} of epoch {self.epoch + 1}" if self.batch else ""
         print(f"resumed {path} after epoch {self.epoch}{within}")
+        if changes:
+            print("changed from here on: " + ", ".join(f"{name} {change}" for name, change in changes.items()))
+        if is_main():
+            if changes:
+                note_constants(self.run_dir, now, add=True)
+            self.journal.rewind(self.updates, saved.get("unwritten", ()))
+            if self.history:  # a kill can have come between last.pt and these
+                self.journal.tables(self.history)

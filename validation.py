@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from common import warn_once
+from common import UserError, list_names, warn_once
 from datasets import Person, Split, distortion_kind, folder_of, persons_of
-from gallery import Gallery, NoQueries, Queries, embed_split, retrieve, score, select_queries
+from gallery import Gallery, NoQueries, Queries, check_split, embed_split, retrieve, score, select_queries
 from scores import TEMPLATES
 from transforms import Transform
 
@@ -60,6 +60,25 @@ def validate(
         "chosen by how well photos are found again, which says little about recognising people"
     )
     return same, row
+
+
+def check_data(train: Sequence[str], val_persons: Sequence[Person], *, quick: bool, max_clean_drop: float) -> None:
+    """Check the persons that are trained on (names) and validated on, before anything is embedded.
+
+    Raises UserError for fewer than two train persons, and what `validate` raises for its data. Warns where
+    `max_clean_drop` (points of top-1 on clean photos) can have no effect.
+    """
+    if len(train) < 2:
+        raise UserError(
+            f"train: {len(train)} person to train on ({list_names(train)}), expected two or more to tell apart; add "
+            "persons to train/, or lower HOLDOUT_PERSONS"
+        )
+    check_split(thinned(val_persons, QUICK_STRIDE) if quick else val_persons)
+    if max_clean_drop < 100 and not any(len(person.clean) > 1 for person in val_persons):
+        warn_once(
+            f"{folder_of(val_persons)}: MAX_CLEAN_DROP = {max_clean_drop} has no effect, as no person has two clean "
+            "photos to measure the forgetting on"
+        )
 
 
 def _answers(gallery: Gallery, queries: Queries, protocol: str, templates: Sequence[str]) -> dict:

@@ -386,9 +386,12 @@ def test_a_process_killed_while_saving_leaves_the_previous_gallery(saved, monkey
                 os._exit(0)  # never reached: the kill does not unwind
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert saved.read_bytes() == before
-    save_gallery(saved, kept)  # over what the killed one left
+    save_gallery(saved, kept)  # beside what the killed one left
     assert load_gallery(saved).persons == ["bob"]
-    assert [path.name for path in saved.parent.iterdir()] == ["gallery.pt"]
+    [left] = saved.parent.glob(".gallery.pt.*.tmp")
+    os.utime(left, (0, 0))
+    with checkpoints.locked(saved, refusal=None):  # as identify.py does
+        assert not left.exists() and saved.is_file()
 
 
 NO_MATRIX, WRONG_NORM = "its embeddings are not a float32 matrix", "it holds no embedding, or one whose norm is not 1"

@@ -179,13 +179,13 @@ def interrupted(root, one) -> dict[str, Ended]:
                 time.sleep(0.5)  # for the worker to have it
                 (out / "go").touch()
             started.process.wait(timeout=120)
-        half = run_dir / "last.pt.tmp"
+        half = next(run_dir.glob(".last.pt.*.tmp"), None)
         found[name] = Ended(
             status=started.process.returncode,
             stdout=started.stdout,
             stderr=started.stderr,
             last=checkpoint(run_dir),
-            half=half.stat().st_size if half.exists() else None,
+            half=half.stat().st_size if half else None,
         )
     return found
 
@@ -328,7 +328,8 @@ def test_only_the_first_of_two_processes_writes(two):
     assert written[1] == []
     names = {"last.pt.tmp", "best.pt.tmp", "steps.csv", "log.csv.tmp", "constants.json.tmp", "curves.png.tmp"}
     for name in SHARED:
-        files = {file for job_name, file in written[0] if job_name == name}
+        written_in = [file for job_name, file in written[0] if job_name == name]
+        files = {re.sub(r"^\.(.+)\.[0-9a-f]{12}\.tmp$", r"\1.tmp", file) for file in written_in}
         assert names <= files and any(file.startswith("events.out") for file in files)
 
 

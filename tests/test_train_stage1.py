@@ -86,7 +86,7 @@ def test_distort_reaches_the_photos_of_stage_1_without_the_kinds_that_are_skippe
     train(stages[0], "never", {"DISTORT": 0.0})
     assert not distorted
     last = train(stages[0], "fog", {"DISTORT": 1.0, "DISTORT_MOST": 1, "SKIP_KINDS": ("sunny",)}).last
-    assert distorted == {"fog": 21} and last["distort"] == [1.0, 1]
+    assert distorted == {"fog": 21} and last["constants"]["DISTORT"] == 1.0
     train(stages[0], "both", {"DISTORT": 1.0, "DISTORT_MOST": 1, "SKIP_KINDS": ()})
     assert distorted.total() == 2 * 21 and distorted["sunny"]
 

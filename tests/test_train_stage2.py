@@ -30,7 +30,7 @@ def test_distort_reaches_the_positives_of_stage_2_alone(stages, train, distorted
     assert not distorted
     trained = train(stages[1], "always", constants | {"DISTORT": 1.0})
     assert distorted == {"fog": pairs_of_an_epoch(trained)}
-    assert (trained.last["distort"], trained.last["skip_kinds"]) == ([0.0, 1.0, 1], ["sunny"])
+    assert [trained.last["constants"][name] for name in ("DISTORT", "SKIP_KINDS")] == [1.0, ["sunny"]]
 
 
 def test_clean_positives_and_those_distorted_on_the_fly_open_no_distorted_file(stages, train, opened):

@@ -1,6 +1,8 @@
 """Both training scripts, whole runs on a few photos: resuming, what is written, shared constants, bad data."""
 
+import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import common
 import datasets
 import training
 from common import UserError
+from constants import DOES_NOT_MATTER, MAY_CHANGE, MUST_EQUAL, PLAIN, plain_constants
 
 # --- runs that stop, resume and repeat --------------------------------------------------------------------------------
 
@@ -86,27 +89,25 @@ def test_a_repeated_run_is_equal_with_workers_too_and_another_seed_gives_another
     assert not same_tensors(train(stages[0], "other", {"SEED": 4}).last["model"], first.last["model"])
 
 
-REFUSED = {
-    1: [
-        ({"FREEZE_UNTIL": "mixed_6a"}, r"freeze_until has changed \(None then, mixed_6a now\)"),
-        ({"FACE_CROP": 0.7}, r"face_crop has changed \(0.8 then, 0.7 now\)"),
-        ({"BALANCE": 0.5}, r"balance has changed \(0.0 then, 0.5 now\)"),
-        ({"EMA_DECAY": 0.9}, r"ema_decay has changed \(0.0 then, 0.9 now\)"),
-        ({"ACCUMULATE": 2}, r"accumulate has changed \(1 then, 2 now\)"),
-        ({"BATCH_SIZE": 5}, r"batch_size has changed \(4 then, 5 now\)"),
-        ({"SEED": 1}, r"seed has changed \(0 then, 1 now\)"),
-        ({"DISTORT": 0.5}, r"distort has changed \(\[0.0, 2\] then, \[0.5, 2\] now\)"),
-    ],
-    2: [
-        ({"TEACHER": "vggface2"}, r"teacher has changed \(None then, vggface2 now\)"),
-        ({"WIDE_WEIGHT": 0.75}, r"crops has changed \(.*'wide_weight': 0.3.* then, .*'wide_weight': 0.75.* now\)"),
-        ({"CLEAN": 0.25}, r"distort has changed \(\[0.1, 0.0, 2\] then, \[0.25, 0.0, 2\] now\)"),
-        ({"SKIP_KINDS": ("lowlight",)}, r"skip_kinds has changed \(\[\] then, \['lowlight'\] now\)"),
-        ({"OFTEN": ("lowlight",)}, r"often has changed \(\[\] then, \['lowlight'\] now\)"),
-        ({"MIRROR": False}, r"mirror has changed \(True then, False now\)"),
-        ({"DROPOUT": 0.2}, r"dropout has changed \(0.0 then, 0.2 now\)"),
-    ],
-}
+def another(value):
+    """A value of a constant's type, and within its range, that is not `value`."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 2
+    if isinstance(value, float):
+        return value / 2 or 0.25
+    return (*value, "foggy") if isinstance(value, tuple) else {"mean": "best"}.get(value, "mixed_6a")
+
+
+def capitals(script) -> dict:
+    return {name: value for name, value in vars(script).items() if name.isupper() and isinstance(value, PLAIN)}
+
+
+def test_each_constant_of_both_scripts_is_in_exactly_one_list(stages):
+    lists = [*MUST_EQUAL, *MAY_CHANGE, *DOES_NOT_MATTER]
+    assert len(lists) == len({*lists})
+    assert {name for script in stages for name in capitals(script)} == {*lists}
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -119,8 +120,12 @@ def test_resume_with_other_constants_or_data_is_refused_and_changes_nothing(stag
         with pytest.raises(UserError, match=f"run/last.pt: cannot be resumed, {change}; set it back, or give RUN_DIR"):
             train(script, "run", constants | {"RESUME": True})
 
-    for constants, change in REFUSED[stage]:
-        refused(constants, change)
+    for name in MUST_EQUAL:
+        if name in capitals(script):
+            then, now = (
+                plain_constants({name: value})[name] for value in (vars(script)[name], another(vars(script)[name]))
+            )
+            refused({name: another(vars(script)[name])}, re.escape(f"{name} has changed ({then!r} then, {now!r} now)"))
     photo = next((script.DATA_DIR / "train").glob("*/distortion/*.png"))
     photo.rename(photo.with_name(f"other_{photo.name}"))
     refused({}, r"data has changed \(21 files, \w{12} then, 21 files, \w{12} now\)")
@@ -129,10 +134,24 @@ def test_resume_with_other_constants_or_data_is_refused_and_changes_nothing(stag
     assert files_in(script.RUN_DIR) == before
 
 
-def test_each_fact_of_both_stages_must_be_equal_or_may_change(stages, train):
-    facts = set().union(*(train(script, script.__name__).run.facts for script in stages))
-    assert not {*training.MUST_EQUAL} & {*training.MAY_CHANGE}
-    assert facts == {*training.MUST_EQUAL, *training.MAY_CHANGE}
+@pytest.mark.parametrize("stage", [1, 2])
+def test_constants_that_may_change_are_reported_in_a_line_and_true_from_then_on(stages, train, capsys, stage):
+    script = stages[stage - 1]
+    train(script, "run")
+    usual = capitals(script)
+    new = {name: another(usual[name]) for name in MAY_CHANGE if name in usual} | {"EPOCHS": 2, "AMP": "bf16"}
+    then = usual | {"EPOCHS": 1}
+    capsys.readouterr()
+    trained = train(script, "run", new | {"RESUME": True})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed from here on: ")]
+    changes = line.removeprefix("changed from here on: ").split(", ")
+    assert sorted(changes) == sorted(f"{name} {then[name]!r} -> {value!r}" for name, value in new.items())
+    noted = json.loads((script.RUN_DIR / "constants.json").read_text())
+    for constants in (noted, trained.last["constants"]):
+        assert {name: constants[name] for name in new} == new
+    groups = trained.last["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {new["WEIGHT_DECAY"]}
+    assert trained.run.settings.grad_clip == new["GRAD_CLIP"]
 
 
 def test_resume_without_a_run_and_a_start_over_one_are_refused(stages, train):
@@ -142,6 +161,54 @@ def test_resume_without_a_run_and_a_start_over_one_are_refused(stages, train):
     train(stages[0], "run")
     with pytest.raises(UserError, match="set RESUME = True to go on with it"):
         train(stages[0], "run")
+
+
+@pytest.fixture
+def weights_at(stages, monkeypatch) -> list:
+    """PRETRAINED and TEACHER are then the path of a file that holds a seed; fills up with what is loaded."""
+    loaded = []
+
+    def load(source, *args, constant=None, **options):
+        loaded.append(source)
+        if source is not None and not Path(source).exists():
+            raise UserError(f"{source}: no such file")
+        torch.manual_seed(int(Path(source).read_text()) if source is not None else 99)
+        return TinyNet(None, *args, **options)
+
+    for script in stages:
+        monkeypatch.setattr(script, "FaceNet", load)
+    return loaded
+
+
+@pytest.mark.parametrize("stage, constant", [(1, "PRETRAINED"), (2, "TEACHER")])
+def test_weights_are_known_by_what_they_are_and_not_read_where_a_resumed_run_has_its_own(
+    stages, train, weights_at, tmp_path, stage, constant
+):
+    script, first, moved = stages[stage - 1], tmp_path / "first", tmp_path / "moved"
+    first.write_text("1")
+    stage1_best = tmp_path / "stage1.pt"
+    shutil.copy(stages[1].STAGE1_CHECKPOINT, stage1_best)
+    usual = {constant: first, "RESUME": False} | ({"STAGE1_CHECKPOINT": stage1_best} if stage == 2 else {})
+    train(script, "run", usual)
+    stage1_best.unlink()  # its weights are in last.pt
+
+    def resume(epochs: int, **constants):
+        return train(script, "run", usual | {"RESUME": True, "EPOCHS": epochs} | constants)
+
+    shutil.copy(first, moved)
+    assert resume(2, **{constant: moved}).last[constant.lower()] == str(moved)
+    moved.write_text("2")
+    change = rf"{constant.lower()}_weights has changed \(\w{{16}} then, \w{{16}} now\)"
+    if stage == 2:  # the bank is embedded again: the same path is no excuse
+        with pytest.raises(UserError, match=change):
+            resume(3, **{constant: moved})
+        return
+    with pytest.raises(UserError, match=change):
+        moved.rename(tmp_path / "other")
+        resume(3, **{constant: tmp_path / "other"})
+    weights_at.clear()
+    resume(3, **{constant: moved})  # as it was, and the file is gone
+    assert weights_at == [None]
 
 
 # --- what a run writes ------------------------------------------------------------------------------------------------
@@ -185,7 +252,7 @@ def test_the_best_average_is_a_checkpoint_of_its_own_and_stage_2_can_start_from_
     assert same_tensors(model.state_dict(), trained.run.learner.ema.module.state_dict())
     assert same_tensors(trained.best["model"], trained.run.learner.networks["model"].state_dict())
     assert not torch.equal(model.backbone[6].weight, trained.best["model"]["backbone.6.weight"])
-    assert (saved["epoch"], saved["top1"], saved["ema_decay"]) == (2, given[-1], 0.9)
+    assert (saved["epoch"], saved["top1"], saved["constants"]["EMA_DECAY"]) == (2, given[-1], 0.9)
     assert trained.last["best_ema"] == {"epoch": 2, "top1": given[-1]} and trained.last["best"]["top1"] == given[-2]
     rows = trained.rows("log.csv")
     assert all(0 <= float(row["ema_top1_mean"]) <= 1 for row in rows) and "ema_top1_blurred" in rows[0]
@@ -337,6 +404,51 @@ def test_a_nan_loss_lists_the_photos_of_its_batch(stages, train, monkeypatch, ca
     assert files == of_batch[2][-len(files) :]  # in the order of the batch; validation may have come before
     assert ("epoch 1, batch 3" if stage == 1 else "epoch 2, batch 1") + ": the loss is nan" in caplog.text
     assert trained.column("skipped") == [0, 0, 1] + [0] * (9 if stage == 1 else 1)
+
+
+# --- data that cannot be used ---
+
+
+def lose_distorted(root: Path) -> None:
+    for folder in (root / "val").glob("*/distortion"):
+        shutil.rmtree(folder)
+
+
+def lose_clean(root: Path) -> None:
+    for folder in (root / "val").glob("*/clean"):
+        shutil.rmtree(folder)
+
+
+def keep_one(root: Path) -> None:
+    for name in ("bob", "cy", "di"):
+        shutil.rmtree(root / "train" / name)
+
+
+@pytest.mark.parametrize(
+    "spoil, messages",
+    [
+        (lose_distorted, ["val: no distorted photo to query with"] * 2),
+        (lose_clean, ["val: "] * 2),
+        (keep_one, ["1 person to train on .ann., expected two or more", "needs two persons with both clean and"]),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_before_any_photo_is_embedded(stages, train, opened, spoil, messages):
+    spoil(stages[0].DATA_DIR)
+    for script, message in zip(stages, messages, strict=True):
+        with pytest.raises(UserError, match=message):
+            train(script, "run", {"BATCH_SIZE": 2} if script is stages[0] else {})
+    assert opened == []
+
+
+@pytest.mark.parametrize("photos, drop, warned", [(1, 2.0, True), (1, 100.0, False), (2, 2.0, False)])
+def test_a_limit_of_forgetting_that_nobody_in_val_can_show_is_warned_of_once(
+    stages, train, caplog, photos, drop, warned
+):
+    if photos == 1:
+        for path in (stages[0].DATA_DIR / "val" / "eve").glob("*/eve_0002*"):
+            path.unlink()
+    train(stages[0], "run", {"EPOCHS": 2, "MAX_CLEAN_DROP": drop})
+    assert caplog.text.count(f"MAX_CLEAN_DROP = {drop} has no effect, as no person has two clean") == warned
 
 
 # --- data that is not as it should be ---------------------------------------------------------------------------------

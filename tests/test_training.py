@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import plain, same_tensors
+from conftest import files_in, plain, same_tensors
 from made_up_run import (
     CPU,
     FACTS,
@@ -30,11 +34,13 @@ from torch.utils.data import Dataset
 
 import checkpoints
 import common
+import journal
 import samplers
 import training
 from common import UserError
 from training import RunSettings
 
+REPO = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("quick_curves")
 
 
@@ -249,21 +255,58 @@ def test_an_average_that_improves_keeps_a_patient_run_going(tmp_path):
 def test_a_run_notes_its_constants(tmp_path):
     constants = {"EPOCHS": 4, "DATA_DIR": Path("Task_B"), "RESUME": False, "AMP": "auto", "PRETRAINED": None}
     constants |= {"SKIP_KINDS": ("sunny",), "F": math, "main": 3}
-    training.start_run(tmp_path / "runs" / "new", False, constants)
+    assert training.start_run(tmp_path / "runs" / "new", False, constants, stage=1) is None
     noted = json.loads((tmp_path / "runs" / "new" / "constants.json").read_text())
     expected = {"EPOCHS": 4, "DATA_DIR": "Task_B", "RESUME": False, "AMP": "auto", "PRETRAINED": None}
     assert noted == expected | {"SKIP_KINDS": ["sunny"]}
 
 
-@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
-def test_an_earlier_run_is_not_overwritten(tmp_path, name):
-    (tmp_path / name).write_bytes(b"weights")
-    (tmp_path / "constants.json").write_text("of the earlier run")
-    message = f"{tmp_path}: .*set RESUME = True to go on with it, or give RUN_DIR another name"
-    with pytest.raises(UserError, match=message):
-        training.start_run(tmp_path, False, {"EPOCHS": 4})
-    training.start_run(tmp_path, True, {"EPOCHS": 4})
-    assert (tmp_path / "constants.json").read_text() == "of the earlier run"
+@pytest.mark.parametrize(
+    "files, of_start, of_resume",
+    [
+        (["last.pt", "best.pt"], "set RESUME = True to go on with it, or give RUN_DIR another name", None),
+        (["last.pt"], "set RESUME = True to go on with it, or give RUN_DIR another name", None),
+        (["best.pt"], *2 * ["holds best.pt of an earlier run, but no last.pt to go on from; give RUN_DIR another"]),
+        (["constants.json", "log.csv"], None, "last.pt: no checkpoint to resume; set RESUME = False to start the run"),
+    ],
+)
+def test_what_can_be_done_in_a_folder_is_done_and_the_sentence_about_anything_else_says_so(
+    tmp_path, files, of_start, of_resume
+):
+    fit(small_run(tmp_path / "whole", RunSettings(epochs=1), batches=1))
+    for name in files:
+        (tmp_path / name).write_bytes((tmp_path / "whole" / "last.pt").read_bytes())
+    for resume, sentence in ((True, of_resume), (False, of_start)):
+        before = files_in(tmp_path)
+        if sentence:
+            with pytest.raises(UserError, match=f"^{tmp_path}.*{sentence}"):
+                training.start_run(tmp_path, resume, {"EPOCHS": 4}, stage=1)
+            assert {name for name, content in files_in(tmp_path).items() if before.get(name) != content} <= {".lock"}
+        else:
+            stated = training.start_run(tmp_path, resume, {"EPOCHS": 4}, stage=1)
+            assert (stated is not None) == resume and not (stated or {}).keys() & {"model", "optimizer"}
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_one_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "GRACE_SECONDS", 0.1)
+    code = "import sys, pathlib, training; training.start_run(pathlib.Path(sys.argv[1]), False, {}, stage=1); input()"
+    pipe = subprocess.PIPE
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPO, stdin=pipe, stdout=pipe, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "constants.json").exists():
+            assert time.monotonic() < deadline and other.poll() is None
+            time.sleep(0.05)
+        for resume in (False, True):
+            (tmp_path / "last.pt").touch() if resume else None
+            with pytest.raises(UserError, match=f"^{tmp_path}: another training uses this folder; wait until it has"):
+                training.start_run(tmp_path, resume, {}, stage=1)
+        (tmp_path / "last.pt").unlink()
+        training.start_run(tmp_path / "another", False, {}, stage=1)
+    finally:
+        other.communicate("\n")
+    for _ in range(2):  # this process can start again in a folder that it holds
+        training.start_run(tmp_path, False, {}, stage=1)
 
 
 def test_a_constant_below_or_above_its_range_is_refused_before_anything_is_written(tmp_path):
@@ -274,13 +317,13 @@ def test_a_constant_below_or_above_its_range_is_refused_before_anything_is_writt
             if value == math.inf:
                 continue
             with pytest.raises(UserError) as error:
-                training.start_run(tmp_path / "run", False, {name: value})
+                training.start_run(tmp_path / "run", False, {name: value}, stage=1)
             assert str(error.value) == f"{name} = {value!r}: expected {article}, {low}..{high}"
-        training.start_run(tmp_path / "ends", False, {name: low})
-        training.start_run(tmp_path / "ends", False, {name: low if high == math.inf and kind is int else high})
+        for value in (low, low if high == math.inf and kind is int else high):
+            training.start_run(tmp_path / "ends", False, {name: value}, stage=1)
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"EPOCHS = 4.0: expected a whole number, 1..999"):
-        training.start_run(tmp_path / "run", False, {"EPOCHS": 4.0})
+        training.start_run(tmp_path / "run", False, {"EPOCHS": 4.0}, stage=1)
 
 
 @pytest.mark.parametrize("every, expected", [(0, [0, 0, 0, 0]), (1, [0, 1, 2, 3]), (2, [0, 0, 2, 2])])
@@ -298,21 +341,107 @@ def test_save_every_writes_last_pt_within_an_epoch(tmp_path, every, expected):
     assert (saved["epoch"], saved["batch"], saved["updates"]) == (1, 0, 4)
 
 
-def test_a_fact_that_is_not_declared_is_refused_and_a_changed_one_too(tmp_path):
-    with pytest.raises(ValueError, match=r"facts \['colour'\]: list each of them in MUST_EQUAL or in MAY_CHANGE"):
-        small_run(tmp_path, RunSettings(epochs=1), facts=FACTS | {"colour": "red"})
+def test_a_run_with_another_fact_is_refused_and_changes_nothing(tmp_path):
     fit(small_run(tmp_path, RunSettings(epochs=1), facts=FACTS | {"persons": ["ann", "bob"]}))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for fact, now, change in (
         ("face_crop", 0.7, "0.52 then, 0.7 now"),
         ("persons", ["bob", "cy", "di"], "ann then, cy, di now"),
         ("holdout", ["cy"], "none then, cy now"),
+        ("pretrained_weights", "12ab", "None then, 12ab now"),
     ):
         run = small_run(tmp_path, RunSettings(epochs=2), facts=FACTS | {"persons": ["ann", "bob"], fact: now})
         message = f"{tmp_path / 'last.pt'}: cannot be resumed, {fact} has changed .{change}.; set it back"
         with pytest.raises(UserError, match=message):
             run.resume()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+# --- kills and crashes ------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def of_weights(network) -> tuple[float, dict]:
+    return network[0].weight.sum().sigmoid().item(), {}
+
+
+def outcome(run_dir: Path) -> tuple:
+    """What a run leaves that does not depend on the clock."""
+    saved = last(run_dir)
+    history = [{"epoch": row["epoch"], "top1": row["top1"], "loss": row.get("loss")} for row in saved["history"]]
+    best = {name: checkpoints.read_checkpoint(run_dir / name) for name in ("best.pt", "best_ema.pt")}
+    files = (column(run_dir, "update"), column(run_dir, "loss"), [row["top1"] for row in read_csv(run_dir / "log.csv")])
+    return plain([saved | {"history": history, "meter": None}, best]), files
+
+
+def test_after_a_kill_at_any_file_a_run_starts_or_resumes_to_the_same_end_and_the_sentence_says_which(
+    tmp_path, monkeypatch
+):
+    replace, append, left = os.replace, journal.Journal._append, []
+
+    def killed_at(call: int) -> None:
+        left[:] = [None] * call
+
+    def counted(act, *args):
+        if not left:
+            return act(*args)
+        left.pop()
+        if not left:
+            raise Killed
+        return act(*args)
+
+    monkeypatch.setattr(checkpoints.os, "replace", lambda *paths: counted(replace, *paths))
+    monkeypatch.setattr(journal.Journal, "_append", lambda log, rows: counted(append, log, rows))
+    settings = RunSettings(epochs=2, save_every=2, ema_decay=0.9)
+
+    def go(run_dir: Path, resume: bool) -> None:
+        training.start_run(run_dir, resume, {}, stage=1)
+        run = small_run(run_dir, settings, batches=3)
+        if resume:
+            run.resume()
+        fit(run, validate=of_weights)
+
+    go(tmp_path / "whole", False)
+    expected, ways = outcome(tmp_path / "whole"), []
+    for call in range(1, 100):
+        run_dir = tmp_path / str(call)
+        killed_at(call)
+        try:
+            go(run_dir, False)
+        except Killed:
+            ways.append((run_dir / "last.pt").exists())  # whether to resume
+            with pytest.raises(UserError, match=f"set RESUME = {ways[-1]} to"):
+                go(run_dir, not ways[-1])
+            go(run_dir, ways[-1])
+            assert outcome(run_dir) == expected, call
+        else:
+            break
+    assert ways == [False] * 2 + [True] * (len(ways) - 2) and len(ways) > 20  # killed at constants.json, at last.pt
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_what_ends_a_validation_costs_the_validation_alone(tmp_path, error, epoch):
+    def ends(network):
+        if run.epoch == epoch:
+            raise error
+        return of_weights(network)
+
+    run = small_run(tmp_path / "ended", RunSettings(epochs=2, ema_decay=0.9))
+    with pytest.raises(error):
+        fit(run, validate=ends)
+    run, steps = small_run(tmp_path / "ended", RunSettings(epochs=2, ema_decay=0.9)), []
+    run.resume()
+    fit(run, validate=of_weights, after_step=lambda: steps.append(run.batch))
+    assert len(steps) == (0 if epoch else 2 * 4)
+    fit(small_run(tmp_path / "whole", RunSettings(epochs=2, ema_decay=0.9)), validate=of_weights)
+    assert outcome(tmp_path / "ended") == outcome(tmp_path / "whole")
+
+
+# --- the disk ---------------------------------------------------------------------------------------------------------
 
 
 def free(monkeypatch, size: float) -> None:

@@ -1,0 +1,79 @@
+"""The constants of both training scripts: which ones a resumed run takes over, and which ones may change."""
+
+import json
+from pathlib import Path
+
+from checkpoints import write_json
+from common import UserError
+
+# Each constant of the scripts is in one of three lists. A run is resumed only where these are as they were ...
+MUST_EQUAL = (
+    *("SEED", "BATCH_SIZE", "PERSONS_PER_BATCH", "PHOTOS_PER_PERSON", "ACCUMULATE", "EMA_DECAY"),  # its course
+    *("MARGIN", "SCALE", "EASY_MARGIN", "CENTRES_FROM_MEANS"),  # stage 1's loss
+    *("CONTRASTIVE_WEIGHT", "CONTRASTIVE_MARGIN", "INSTANCE_WEIGHT", "TEMPERATURE"),  # stage 2's losses
+    *("IMAGE_SIZE", "FACE_CROP", "WIDE_WEIGHT", "WIDE_SIZE", "MIRROR"),  # the network ...
+    *("FREEZE_UNTIL", "FREEZE_BATCHNORM", "DROPOUT"),  # ... and how it learns
+    *("HOLDOUT_PERSONS", "SKIP_KINDS", "OFTEN", "BALANCE"),  # what it is trained on ...
+    *("CLEAN", "DISTORT", "DISTORT_MOST", "CROP_ZOOM", "CROP_SHIFT"),  # ... and how that is varied
+    *("TEMPLATE", "QUICK_VALIDATION"),  # the figure that chooses the best epoch
+)
+# ... these may change, which a line reports, and are true from then on ...
+MAY_CHANGE = (
+    *("EPOCHS", "PATIENCE", "MAX_CLEAN_DROP"),
+    *("BACKBONE_LR", "HEAD_LR", "WIDE_LR", "WARMUP_STEPS", "WEIGHT_DECAY", "GRAD_CLIP"),
+    "AMP",
+)
+# ... and these do not matter: of files not the place counts but what is in them, which the run's facts identify.
+DOES_NOT_MATTER = (
+    *("DATA_DIR", "PRETRAINED", "TEACHER", "STAGE1_CHECKPOINT", "RUN_DIR"),
+    *("RESUME", "SAVE_EVERY", "CHECK_IMAGES", "NUM_WORKERS", "COMPILE"),
+)
+PLAIN = (bool, int, float, str, Path, tuple, type(None))  # a constant's value; not torch.nn.functional as F
+
+
+def plain_constants(script: dict) -> dict:
+    """The CAPITALS of a script's globals(), in types that JSON has."""
+
+    def plain(value):
+        if isinstance(value, tuple):
+            return [plain(part) for part in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in script.items() if name.isupper() and isinstance(value, PLAIN)}
+
+
+def course(script: dict) -> dict:
+    """The constants that a checkpoint states: all but those that do not matter."""
+    return {name: value for name, value in plain_constants(script).items() if name in MUST_EQUAL + MAY_CHANGE}
+
+
+def constants_then(run_dir: Path, saved: dict) -> dict:
+    """The constants with which the checkpoint `saved` in `run_dir` was trained; {} if neither it nor a file says."""
+    if "constants" in saved:
+        return saved["constants"]
+    try:  # a checkpoint of an earlier version
+        noted = json.loads((run_dir / "constants.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return noted if isinstance(noted, dict) else {}
+
+
+def check_constants(path: Path, then: dict, now: dict) -> dict[str, str]:
+    """The constants that changed since the checkpoint at `path`, with "<then> -> <now>"; all of them may change.
+
+    Raises UserError for the first one that must be equal and is not.
+    """
+    changed = [name for name in now if name in then and then[name] != now[name]]
+    for name in changed:
+        if name in MUST_EQUAL:
+            raise UserError(
+                f"{path}: cannot be resumed, {name} has changed ({then[name]!r} then, {now[name]!r} now); set it back, "
+                "or give RUN_DIR another name to start a new run"
+            )
+    return {name: f"{then[name]!r} -> {now[name]!r}" for name in changed}
+
+
+def note_constants(run_dir: Path, constants: dict, *, add: bool) -> None:
+    """Write `constants` to `run_dir`/constants.json; `add`: to what is noted there already."""
+    noted = constants_then(run_dir, {}) if add else {}
+    write_json(run_dir / "constants.json", noted | constants)
