@@ -15,11 +15,11 @@ from torch import nn
 
 import checkpoints
 import identify
+from answers import COLOURS, Answer
 from common import UserError
 from enrolment import calibrate, load_gallery
 from faces import Face
 from gallery import Gallery, build_gallery, embed_queries
-from identify import Answer
 
 ANN, BOB, CY, DI = (220, 40, 40), (40, 220, 40), (40, 40, 220), (220, 220, 40)
 STRANGER = (200, 215, 230)  # away from all of them, and nearest to cy
@@ -128,7 +128,10 @@ def test_persons_get_their_names_a_stranger_is_unknown_and_the_table_says_so(her
     assert answers[3].score < answers[3].threshold and answers[1].score is None and answers[1].reason
     assert all(answer.others == [] and answer.box is None for answer in answers)
     lines = capsys.readouterr().out.splitlines()
-    assert "people: 4 photos enrolled" in lines and "gallery.pt: 4 photos of 3 persons, saved" in lines
+    assert (
+        "people: 4 photos new, 0 changed, 0 moved, 0 missing" in lines
+        and "gallery.pt: 4 photos of 3 persons, saved" in lines
+    )
     assert any("50 % of the 24 photos of strangers in val reach it, among 3 persons" in line for line in lines)
     header, _, torn, bob, stranger, counts = lines[-6:]
     person, score, similar = (header.index(title) for title in ("person", "cosine", "similar to"))
@@ -153,15 +156,6 @@ def test_the_threshold_is_calibrated_on_the_split_and_kept_in_the_gallery(here):
     assert identify.main() == answers
     identify.CALIBRATE_ON = None
     assert identify.main() == answers
-
-
-def test_wide_and_unprintable_names_keep_the_columns_aligned():
-    names = ("a.png", "李小龍.png", "Zoe\u0308.png", "a\nb\udcff.png")
-    answers = [Answer(photo=name, status="named", person=name, score=0.5, resembles="x") for name in names]
-    lines = identify.table(answers).splitlines()
-    assert len({identify.width(line[: line.rindex("0.500")]) for line in lines[1:-1]}) == 1
-    assert lines[4].startswith("a\\nb\\udcff.png")
-    assert [identify.width(text) for text in ("abc", "李小龍", "e\u0308")] == [3, 6, 1]
 
 
 @pytest.mark.parametrize("template", ["mean", "best"])
@@ -371,7 +365,7 @@ def test_a_mistake_is_reported_before_anything_is_written(here, name, value, mes
     setattr(identify, name, value)
     with pytest.raises(UserError, match=message):
         identify.main()
-    assert sorted(here.rglob("*")) == before
+    assert sorted(path for path in here.rglob("*") if path.suffix != ".lock") == before
 
 
 def test_json_lines_are_the_answers_whatever_the_names(here):
@@ -404,7 +398,7 @@ def test_each_readable_photo_gets_a_picture_that_shows_the_answer_and_what_the_c
     assert names == ["0001_a.jpg", "0003_a.jpg", "0004_b.jpg", "0005_s.jpg"]  # 2: torn
     for name, status in (("0001_a.jpg", "named"), ("0003_a.jpg", "unknown")):
         with Image.open(Path("pictures") / name) as picture:
-            found = pixels_near(picture.convert("RGB"), identify.COLOURS[status])
+            found = pixels_near(picture.convert("RGB"), COLOURS[status])
         lower = found[found[:, 1] > 150]  # under the label
         assert lower.min(0).tolist() == pytest.approx([300, 151], abs=3)  # FACE_CROP = 0.5: 200 of 400 px
         assert lower.max(0).tolist() == pytest.approx([500, 300], abs=3)
@@ -461,7 +455,7 @@ def test_each_face_of_a_photo_has_its_row_and_its_box_in_the_picture(loose):
     ]
     assert answers[2].score == pytest.approx(1, abs=1e-3)
     with Image.open("pictures/0002_all.jpg") as picture:
-        found = pixels_near(picture.convert("RGB"), identify.COLOURS["unknown"])
+        found = pixels_near(picture.convert("RGB"), COLOURS["unknown"])
     lower = found[found[:, 1] >= 3 * 20 + 5]  # under the label
     assert (lower[:, 0].min(), lower[:, 0].max(), lower[:, 1].max()) == pytest.approx((300, 450, 210), abs=4)
 
@@ -480,7 +474,7 @@ def test_a_photo_without_a_face_is_reported_and_gets_no_name(loose, capsys):
 def test_the_largest_face_of_a_clean_photo_is_enrolled_and_a_photo_without_one_is_not(loose, capsys, caplog):
     write_squares("people/di/di_1.png")
     identify.main()
-    assert kept().paths[0] == Path("people/ann/clean/ann_1.png") and kept().persons == ["ann", "bob", "cy"]
+    assert kept().paths[0] == loose / "people/ann/clean/ann_1.png" and kept().persons == ["ann", "bob", "cy"]
     assert kept().embeddings[0].tolist() == pytest.approx(direction(ANN), abs=1e-5)
     assert not [message for message in caplog.messages if "same photo" in message]  # the bystander was not enrolled
     assert "people/di/di_1.png: no face, not enrolled" in capsys.readouterr().out
