@@ -3,21 +3,26 @@
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from common import plain_name
 from datasets import Person
-from enrolment import absolute, names_of, normal_name, select
+from enrolment import absolute, names_of, select
 from gallery import Gallery
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A photo of a person at an absolute path; digest: SHA-256 of its bytes, "" where they are not known."""
+    """A photo of a person at an absolute path; digest: SHA-256 of its bytes, "" where they are not known.
+
+    given: the path as it was found, for messages.
+    """
 
     person: str
     path: Path
     digest: str
+    given: Path = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,16 +85,18 @@ def _held_photos(gallery: Gallery | None) -> list[Photo]:
         return []
     digests = gallery.digests or [""] * len(gallery.paths)
     return [
-        Photo(person, absolute(path), digest)
+        Photo(person, absolute(path), digest, path)
         for person, path, digest in zip(names_of(gallery), gallery.paths, digests, strict=True)
     ]
 
 
 def _found_photos(persons: Sequence[Person]) -> list[Photo]:
-    places = [(normal_name(person.name), absolute(path)) for person in persons for path in person.clean]
+    places = [(plain_name(person.name), path) for person in persons for path in person.clean]
     with ThreadPoolExecutor() as pool:  # reading and hashing leave Python to other threads
         digests = pool.map(_digest, [path for _, path in places])
-        return [Photo(person, path, digest) for (person, path), digest in zip(places, digests, strict=True)]
+        return [
+            Photo(person, absolute(path), digest, path) for (person, path), digest in zip(places, digests, strict=True)
+        ]
 
 
 def _digest(path: Path) -> str:

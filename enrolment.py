@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,13 @@ from torch import Tensor
 import metrics
 import search
 from checkpoints import atomic_file
-from common import UserError, read_plain, warn_once
-from datasets import Person
+from common import UserError, plain_name, read_plain, warn_once
 from gallery import Gallery, Queries, score
 from scores import TEMPLATES, TIE, person_scores
 
 FORMAT = 2  # of the gallery files
 FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold", "quality")
+OPTIONAL = "digests"  # which galleries of earlier versions lack
 # What a threshold states, see `calibrate`.
 STATED = {"cosine": float, "far": float, "template": str, "strangers": int, "persons": int, "source": str}
 STATED |= {"quality": (float, type(None)), "refuse": (float, int, type(None)), "unusable": int}
@@ -40,16 +41,23 @@ def empty_gallery(dimensions: int, *, template: str, made_by: dict, rated: bool)
     )
 
 
+def absolute(path: Path) -> Path:
+    """`path` from the root on; symlinks stay in it, so that a link to the newest version of a folder is one place."""
+    return Path(os.path.abspath(path))
+
+
 def enroll(
     gallery: Gallery,
     embeddings: Tensor,
     persons: Sequence[str],
     paths: Sequence[Path],
     quality: Tensor | None = None,
+    digests: Sequence[str] | None = None,
 ) -> Gallery:
     """`gallery` with N photos added, of persons in it or new ones.
 
-    embeddings: (N, D) float32, rows of norm 1; persons and paths: N each; quality: (N,), if the model rates photos.
+    embeddings: (N, D) float32, rows of norm 1; persons and paths: N each; quality: (N,), if the model rates photos;
+    digests: N, see Gallery.
     A photo that its person has already, by its path or its embedding, is not added again; a photo of another person is
     added. Both give a warning.
     Raises UserError for an empty name, for lengths that differ, and for photos without a quality in a gallery with one
@@ -69,7 +77,7 @@ def enroll(
         raise UserError("either all photos of a gallery have a quality or none; enroll all of them again")
     enrolled = len(gallery.paths)
     rows = torch.cat([gallery.embeddings, embeddings])
-    names, photos = [*names_of(gallery), *persons], [*gallery.paths, *paths]
+    names, photos = [*names_of(gallery), *map(plain_name, persons)], [*gallery.paths, *paths]
     _warn_other_names(rows, names, photos, enrolled)
     kept, of_person = [], {name: [] for name in names}
     for row, (name, path) in enumerate(zip(names, photos, strict=True)):
@@ -79,8 +87,14 @@ def enroll(
         else:
             of_person[name].append(row)
             kept.append(row)
-    ratings = None if quality is None else torch.cat([gallery.quality, quality])
-    return _select(gallery, kept, embeddings=rows, names=names, paths=photos, quality=ratings)
+    everything = replace(
+        gallery,
+        embeddings=rows,
+        paths=photos,
+        quality=None if quality is None else torch.cat([gallery.quality, quality]),
+        digests=[*(gallery.digests or [""] * enrolled), *(digests or [""] * len(paths))],
+    )
+    return select(everything, kept, names)
 
 
 def _warn_other_names(rows: Tensor, names: Sequence[str], paths: Sequence[Path], enrolled: int) -> None:
@@ -98,34 +112,18 @@ def _warn_other_names(rows: Tensor, names: Sequence[str], paths: Sequence[Path],
 
 def remove(gallery: Gallery, person: str) -> Gallery:
     """`gallery` without that person. Raises UserError if it holds no such person, or no other one."""
+    person = plain_name(person)
     if person not in gallery.persons:
         raise UserError(f"cannot remove {person!r}: not in the gallery{did_you_mean(person, gallery.persons)}")
     if len(gallery.persons) == 1:
         raise UserError(f"cannot remove {person!r}, the last person in the gallery; delete the gallery's file instead")
     names = names_of(gallery)
-    return _select(
-        gallery,
-        [row for row, name in enumerate(names) if name != person],
-        embeddings=gallery.embeddings,
-        names=names,
-        paths=gallery.paths,
-        quality=gallery.quality,
-    )
+    return select(gallery, [row for row, name in enumerate(names) if name != person], names)
 
 
 def names_of(gallery: Gallery) -> list[str]:
     """The person of each photo."""
     return [gallery.persons[label] for label in gallery.labels.tolist()]
-
-
-def new_photos(gallery: Gallery | None, persons: Sequence[Person]) -> dict[Path, str]:
-    """Clean photo -> person: the photos of `persons` that the gallery does not hold, by person and path."""
-    held = set()
-    if gallery is not None:
-        held = {(name, path.resolve()) for name, path in zip(names_of(gallery), gallery.paths, strict=True)}
-    return {
-        photo: person.name for person in persons for photo in person.clean if (person.name, photo.resolve()) not in held
-    }
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
@@ -134,26 +132,20 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _select(
-    gallery: Gallery,
-    rows: Sequence[int],
-    *,
-    embeddings: Tensor,
-    names: Sequence[str],
-    paths: Sequence[Path],
-    quality: Tensor | None,
-) -> Gallery:
-    """`gallery` with the photos at these `rows` of the lists: persons sorted, the photos of each in the order given."""
+def select(gallery: Gallery, rows: Sequence[int], names: Sequence[str]) -> Gallery:
+    """The photos at `rows` of a gallery, under these `names`, one for each of all its photos: persons sorted, the
+    photos of each in the order given. The labels and persons that `gallery` has do not count."""
     rows = sorted(rows, key=lambda row: names[row])  # stable
     persons = sorted({names[row] for row in rows})
     label = {name: index for index, name in enumerate(persons)}
     return replace(
         gallery,
-        embeddings=embeddings[rows],
-        labels=torch.tensor([label[names[row]] for row in rows]),
+        embeddings=gallery.embeddings[rows],
+        labels=torch.tensor([label[names[row]] for row in rows], dtype=torch.int64),
         persons=persons,
-        paths=[paths[row] for row in rows],
-        quality=None if quality is None else quality[rows],
+        paths=[gallery.paths[row] for row in rows],
+        quality=None if gallery.quality is None else gallery.quality[rows],
+        digests=[gallery.digests[row] for row in rows] if gallery.digests else [],
     )
 
 
@@ -279,10 +271,10 @@ def similar_persons(gallery: Gallery, embeddings: Tensor, count: int) -> list[li
 
 
 def save_gallery(path: Path, gallery: Gallery) -> None:
-    """Write tensors and plain types, atomically; photos by their paths only."""
-    content = {"format": FORMAT} | {name: getattr(gallery, name) for name in FIELDS}
+    """Write tensors and plain types, atomically; of photos their absolute paths and digests only."""
+    content = {"format": FORMAT} | {name: getattr(gallery, name) for name in (*FIELDS, OPTIONAL)}
     with atomic_file(path) as file:
-        torch.save(content | {"paths": [str(photo) for photo in gallery.paths]}, file)
+        torch.save(content | {"paths": [str(absolute(photo)) for photo in gallery.paths]}, file)
 
 
 def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
@@ -301,12 +293,14 @@ def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
         embeddings=saved["embeddings"],
         labels=saved["labels"],
         persons=saved["persons"],
-        paths=[Path(photo) for photo in saved["paths"]],
+        paths=[absolute(Path(photo)) for photo in saved["paths"]],  # those of earlier versions may be relative
         template=saved["template"],
         made_by=saved["made_by"],
         threshold=saved["threshold"],
         quality=saved["quality"],
+        digests=saved.get(OPTIONAL, []),
     )
+    gallery = select(gallery, range(len(gallery.paths)), [plain_name(name) for name in names_of(gallery)])
     expected = gallery.made_by if made_by is None else made_by
     pairs = {name: (gallery.made_by.get(name), expected.get(name)) for name in gallery.made_by | expected}
     differences = [f"{name} {there!r}, here {here!r}" for name, (there, here) in pairs.items() if there != here]
@@ -350,6 +344,10 @@ def _fault_of_photos(saved: dict) -> str | None:
         isinstance(quality, Tensor) and quality.dtype == torch.float32 and quality.shape == shape
     ):
         return "its quality is not one number per embedding"
+    digests = saved.get(OPTIONAL, [])
+    known = isinstance(digests, list) and all(isinstance(digest, str) for digest in digests)
+    if not known or len(digests) not in (0, len(embeddings)):
+        return "its digests are not one text per embedding"
     return None
 
 

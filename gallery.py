@@ -31,6 +31,7 @@ class Gallery:
     made_by: of the model, its fingerprint, image_size and face_crop: what other embeddings must share.
     threshold: of `calibrate`; None: every query is given a name.
     quality: (G,) float32, of each photo as the model rates it; None where it does not.
+    digests: SHA-256 of each photo's bytes when it was enrolled, "" where not known; []: of none.
     """
 
     embeddings: Tensor
@@ -41,6 +42,7 @@ class Gallery:
     made_by: dict = field(default_factory=dict)
     threshold: dict | None = None
     quality: Tensor | None = None
+    digests: list[str] = field(default_factory=list)
 
     @property
     def weighted(self) -> Tensor:

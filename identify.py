@@ -7,29 +7,29 @@ Adds the photos of ENROLL that GALLERY does not hold yet. On CALIBRATE_ON it cho
 JSON_LINES and ANNOTATED.
 """
 
-import json
+import contextlib
 import math
-import sys
 import tempfile
-import unicodedata
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import checkpoints
 import common
 import enrolment
+from answers import NAMED, UNKNOWN, UNUSABLE, Answer, annotate, counted, printable, table, write_json_lines
+from changes import Changes, Photo, find_changes
 from common import UserError
 from datasets import Person, scan_persons
-from faces import NO_FACE, UNREADABLE, Box, FaceDetector, Label, Reading, draw_labels, read_faces
+from faces import FaceDetector, Reading, read_faces
 from folders import photos_below
 from gallery import Gallery, embed, embed_split, made_by
 from scores import check_template
-from transforms import FaceCrop, eval_transform, load_image
+from transforms import FaceCrop, eval_transform
 
 # --- the photos to identify ---
 PHOTOS = [Path("photos")]  # photos, and folders with photos at any depth; []: only update the gallery
@@ -71,50 +71,36 @@ ANNOTATED_SIDE = 1024  # px, longer side of those pictures, 200..4096
 BATCH_SIZE = 64  # faces embedded at a time, >= 1
 NUM_WORKERS = 2  # processes that load images, 0..CPU cores
 
-NAMED, UNKNOWN, UNUSABLE = "named", "unknown", "not usable"  # beside faces.NO_FACE and UNREADABLE
-COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", UNUSABLE: "#555555", NO_FACE: "#555555"}  # of annotations
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The result for a face, or for a photo that shows none; None where a value does not apply."""
-
-    photo: str  # as given or found
-    status: str  # "named", "unknown", "not usable", "no face" or "unreadable"
-    person: str | None = None  # the name, if there is one
-    score: float | None = None  # cosine with `resembles`
-    threshold: float | None = None  # the lowest score that gives a name; None: every face gets one
-    resembles: str | None = None  # the most similar person, named or not
-    others: list[dict] = field(default_factory=list)  # {person, score} of the TOP - 1 next most similar persons
-    box: Box | None = None  # left, top, right, bottom in pixels of the upright photo, with FIND_FACES
-    reason: str | None = None  # why the photo is unreadable or not usable
-    quality: float | None = None  # of the photo, if the model rates it
-
 
 def main() -> list[Answer]:
-    """Update the gallery, identify PHOTOS, print and write the answers; returns them."""
+    """Update the gallery, identify PHOTOS, write and print the answers; returns them."""
     check_constants()
     photos = collect_photos(PHOTOS)
+    persons = scan_persons(ENROLL, check_images=False) if ENROLL is not None else []
     reader = FaceReader(common.pick_device())
-    saved = enrolment.load_gallery(GALLERY, reader.made_by) if GALLERY.is_file() else None
-    threshold = find_threshold(saved, reader)  # first: it may fail, and does not depend on who is enrolled
-    gallery = remove_persons(enroll_new(saved, reader, quality_bound(threshold)))
-    gallery = replace(gallery, template=TEMPLATE, threshold=threshold)
-    changed = saved is None or state_of(gallery) != state_of(saved)
-    if changed and common.is_main():  # one of several processes writes
-        enrolment.save_gallery(GALLERY, gallery)
+    # One of several processes locks and writes.
+    with checkpoints.locked(GALLERY, refusal=None) if common.is_main() else contextlib.nullcontext():
+        saved = read_gallery(reader)
+        threshold = find_threshold(saved, reader)  # first: it may fail, and does not depend on who is enrolled
+        gallery, lines = enroll_persons(saved, persons, reader, quality_bound(threshold))
+        gallery = replace(remove_persons(gallery), template=TEMPLATE, threshold=threshold)
+        changed = saved is None or state_of(gallery) != state_of(saved)
+        if changed and common.is_main():
+            checkpoints.check_writable("GALLERY", GALLERY, folder=False)
+            enrolment.save_gallery(GALLERY, gallery)
     size = f"{counted(len(gallery.paths), 'photo')} of {counted(len(gallery.persons), 'person')}"
-    print(f"{GALLERY}: {size}{', saved' * changed}")
-    print(enrolment.describe_threshold(gallery))
+    lines += [f"{GALLERY}: {size}{', saved' * changed}", enrolment.describe_threshold(gallery)]
+    print("\n".join(lines))
 
     answers = identify_photos(gallery, photos, reader)
+    if JSON_LINES is not None and common.is_main():
+        write_json_lines(JSON_LINES, answers)
+    if ANNOTATED is not None and common.is_main():
+        pictures = annotate(ANNOTATED, answers, side=ANNOTATED_SIDE, fraction=reader.crop.fraction)
     if answers:
         print(table(answers))
-    if common.is_main():
-        if JSON_LINES is not None:
-            write_json_lines(JSON_LINES, answers)
-        if ANNOTATED is not None:
-            annotate(ANNOTATED, answers, reader.crop.fraction)
+    if ANNOTATED is not None and common.is_main():
+        print(f"{ANNOTATED}: {counted(pictures, 'picture')}")
     return answers
 
 
@@ -148,6 +134,9 @@ def check_constants() -> None:
                     f"ANNOTATED = {ANNOTATED}: lies in {folder}, so the next run would identify its pictures too; "
                     "choose a folder outside PHOTOS"
                 )
+        checkpoints.check_writable("ANNOTATED", ANNOTATED, folder=True)
+    if JSON_LINES is not None:
+        checkpoints.check_writable("JSON_LINES", JSON_LINES, folder=False)
 
 
 def collect_photos(places: Sequence[Path | str]) -> list[Path]:
@@ -236,6 +225,16 @@ def rate(reading: Reading, quality: float, bound: float) -> Reading:
 # --- the gallery ------------------------------------------------------------------------------------------------------
 
 
+def read_gallery(reader: FaceReader) -> Gallery | None:
+    """What GALLERY holds; None if there is no such file. One of several processes reads it, under its lock."""
+    gallery = [None]
+    if common.is_main() and GALLERY.is_file():
+        gallery = [enrolment.load_gallery(GALLERY, reader.made_by)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(gallery, device=reader.device)
+    return gallery[0]
+
+
 def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
     """The gallery's threshold if it was found for FALSE_ACCEPT, TEMPLATE, REFUSE and CALIBRATE_ON, else a new one.
 
@@ -265,6 +264,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
             f"CALIBRATE_ON = {CALIBRATE_ON}: no distorted photo to use as a query; expected "
             f"{CALIBRATE_ON}/<person>/distortion/*.jpg"
         )
+    checkpoints.check_writable("GALLERY", GALLERY, folder=False)
     with tempfile.TemporaryDirectory() as folder:
         others, queries = embed_split(
             reader.model,
@@ -303,50 +303,94 @@ def quality_bound(threshold: dict | None) -> float:
     return -math.inf if bound is None else bound
 
 
-def enroll_new(gallery: Gallery | None, reader: FaceReader, bound: float) -> Gallery:
-    """`gallery` (None: a new one) with the clean photos of ENROLL that it does not hold, except of persons in REMOVE.
+def enroll_persons(
+    gallery: Gallery | None, persons: Sequence[Person], reader: FaceReader, bound: float
+) -> tuple[Gallery, list[str]]:
+    """`gallery` (None: a new one) with the clean photos of `persons` as they are now, except of those in REMOVE, and
+    lines on what has changed.
 
     The largest face of a photo counts. Photos without one, unreadable ones and, unless ENROLL_UNUSABLE, those of a
-    quality below `bound` are reported. Raises what scan_persons raises; UserError for a name in REMOVE that is nowhere,
-    or if there is neither a gallery nor a photo for one.
+    quality below `bound` are not enrolled; where they are in the place of another photo, that one stays. So do photos
+    that are no longer anywhere. Raises UserError for a name in REMOVE that is nowhere, or if there is neither a gallery
+    nor a photo for one.
     """
-    persons = scan_persons(ENROLL, check_images=False) if ENROLL is not None else []
     check_removals(persons, gallery)
-    new = enrolment.new_photos(gallery, [person for person in persons if person.name not in REMOVE])
-    if not new:
+    if ENROLL is None:
+        return gallery, []
+    removed = {common.plain_name(name) for name in REMOVE}
+    persons = [person for person in persons if common.plain_name(person.name) not in removed]
+    changes = find_changes(gallery, persons)
+    photos = changes.new + changes.changed
+    if gallery is None and not photos:
+        raise UserError(f"ENROLL = {ENROLL}: no clean photo to enroll; expected {ENROLL}/<person>/*.jpg")
+    lines, used = [], []
+    if photos:
+        checkpoints.check_writable("GALLERY", GALLERY, folder=False)
+        bound = -math.inf if ENROLL_UNUSABLE else bound
+        readings, embeddings = reader.embed([photo.given for photo in photos], "enrolling", bound=bound, most=1)
+        lines += [not_enrolled(reading, changes) for reading in readings if reading.status is not None]
+        used = [(photo, reading) for photo, reading in zip(photos, readings, strict=True) if reading.status is None]
+    if gallery is None and not used:
+        print("\n".join(lines))
+        raise UserError(f"ENROLL = {ENROLL}: none of its clean photos shows a usable face; add others")
+    gallery = changes.gallery
+    if used:
+        rated = used[0][1].quality is not None
         if gallery is None:
-            raise UserError(f"ENROLL = {ENROLL}: no clean photo to enroll; expected {ENROLL}/<person>/*.jpg")
-        return gallery
-    bound = -math.inf if ENROLL_UNUSABLE else bound
-    readings, embeddings = reader.embed(list(new), "enrolling", bound=bound, most=1)
-    for reading in readings:
-        if reading.status is not None:
-            reason = f" ({reading.reason})" if reading.reason else ""
-            hint = "; ENROLL_UNUSABLE = True enrolls it" if reading.status == UNUSABLE else ""
-            print(printable(f"{reading.photo}: {reading.status}{reason}, not enrolled{hint}"))
-    used = [reading for reading in readings if reading.status is None]
-    if not used:
-        if gallery is None:
-            raise UserError(f"ENROLL = {ENROLL}: none of its clean photos shows a usable face; add others")
-        return gallery
-    rated = used[0].quality is not None
-    if gallery is None:
-        gallery = enrolment.empty_gallery(embeddings.shape[1], template=TEMPLATE, made_by=reader.made_by, rated=rated)
-    enrolled = enrolment.enroll(
-        gallery,
+            gallery = enrolment.empty_gallery(
+                embeddings.shape[1], template=TEMPLATE, made_by=reader.made_by, rated=rated
+            )
+        quality = torch.tensor([reading.quality for _, reading in used]) if rated else None
+        gallery = add_photos(gallery, [photo for photo, _ in used], embeddings, quality)
+    summary = summary_of(changes, [photo for photo, _ in used], removed)
+    return gallery, [*lines, f"{ENROLL}: {summary}"]
+
+
+def add_photos(gallery: Gallery, photos: Sequence[Photo], embeddings: Tensor, quality: Tensor | None) -> Gallery:
+    """`gallery` with `photos`, each in place of the one of that person at that path, if there is one."""
+    added = {(photo.person, photo.path) for photo in photos}
+    names = enrolment.names_of(gallery)
+    places = zip(names, gallery.paths, strict=True)
+    others = [row for row, place in enumerate(places) if place not in added]
+    return enrolment.enroll(
+        enrolment.select(gallery, others, names),
         embeddings,
-        persons=[new[reading.photo] for reading in used],
-        paths=[reading.photo for reading in used],
-        quality=torch.tensor([reading.quality for reading in used]) if rated else None,
+        persons=[photo.person for photo in photos],
+        paths=[photo.path for photo in photos],
+        quality=quality,
+        digests=[photo.digest for photo in photos],
     )
-    print(f"{ENROLL}: {counted(len(enrolled.paths) - len(gallery.paths), 'photo')} enrolled")
-    return enrolled
+
+
+def not_enrolled(reading: Reading, changes: Changes) -> str:
+    """Why a photo of ENROLL was not enrolled."""
+    reason = f" ({reading.reason})" if reading.reason else ""
+    hint = "; ENROLL_UNUSABLE = True enrolls it" if reading.status == UNUSABLE else ""
+    stays = "; the photo enrolled from there before stays" * any(
+        photo.given == reading.photo for photo in changes.changed
+    )
+    return printable(f"{reading.photo}: {reading.status}{reason}, not enrolled{hint}{stays}")
+
+
+def summary_of(changes: Changes, enrolled: Sequence[Photo], removed: Collection[str]) -> str:
+    """What was new, changed, moved or missing among the photos of ENROLL."""
+    changed = sum(photo in changes.changed for photo in enrolled)
+    missing = [name for name in changes.missing if name not in removed]
+    text = f"{counted(len(enrolled) - changed, 'photo')} new, {changed} changed, {changes.moved} moved, "
+    text += f"{len(missing)} missing"
+    if changes.copies:
+        text += f"; {counted(changes.copies, 'copy')} of others left out".replace("copys", "copies")
+    if missing:
+        names = common.list_names(sorted(set(missing)))
+        text += f"; the missing ones stay enrolled ({names}), REMOVE takes persons out"
+    return printable(text)
 
 
 def check_removals(persons: Sequence[Person], gallery: Gallery | None) -> None:
     """Raise UserError for a name in REMOVE that is neither in ENROLL nor in the gallery."""
-    known = {person.name for person in persons} | set(gallery.persons if gallery is not None else ())
-    for name in REMOVE:
+    known = {common.plain_name(person.name) for person in persons}
+    known |= set(gallery.persons if gallery is not None else ())
+    for name in map(common.plain_name, REMOVE):
         if name not in known:
             places = [str(ENROLL)] * (ENROLL is not None) + [str(GALLERY)] * (gallery is not None)
             raise UserError(f"REMOVE: {name!r} is not in {' or '.join(places)}{enrolment.did_you_mean(name, known)}")
@@ -354,7 +398,7 @@ def check_removals(persons: Sequence[Person], gallery: Gallery | None) -> None:
 
 def remove_persons(gallery: Gallery) -> Gallery:
     """`gallery` without the persons in REMOVE. Raises UserError if no person would be left."""
-    for name in REMOVE:
+    for name in map(common.plain_name, REMOVE):
         if name in gallery.persons:
             gallery = enrolment.remove(gallery, name)
     return gallery
@@ -362,7 +406,7 @@ def remove_persons(gallery: Gallery) -> Gallery:
 
 def state_of(gallery: Gallery) -> tuple:
     """What differs if a gallery has changed: embeddings come and go with their photos."""
-    return enrolment.names_of(gallery), gallery.paths, gallery.template, gallery.threshold
+    return enrolment.names_of(gallery), gallery.paths, gallery.digests, gallery.template, gallery.threshold
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -392,87 +436,6 @@ def identify_photos(gallery: Gallery, photos: Sequence[Path], reader: FaceReader
                 answer = replace(answer, status=NAMED, person=person)
         answers.append(answer)
     return answers
-
-
-def table(answers: Sequence[Answer]) -> str:
-    """A line per answer, columns aligned, then the counts."""
-    lines = [("photo", "person", "cosine", "similar to")]
-    for answer in answers:
-        if answer.score is None:
-            lines.append((answer.photo, f"({answer.status})", "", answer.reason or ""))
-            continue
-        similar = [] if answer.person else [answer.resembles]
-        similar += [f"{other['person']} {other['score']:.3f}" for other in answer.others]
-        lines.append((answer.photo, answer.person or UNKNOWN, f"{answer.score:.3f}", ", ".join(similar)))
-    lines = [[printable(cell) for cell in line] for line in lines]
-    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(cell + " " * (most - width(cell)) for cell, most in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-    counts = Counter(answer.status for answer in answers)
-    parts = [f"{counts[NAMED]} named", f"{counts[UNKNOWN]} unknown"]
-    rest = {UNUSABLE: "not usable", NO_FACE: "without a face", UNREADABLE: "unreadable"}
-    parts += [f"{counts[status]} {what}" for status, what in rest.items() if counts[status]]
-    photos = len({answer.photo for answer in answers})
-    return "\n".join([*text, f"{counted(photos, 'photo')}: {', '.join(parts)}"])
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
-
-
-def printable(text: str) -> str:
-    """`text` with \\-escapes for what a terminal cannot show or would obey, such as a newline in a file's name."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def width(text: str) -> int:
-    """Columns on a terminal: two for a wide character (Chinese, emoji), none for an accent that joins its letter."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-
-
-def write_json_lines(path: Path, answers: Sequence[Answer]) -> None:
-    lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-    with checkpoints.atomic_file(path) as file:
-        # Bytes of a file's name that are not UTF-8 become \udcff and the like, which JSON can hold.
-        file.write(lines.encode("utf-8", "backslashreplace"))
-
-
-def annotate(folder: Path, answers: Sequence[Answer], fraction: float) -> None:
-    """Write a picture of each readable photo, `<number>_<its name>.jpg`: each face in its box with the answer.
-
-    fraction: share of the shorter side in the box of a photo without a face's box, which is what the crop keeps.
-    """
-    by_photo: dict[str, list[Answer]] = {}
-    for answer in answers:
-        by_photo.setdefault(answer.photo, []).append(answer)
-    written = 0
-    for number, (photo, faces) in enumerate(by_photo.items(), start=1):
-        if faces[0].status == UNREADABLE:
-            continue
-        image = load_image(Path(photo))
-        labels = [label_of(face, image.size, fraction) for face in faces]
-        # At most 255 bytes in a file's name.
-        with checkpoints.atomic_file(folder / f"{number:04d}_{Path(photo).stem[:50]}.jpg") as file:
-            picture = draw_labels(image, labels, ANNOTATED_SIDE)
-            picture.save(file, "JPEG", quality=90, subsampling=0)  # thin lines keep their colour
-        written += 1
-    print(f"{folder}: {counted(written, 'picture')}")
-
-
-def label_of(answer: Answer, size: tuple[int, int], fraction: float) -> Label:
-    """What the picture of a photo of `size` (width, height) says of a face."""
-    (width, height), side = size, fraction * min(size)
-    centre = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
-    score = "" if answer.score is None else f" {answer.score:.2f}"
-    return Label(
-        text=f"{answer.person or answer.status}{score}",
-        colour=COLOURS[answer.status],
-        box=None if answer.status == NO_FACE else answer.box or centre,
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""What identify.py finds: its answers as a table, as JSON lines, and drawn on copies of the photos."""
+
+import json
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from checkpoints import atomic_file
+from faces import NO_FACE, UNREADABLE, Box, Label, draw_labels
+from transforms import load_image
+
+NAMED, UNKNOWN, UNUSABLE = "named", "unknown", "not usable"  # beside faces.NO_FACE and UNREADABLE
+COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", UNUSABLE: "#555555", NO_FACE: "#555555"}  # of annotations
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result for a face, or for a photo that shows none; None where a value does not apply."""
+
+    photo: str  # as given or found
+    status: str  # "named", "unknown", "not usable", "no face" or "unreadable"
+    person: str | None = None  # the name, if there is one
+    score: float | None = None  # cosine with `resembles`
+    threshold: float | None = None  # the lowest score that gives a name; None: every face gets one
+    resembles: str | None = None  # the most similar person, named or not
+    others: list[dict] = field(default_factory=list)  # {person, score} of the TOP - 1 next most similar persons
+    box: Box | None = None  # left, top, right, bottom in pixels of the upright photo, with FIND_FACES
+    reason: str | None = None  # why the photo is unreadable or not usable
+    quality: float | None = None  # of the photo, if the model rates it
+
+
+def table(answers: Sequence[Answer]) -> str:
+    """A line per answer, columns aligned, then the counts."""
+    lines = [("photo", "person", "cosine", "similar to")]
+    for answer in answers:
+        if answer.score is None:
+            lines.append((answer.photo, f"({answer.status})", "", answer.reason or ""))
+            continue
+        similar = [] if answer.person else [answer.resembles]
+        similar += [f"{other['person']} {other['score']:.3f}" for other in answer.others]
+        lines.append((answer.photo, answer.person or UNKNOWN, f"{answer.score:.3f}", ", ".join(similar)))
+    lines = [[printable(cell) for cell in line] for line in lines]
+    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join(cell + " " * (most - width(cell)) for cell, most in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    counts = Counter(answer.status for answer in answers)
+    parts = [f"{counts[NAMED]} named", f"{counts[UNKNOWN]} unknown"]
+    rest = {UNUSABLE: "not usable", NO_FACE: "without a face", UNREADABLE: "unreadable"}
+    parts += [f"{counts[status]} {what}" for status, what in rest.items() if counts[status]]
+    photos = len({answer.photo for answer in answers})
+    return "\n".join([*text, f"{counted(photos, 'photo')}: {', '.join(parts)}"])
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def printable(text: str) -> str:
+    """`text` with \\-escapes for what a terminal cannot show or would obey, such as a newline in a file's name."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def width(text: str) -> int:
+    """Columns on a terminal: two for a wide character (Chinese, emoji), none for an accent that joins its letter."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def write_json_lines(path: Path, answers: Sequence[Answer]) -> None:
+    lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
+    with atomic_file(path) as file:
+        # Bytes of a file's name that are not UTF-8 become \udcff and the like, which JSON can hold.
+        file.write(lines.encode("utf-8", "backslashreplace"))
+
+
+def annotate(folder: Path, answers: Sequence[Answer], *, side: int, fraction: float) -> int:
+    """Write a picture of each readable photo, `<number>_<its name>.jpg`: each face in its box with the answer.
+
+    Returns the number of pictures. side: px, longer side of each. fraction: share of a photo's shorter side in the box
+    where a photo has no face's box, which is what the crop keeps.
+    """
+    by_photo: dict[str, list[Answer]] = {}
+    for answer in answers:
+        by_photo.setdefault(answer.photo, []).append(answer)
+    written = 0
+    for number, (photo, faces) in enumerate(by_photo.items(), start=1):
+        if faces[0].status == UNREADABLE:
+            continue
+        image = load_image(Path(photo))
+        labels = [label_of(face, image.size, fraction) for face in faces]
+        # At most 255 bytes in a file's name.
+        with atomic_file(folder / f"{number:04d}_{Path(photo).stem[:50]}.jpg") as file:
+            picture = draw_labels(image, labels, side)
+            picture.save(file, "JPEG", quality=90, subsampling=0)  # thin lines keep their colour
+        written += 1
+    return written
+
+
+def label_of(answer: Answer, size: tuple[int, int], fraction: float) -> Label:
+    """What the picture of a photo of `size` (width, height) says of a face."""
+    (width, height), side = size, fraction * min(size)
+    centre = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    score = "" if answer.score is None else f" {answer.score:.2f}"
+    return Label(
+        text=f"{answer.person or answer.status}{score}",
+        colour=COLOURS[answer.status],
+        box=None if answer.status == NO_FACE else answer.box or centre,
+    )
