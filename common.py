@@ -1,13 +1,18 @@
-"""What every module may need: errors and warnings, seeds, the device and the processes, checks of constants."""
+"""What every module may need: errors, warnings and output, seeds, the device and the processes, checks of constants."""
 
+import contextlib
+import errno
 import functools
 import logging
 import math
 import os
 import pickle
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -46,7 +51,7 @@ class UserError(ValueError):
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log `message` as a warning, the first time it comes up in this process."""
+    """Log `message` as a warning, the first time that it comes up in a run of a script; see pick_device."""
     log.warning(message)
 
 
@@ -72,28 +77,147 @@ def in_range(value: object, kind: type, low: float, high: float) -> bool:
     return number and low <= value <= high
 
 
-def run_script(main: Callable[[], object]) -> None:
-    """Call `main()`. A UserError ends the script with its sentence alone, anything else with a traceback."""
+# --- text and output --------------------------------------------------------------------------------------------------
+
+
+def safe_text(text: str, *, keep: str = "", encoding: str = "utf-8") -> str:
+    """`text` with \\-escapes for all that a terminal would obey or `encoding` cannot write; `keep` stays as it is.
+
+    Names of folders and files come from anywhere: they may hold escape codes, newlines, marks that turn the direction
+    of writing, or bytes that are no UTF-8. The joiners of Hindi, Persian and emoji and wide spaces stay.
+    """
+    shown = "".join(c if c in keep or _is_shown(c) else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
+
+
+def csv_cell(value: object) -> object:
+    """`value` for a cell of a CSV file: a safe text, and never a formula to a spreadsheet (OWASP: CSV injection).
+
+    Applied twice it changes no more than once. A number written as text stays a number.
+    """
+    if not isinstance(value, str):
+        return value
+    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _is_number(value)
+    return "'" * formula + safe_text(value)
+
+
+def _is_number(text: str) -> bool:
     try:
-        main()
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class _Output:
+    """stdout or stderr of a script: it ends no work. After the first write that fails, the rest goes nowhere.
+
+    escape: whether lines pass through `safe_text`; a progress bar moves the cursor.
+    """
+
+    def __init__(self, stream: TextIO, *, escape: bool):
+        self._stream, self._escape = stream, escape
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        shown = safe_text(text, keep="\n\t", encoding=self._stream.encoding or "utf-8") if self._escape else text
+        with self._forgiving():
+            self._stream.write(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # of what is buffered Python would complain at its end
+            # The reader of a pipe has seen enough (on Windows that is EINVAL); a full disk is worth a word.
+            if self._escape and error.errno not in (errno.EPIPE, errno.EINVAL):
+                log.warning(f"the output cannot be written ({error.strerror}); the work goes on without it")
+
+
+class _SafeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return safe_text(super().format(record), keep="\n\t")
+
+
+@contextlib.contextmanager
+def _safe_output() -> Iterator[None]:
+    """Meanwhile, whatever is printed or logged is safe to show, and none of it can end the work."""
+    logging.lastResort.setFormatter(_SafeFormatter())
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
+            if (stream := getattr(sys, name)) is not None:  # None: closed, or a program without a console
+                output = _Output(stream, escape=name == "stdout")
+                stack.enter_context(redirect(output))
+                stack.callback(output.flush)
+        yield
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call `main()`. A UserError ends the script with its sentence alone, anything else with a traceback.
+
+    Output ends nothing: what is printed or logged is made safe to show, and a closed pipe is no error.
+    """
+    try:
+        with _safe_output():
+            main()
     except UserError as error:
         if os.environ.get("TRACEBACK"):
             raise
-        sys.exit(f"error: {error}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
+        _exit(f"error: {error}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
     except KeyboardInterrupt as interrupt:
         way_on = "; RESUME = True goes on from the last checkpoint, if there is one"
         resumes = "RESUME" in getattr(main, "__globals__", {})
-        sys.exit(f"\n{str(interrupt) or 'interrupted' + (way_on if resumes else '')}")
+        _exit(f"\n{str(interrupt) or 'interrupted' + (way_on if resumes else '')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _exit(message: str) -> NoReturn:
+    sys.exit(safe_text(message, keep="\n\t"))
+
+
+def check_writable(constant: str, path: Path, folder: bool) -> None:
+    """Make `path`, or the folder that the file `path` will lie in, and write a file there: before the work, not after.
+
+    Raises UserError, with the name of the `constant`, where that fails.
+    """
+    place = path if folder else path.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"0")
+        if not folder and path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder of that name exists")
+    except OSError as error:
+        raise UserError(
+            f"{constant} = {path}: cannot be written ({error.strerror or error}); give {constant} another place"
+        ) from error
+
+
+# --- device and processes ---------------------------------------------------------------------------------------------
 
 
 def pick_device() -> torch.device:
     """A CUDA GPU if there is one, else the CPU; under torchrun this process's own, and the processes are joined.
 
     TF32 is allowed: 10 bits of mantissa in the products, as trained nets tolerate, for several times the speed.
+    Here the main() of a script begins: what an earlier one in this process has warned of comes up again.
     """
+    warn_once.cache_clear()
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
