@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 # Without any set-up, logging prints a warning as the bare sentence on stderr: what a script's user should see.
 log = logging.getLogger(__name__)
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet computes
 # What a run's constants may be; those that a module takes, it checks itself.
 RANGES = {
     "SEED": (int, 0, 2**32),
@@ -101,8 +102,12 @@ def csv_cell(value: object) -> object:
     """
     if not isinstance(value, str):
         return value
-    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _is_number(value)
-    return "'" * formula + safe_text(value)
+    return "'" * (value.startswith(FORMULA) and not _is_number(value)) + safe_text(value)
+
+
+def csv_text(cell: str) -> str:
+    """What `csv_cell` made a cell of, for a script that reads its own CSV file."""
+    return cell[cell.startswith(tuple(f"'{start}" for start in FORMULA)) :]
 
 
 def _is_number(text: str) -> bool:

@@ -35,6 +35,7 @@ def test_an_encoding_gets_escapes_for_what_it_lacks_and_some_characters_may_be_k
 def test_a_text_in_a_csv_file_is_no_formula_however_often_it_is_written(start):
     cell = common.csv_cell(f"{start}cmd|' /C calc'!A0")
     assert cell == f"'{start}cmd|' /C calc'!A0" == common.csv_cell(cell)
+    assert common.csv_text(cell) == f"{start}cmd|' /C calc'!A0" and common.csv_text("'tis") == "'tis"
     assert common.csv_cell(ESCAPE + "=1") == r"\x1b]0;evil\x07\x1b[31m=1"
     unchanged = ["ann", "-0.5", "+1e-3", "nan", "", -0.5, None, 3]
     assert [common.csv_cell(value) for value in unchanged] == unchanged

@@ -221,7 +221,9 @@ def read_rows(path: Path) -> dict[str, Row]:
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        return {row["path"]: row for row in csv.DictReader(file) if row.keys() == set(COLUMNS) and row["path"]}
+        rows = [row for row in csv.DictReader(file) if row.keys() == set(COLUMNS) and row["path"]]
+    rows = [{name: common.csv_text(cell or "") for name, cell in row.items()} for row in rows]
+    return {row["path"]: row for row in rows}
 
 
 @contextlib.contextmanager
@@ -232,7 +234,7 @@ def journal(path: Path, earlier: dict[str, Row]) -> Iterator:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
 
         def note(row: Row) -> None:
-            writer.writerow(row)
+            writer.writerow({name: common.csv_cell(value) for name, value in row.items()})
             file.flush()
 
         try:
