@@ -15,6 +15,9 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn import functional as F
 
+import fonts
+from common import safe_text
+
 DPI = 110
 
 # One style per evaluation. Colour-blind readers can distinguish the colours (Okabe & Ito 2008), and in grey print the
@@ -26,6 +29,7 @@ HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
 WIDTHS = (3.2, 2.4, 1.8, 1.8, 1.4, 1.4)  # points
 
 MARKED_FAR = (1e-2, 1e-3, 1e-4)  # the false accept rates that papers report
+LONGEST_NAME = 60  # characters; a longer one would leave no room for the plot
 RESOLVED_PAIRS = 10  # a rate that rests on fewer accepted pairs is mostly chance
 
 
@@ -304,12 +308,14 @@ def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
         _draw_steps(loss_axes, pd.DataFrame(steps).astype(float))
 
     epochs = pd.DataFrame(history)
-    for name in epochs.columns[epochs.columns.str.contains("top1_")]:
-        overall = name.endswith(("top1_mean", "top1_best", "top1_cross", "top1_clean"))
-        axes = top1_axes if overall else kind_axes
-        line = "--" if name.startswith("ema_") else "-"  # ema: of the averaged weights
-        label = name.replace("ema_", "averaged: ").replace("top1_", "")
-        axes.plot(epochs["epoch"], 100 * epochs[name], line, marker="o", markersize=3, linewidth=1.2, label=label)
+    for column in epochs.columns:
+        name = column.removeprefix("ema_").removeprefix("top1_")
+        averaged = column.startswith("ema_top1_")  # of the averaged weights
+        if not averaged and not column.startswith("top1_"):
+            continue
+        axes = top1_axes if name in ("mean", "best", "cross", "clean") else kind_axes
+        style = {"linestyle": "--" if averaged else "-", "marker": "o", "markersize": 3, "linewidth": 1.2}
+        axes.plot(epochs["epoch"], 100 * epochs[column], label="averaged: " * averaged + _plain(name), **style)
     top1_axes.set(title="top-1, %, by template and protocol", xlabel="epoch")
     kind_axes.set(title="top-1, %, by kind", xlabel="epoch")
     for axes in (top1_axes, kind_axes):
@@ -359,8 +365,14 @@ def _styles() -> Iterator[dict]:
 
 
 def _plain(name: str) -> str:
-    """`name` so that matplotlib shows it unchanged: $...$ would be a formula, and a leading _ hides it in legends."""
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+    """`name` so that matplotlib shows it unchanged, but for what cannot be shown and for the end of a very long one.
+
+    Without this $...$ would be a formula, a leading _ would hide the name in legends, and its letters might be boxes.
+    """
+    shown = safe_text(name)
+    fonts.show_in_plots(shown)
+    shown = shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def _power(rate: float) -> str:

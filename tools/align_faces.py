@@ -31,6 +31,7 @@ from common import UserError
 from datasets import CLEAN, DISTORTION, find_photos, source_photo
 from faces import NO_FACE, UNREADABLE, FaceDetector, choose, crop_face
 from faces import WHICH as CHOICES
+from fonts import font_file
 from transforms import load_image
 
 IN_DIR = Path("photos")  # loose photos, a folder per person at any depth
@@ -366,7 +367,7 @@ def contact_sheet(rows: Sequence[Row], cell: int) -> Image.Image:
     pairs, caption = 3, 14
     lines = -(-len(rows) // pairs)
     sheet = Image.new("RGB", (2 * pairs * cell, lines * (cell + caption)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    draw = ImageDraw.Draw(sheet)
     for index, row in enumerate(rows):
         x, y = index % pairs * 2 * cell, index // pairs * (cell + caption)
         photo, crop = load_image(IN_DIR / row["path"]), load_image(OUT_DIR / row["target"])
@@ -375,7 +376,8 @@ def contact_sheet(rows: Sequence[Row], cell: int) -> Image.Image:
         ImageDraw.Draw(photo).rectangle([value * scale for value in box_of(row)], outline="red", width=2)
         sheet.paste(photo, (x, y))
         sheet.paste(crop.resize((cell, cell)), (x + cell, y))
-        draw.text((x + 2, y + cell), Path(row["path"]).name[: 2 * cell // 7], "black", font)
+        name = common.safe_text(Path(row["path"]).name)[: 2 * cell // 7]
+        draw.text((x + 2, y + cell), name, "black", ImageFont.truetype(font_file(name), 10))
     return sheet
 
 
