@@ -132,10 +132,23 @@ def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
     ]
 
 
-def distortion_kind(path: Path) -> str:
-    """'blurred' for a_0001_blurred.jpg: what follows the last underscore; 'unknown' if that is nothing or a number."""
-    _, underscore, kind = path.stem.rpartition("_")
-    return kind.lower() if underscore and kind and not kind.isdigit() else "unknown"
+def distortion_kind(path: Path, source: Path | None = None) -> str:
+    """'motion_blur' for a_0001_motion_blur.jpg: what follows the name of its clean photo, `source`.
+
+    Without a source it is what follows the last underscore, and 'unknown' if that is a number. 'unknown', too, if it is
+    nothing.
+    """
+    if source is not None:
+        kind = path.stem[len(source.stem) :].lstrip("_-. ")
+    else:
+        kind = path.stem.rpartition("_")[2] if "_" in path.stem else ""
+        kind = "" if kind.isdigit() else kind
+    return kind.lower() or "unknown"
+
+
+def kinds_of(person: Person) -> tuple[str, ...]:
+    """The kind of each distorted photo of `person`."""
+    return tuple(distortion_kind(path, source_photo(path, person.clean)) for path in person.distorted)
 
 
 def persons_of(root: Split) -> list[Person]:
@@ -173,7 +186,11 @@ def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Per
     """
     _warn_unknown_kinds("SKIP_KINDS", kinds, persons)
     kept = [
-        Person(p.name, p.clean, tuple(path for path in p.distorted if distortion_kind(path) not in kinds))
+        Person(
+            p.name,
+            p.clean,
+            tuple(path for path, kind in zip(p.distorted, kinds_of(p), strict=True) if kind not in kinds),
+        )
         for p in persons
     ]
     kept = [person for person in kept if person.photos]
@@ -184,7 +201,7 @@ def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Per
 
 def _warn_unknown_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person]) -> None:
     """Warn of each of `kinds` that no photo is of: it may be misspelt."""
-    found = {distortion_kind(path) for person in persons for path in person.distorted}
+    found = {kind for person in persons for kind in kinds_of(person)}
     present = list_names(sorted(found), most=10) or "no distorted photos"
     for kind in kinds:
         if kind not in found:
@@ -194,9 +211,11 @@ def _warn_unknown_kinds(constant: str, kinds: Collection[str], persons: Sequence
 def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
     """The clean photo that `distorted` was made from: the one with the longest stem that begins its name, else None.
 
-    The stem ends at an underscore of the name: a_10_blurred.jpg comes from a_10.jpg, never from a_1.jpg.
+    The stem is followed by neither letter nor digit: a_10_blurred.jpg and a_10-blurred.jpg come from a_10.jpg, never
+    from a_1.jpg.
     """
-    sources = [photo for photo in clean if distorted.stem == photo.stem or distorted.stem.startswith(photo.stem + "_")]
+    name = distorted.stem
+    sources = [p for p in clean if name.startswith(p.stem) and not name[len(p.stem) : len(p.stem) + 1].isalnum()]
     return max(sources, key=lambda photo: len(photo.stem), default=None)
 
 
@@ -399,7 +418,8 @@ class FacePairDataset(_SeededDataset):
                 unpaired.append(person.name)
                 continue
             # What is listed twice is drawn twice as often.
-            distorted = person.distorted + tuple(path for path in person.distorted if distortion_kind(path) in often)
+            kinds = zip(person.distorted, kinds_of(person), strict=True)
+            distorted = person.distorted + tuple(path for path, kind in kinds if kind in often)
             sources = [source_photo(path, person.clean) for path in distorted]
             for photo in person.clean:
                 copies = tuple(path for path, source in zip(distorted, sources, strict=True) if source == photo)

@@ -391,6 +391,52 @@ def test_groups_are_the_kinds_and_all_and_what_is_left_without_sunny(four_querie
     assert set(queries.subset(torch.tensor([1])).groups()) == {"sunny", "all"}
 
 
+def test_a_kind_is_what_follows_the_name_of_its_clean_photo(tmp_path):
+    kinds = {
+        "a_1_motion_blur": "motion_blur",
+        "a_1_gaussian_blur": "gaussian_blur",
+        "a_1_3": "3",
+        "a_1-Blurred": "blurred",
+        "a_1 (2)": "(2)",
+        "a_10_blurred": "blurred",  # not of a_1
+        "a_1": "unknown",
+    }
+    for name in ("clean/a_1", *(f"distortion/{name}" for name in kinds)):
+        write_plain(tmp_path / "ann" / f"{name}.png", (200, 0, 0))
+    queries = embed_split(MeanColour(), tmp_path, as_float, "cpu", template="mean")[1]
+    stems = [path.stem for path in queries.paths]
+    assert dict(zip(stems, queries.kinds, strict=True)) == kinds
+    assert [stem for stem, row in zip(stems, queries.sources.tolist(), strict=True) if row < 0] == ["a_10_blurred"]
+
+
+def test_no_kind_takes_the_name_of_a_figure_or_of_another_group(four_queries):
+    for name in ("all", "mean", "best", "same", "cross", "clean", "other", "kind all", "without sunny", "x\x1b[31m"):
+        write_plain(four_queries / "bob" / "distortion" / f"1_{name}.png", (9, 0, 9))
+    _, queries, details = retrieved(four_queries)
+    taken = ("all", "mean", "best", "same", "cross", "clean", "other", "kind all", "without sunny")
+    expected = {"foggy", "rainy", "sunny", r"x\x1b[31m", *(f"kind {name}" for name in taken)}
+    assert set(details["per_kind"]) == expected
+    groups = queries.groups()
+    assert set(groups) == expected | {"all", "without sunny"}
+    assert len(groups["all"]) == 14 and len(groups["kind all"]) == len(groups["kind without sunny"]) == 1
+
+
+def test_kinds_without_number_are_reported_with_examples_and_counted_together(tmp_path, caplog):
+    write_plain(tmp_path / "ann" / "clean" / "a.png", (200, 0, 0))
+    for kind in range(20):
+        for copy in ("", "b")[: 1 + (kind < 19)]:
+            write_plain(tmp_path / "ann" / "distortion" / f"a{copy}_kind{kind:02}.png", (200, 0, 0))
+    assert len(set(retrieved(tmp_path)[1].kinds)) == 20 and not caplog.messages
+    for number in range(43):  # a kind for each photo
+        write_plain(tmp_path / "ann" / "distortion" / f"IMG_2023_1011{number:02}-blurred.png", (200, 0, 0))
+    _, queries, details = retrieved(tmp_path)
+    assert sorted(details["per_kind"]) == [*(f"kind{kind:02}" for kind in range(19)), "other"]
+    assert details["per_kind"]["other"]["queries"] == 44 and len(queries.groups()) == 21
+    [message] = caplog.messages
+    assert message.startswith(f"{tmp_path}: 63 kinds by the names of the distorted photos")
+    assert "such as 101100-blurred, 101101-blurred, " in message and "and 39 more; the 19 most frequent" in message
+
+
 def test_figures_of_a_group_are_those_of_its_queries(random_colours):
     gallery, queries, details = retrieved(random_colours)
     measured = measure(gallery, queries, score(gallery, queries), seed=0)
