@@ -234,7 +234,7 @@ def tsne(
 
 
 def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequence[str], templates: Tensor) -> Figure:
-    """Heat map of cosines (Q, P): a row per query, grouped by person, a column per person's mean template.
+    """Heat map of cosines (Q, P): a row per query, grouped by person, a column per person of the gallery.
 
     query_labels: (Q,) index into persons; templates: (P, D), of any norm. Rows and columns have the same order, with
     similar persons side by side: the leaves of the average-linkage tree of the templates, in the order that puts
@@ -266,7 +266,7 @@ def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequ
     axes.set_yticks((ends - counts / 2 - 0.5)[has_query], rows, fontsize=size)
     axes.set(
         title="Cosine similarity, similar persons side by side",
-        xlabel="person in the gallery (mean of clean photos)",
+        xlabel="person in the gallery",
         ylabel="distorted queries",
     )
     figure.colorbar(heat_map, shrink=0.6, label="cosine")

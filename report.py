@@ -16,7 +16,7 @@ from torch import Tensor
 import checkpoints
 import metrics
 import plots
-from gallery import Gallery, Queries
+from gallery import Gallery, Queries, score
 from scores import TEMPLATES, mean_templates
 from transforms import FaceCrop, load_image
 
@@ -199,10 +199,16 @@ def errors_left(left: dict[str, Tensor]) -> dict[str, float | None]:
 
 
 def missing_figures(after: Evaluated) -> list[str]:
-    """A line per figure for which there are too few samples, with the number needed."""
+    """A line per figure for which there are too few samples, with the number needed, and per group without enrolled
+    persons."""
     lines = []
     for protocol, measured in after.measured.items():
-        everything = measured[after.gallery.template]["all"]
+        groups = measured[after.gallery.template]
+        everything = groups["all"]
+        for name, group in groups.items():
+            if not group.roc.genuine_pairs:
+                shown = f"its {len(group.values['rank-1'])} queries show only persons outside the gallery"
+                lines.append(f"{protocol}: {name} has no TAR, EER and DIR: {shown}")
         for rates, name, samples, what, least in (
             (metrics.FARS, "TAR@FAR", everything.roc.impostor_pairs, "impostor pairs", metrics.MIN_ERRORS),
             # Half of the persons are strangers to either gallery.
@@ -234,6 +240,7 @@ def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comp
         "split": after.split,
         "model": known_facts(after),
         "template": after.gallery.template,
+        "not_reported": missing_figures(after),  # why a figure is null
         "protocols": {protocol: protocol_summary(after, protocol) for protocol in after.details},
     }
     if before:
@@ -355,16 +362,17 @@ def embedding_pictures(gallery: Gallery, queries: Queries, persons: int, seed: i
     names = gallery.persons[:persons]
     of_query = ((queries.truth >= 0) & (queries.truth < len(names))).nonzero()[:, 0]
     of_gallery = (gallery.labels < len(names)).nonzero()[:, 0]
-    embeddings, truth = queries.embeddings[of_query], queries.truth[of_query].tolist()
+    queries = queries.subset(of_query)
     pictures = {}
     if len(of_query) + len(of_gallery) >= 4:
-        points = torch.cat([gallery.embeddings[of_gallery], embeddings])
-        labels = gallery.labels[of_gallery].tolist() + truth
+        points = torch.cat([gallery.embeddings[of_gallery], queries.embeddings])
+        labels = gallery.labels[of_gallery].tolist() + queries.truth.tolist()
         is_query = [False] * len(of_gallery) + [True] * len(of_query)
         pictures["tsne"] = plots.tsne(points, labels, is_query, names, seed)
-    if truth:
-        templates = mean_templates(gallery.weighted, gallery.labels)[: len(names)]
-        pictures["similarity"] = plots.similarity_matrix(embeddings @ templates.T, truth, names, templates)
+    if len(of_query):
+        cosines = score(gallery, queries)[gallery.template].matrix[:, : len(names)]  # those that the answers are by
+        means = mean_templates(gallery.weighted, gallery.labels)[: len(names)]
+        pictures["similarity"] = plots.similarity_matrix(cosines, queries.truth.tolist(), names, means)
     return pictures
 
 

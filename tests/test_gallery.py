@@ -1,5 +1,6 @@
 """Retrieval, on trees whose answers can be worked out by hand or by a loop over the files."""
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+import metrics
 from common import UserError
 from datasets import scan_persons
 from gallery import (
@@ -447,3 +449,26 @@ def test_figures_of_a_group_are_those_of_its_queries(random_colours):
             rows = queries.groups()[kind]
             assert torch.equal(groups[kind].values["mAP"], groups["all"].values["mAP"][rows])
     assert torch.equal(measured["mean"]["all"].values["mAP"], measured["best"]["all"].values["mAP"])
+
+
+def test_a_figure_of_strangers_only_is_none_and_not_nan():
+    """400 queries of 20 enrolled persons, so that the open set is measured, and 10 of a stranger, of another kind."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = nn.functional.normalize(torch.randn(430, 8, generator=generator))
+    truth = torch.cat([torch.arange(20).repeat(20), torch.full((10,), -1)])
+    gallery = Gallery(embeddings[:20], torch.arange(20), [f"p{i:02}" for i in range(20)], [Path("x")] * 20, "mean")
+    queries = Queries(
+        embeddings=embeddings[20:],
+        truth=truth,
+        sources=torch.full_like(truth, -1),
+        paths=[Path("q")] * 410,
+        persons=[f"p{i:02}" if i >= 0 else "eve" for i in truth.tolist()],
+        kinds=["foggy"] * 400 + ["odd"] * 10,
+    )
+    measured = measure(gallery, queries, score(gallery, queries), seed=0)["mean"]
+    assert measured["all"].figures["DIR@FPIR=0.1"]["value"] is not None
+    none = {"value": None, "low": None, "high": None}
+    assert measured["odd"].figures["DIR@FPIR=0.1"] == measured["odd"].figures["FPIR of 0.1"] == none
+    difference = metrics.compare(measured["odd"], measured["odd"], queries.person_index()[400:], seed=0)
+    assert difference["DIR@FPIR=0.1"] == none
+    json.dumps([of_group.figures for of_group in measured.values()], allow_nan=False)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import metrics
 import report
-from gallery import Gallery, Queries
+from gallery import Gallery, Queries, score
 
 EVIL = "<script>alert('1')</script> & \"quoted\""
 DIFFERENCES = {
@@ -48,8 +48,8 @@ def evaluated(tmp_path_factory) -> report.Evaluated:
         write_photo(path, (120, 120, 120), seed)
     shown = [("foggy", "ann", "ann", 0.9), ("rainy", "ann", EVIL, 0.5), ("rainy", "eve", EVIL, 0.7)]
     per_query = []
-    for path, (kind, person, predicted, score) in zip(paths[3:], shown, strict=True):
-        answer = {"predicted": predicted, "score": score, "rank": 1 + (person != predicted)}
+    for path, (kind, person, predicted, cosine) in zip(paths[3:], shown, strict=True):
+        answer = {"predicted": predicted, "score": cosine, "rank": 1 + (person != predicted)}
         query = {"path": str(path), "kind": kind, "person": person, "quality": None, "mean": answer, "best": answer}
         per_query.append(query)
     half, none = {"mean": 0.5, "best": 0.5}, {"mean": 0.0, "best": 0.0}
@@ -156,6 +156,31 @@ def test_pictures_are_drawn_where_there_is_enough_to_show(evaluated):
     few = replace(evaluated, measured=alone, discard_curves={"cross": {}})
     assert set(drawn(few)) == expected - {"roc_cross", "scores_cross", "discard_cross"} | {"tsne"}
     assert [label.get_text() for label in drawn(few)["kinds_cross"].axes[0].get_yticklabels()] == ["foggy"]
+
+
+def test_a_group_without_an_enrolled_person_is_reported_as_the_reason_for_its_missing_figures(evaluated, tmp_path):
+    groups = evaluated.measured["cross"]["mean"]
+    strangers = measured([0, 0])
+    strangers.roc.genuine_pairs = 0
+    odd = replace(evaluated, measured={"cross": {"mean": {"odd": strangers} | groups, "best": groups}})
+    reason = "cross: odd has no TAR, EER and DIR: its 2 queries show only persons outside the gallery"
+    assert report.missing_figures(odd)[0] == reason
+    report.write_results(tmp_path, odd, None, {})
+    assert json.loads((tmp_path / "figures.json").read_text())["not_reported"] == report.missing_figures(odd)
+
+
+@pytest.mark.parametrize("template", ["mean", "best"])
+def test_the_similarity_matrix_shows_the_cosines_that_the_answers_are_by(template):
+    """Of faces beside whole frames: under "mean" a person's mean face counts, beside its most similar frame."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(9, 1024, generator=generator))
+    truth, none = torch.tensor([0, 1, 2]), torch.full((3,), -1)
+    gallery = Gallery(embeddings[:6], torch.tensor([0, 0, 1, 1, 2, 2]), ["ann", "bob", "cy"], [Path("x")] * 6, template)
+    queries = Queries(embeddings[6:], truth, none, [Path("q")] * 3, gallery.persons, ["foggy"] * 3)
+    axes = report.embedding_pictures(gallery, queries, persons=2, seed=0)["similarity"].axes[0]
+    order = [gallery.persons.index(label.get_text()) for label in axes.get_xticklabels()]
+    expected = score(gallery, queries)[template].matrix[:2, :2]
+    assert np.array_equal(np.asarray(axes.images[0].get_array()), expected[order][:, order].numpy())
 
 
 def test_mistakes_are_shown_by_falling_score_and_few_of_a_kind(evaluated):
