@@ -385,7 +385,7 @@ def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> 
         found = photos.subset(several[gallery.labels].nonzero()[:, 0])
     if not len(found.paths):
         who = "no person with a distorted photo" if protocol == "cross" else "no person"
-        raise NoQueries(f"PROTOCOL {protocol!r}: no query, as {who} has a second clean photo")
+        raise NoQueries(f"protocol {protocol!r}: no query, as {who} has a second clean photo")
     return found
 
 
@@ -395,7 +395,7 @@ class NoQueries(UserError):
 
 def check_protocol(protocol: str) -> None:
     if protocol not in PROTOCOLS:
-        raise UserError(f"PROTOCOL {protocol!r}: expected one of {', '.join(map(repr, PROTOCOLS))}")
+        raise UserError(f"protocol {protocol!r}: expected one of {', '.join(map(repr, PROTOCOLS))}")
 
 
 def score(gallery: Gallery, queries: Queries) -> dict[str, Scores]:

@@ -2,6 +2,9 @@
 
 import base64
 import io
+import logging
+import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +23,15 @@ from gallery import Gallery, Queries, score
 from scores import TEMPLATES, mean_templates
 from transforms import FaceCrop, load_image
 
+log = logging.getLogger(__name__)
 # What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
 FACTS = ("stage", "epoch", "pretrained", "image_size", "face_crop", "selected_on", "template", "made_by")
 COMPARED = ("rank-1", "mAP", "TAR@FAR=0.001", "DIR@FPIR=0.01")  # in the printed comparison; the page has all figures
+# The files of an evaluation.
+WRITTEN = re.compile(
+    r"figures\.json|(figures|comparison|queries|persons)\.csv|report\.html"
+    r"|((cmc|roc|scores|kinds|discard)_(same|cross|clean)|tsne|similarity|mistakes)\.(png|jpg)"
+)
 REFUSED = 0.2  # of the queries, where the share of the wrong answers left is one number and not a curve
 
 
@@ -222,6 +231,23 @@ def missing_figures(after: Evaluated) -> list[str]:
 
 
 # --- JSON and CSV -----------------------------------------------------------------------------------------------------
+
+
+def without_earlier_files(folder: Path) -> Path:
+    """`folder`, without the files of an earlier evaluation; what else lies there stays.
+
+    Where one cannot be removed, as Excel holds it, a new folder beside it, with a warning.
+    """
+    try:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if WRITTEN.fullmatch(path.name):
+                path.unlink()
+    except OSError as error:
+        other = Path(tempfile.mkdtemp(prefix=f"{folder.name}_", dir=folder.parent))
+        other.chmod(folder.stat().st_mode)
+        log.warning(f"{error.filename}: cannot be removed ({error.strerror}); close what holds it. Files: {other}")
+        return other
+    return folder
 
 
 def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comparison: dict) -> None:
@@ -436,8 +462,6 @@ def write_report(
     for name, picture in pictures.items():
         with checkpoints.atomic_file(folder / f"{name}{picture.suffix}") as file:
             file.write(picture.data)
-        # Of an earlier evaluation: a sheet of mistakes shows photos, one without mistakes does not.
-        (folder / f"{name}{'.jpg' if picture.suffix == '.png' else '.png'}").unlink(missing_ok=True)
     with checkpoints.atomic_file(folder / "report.html") as file:
         # A file name may hold a byte that is no UTF-8; it becomes a question mark.
         file.write(page(pictures, after, before, comparison).encode("utf-8", "replace"))

@@ -369,12 +369,12 @@ def test_under_cross_a_query_of_unknown_source_is_matched_against_all_photos(tmp
 def test_a_protocol_in_which_no_person_has_a_second_photo_has_no_queries(tmp_path, protocol, who):
     write_plain(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
     write_plain(tmp_path / "ann" / "distortion" / "1_foggy.png", (90, 0, 0))
-    with pytest.raises(NoQueries, match=f"PROTOCOL '{protocol}': no query, as {who} has a second clean photo"):
+    with pytest.raises(NoQueries, match=f"protocol '{protocol}': no query, as {who} has a second clean photo"):
         retrieved(tmp_path, protocol)
 
 
 def test_an_unknown_protocol_is_an_error_that_lists_the_known_ones(four_queries):
-    with pytest.raises(UserError, match="PROTOCOL 'all': expected one of 'same', 'cross', 'clean'"):
+    with pytest.raises(UserError, match="protocol 'all': expected one of 'same', 'cross', 'clean'"):
         retrieved(four_queries, "all")
 
 

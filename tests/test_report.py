@@ -141,6 +141,23 @@ def test_figures_queries_persons_and_differences_are_written_as_csv_and_json(eva
     assert saved["protocols"]["cross"]["figures"]["best"]["rainy"]["rank-1"]["value"] == 0.0
 
 
+def test_files_of_an_earlier_evaluation_are_removed_and_others_stay(evaluated, tmp_path, caplog):
+    folder = tmp_path / "results" / "val_stage2"
+    assert report.without_earlier_files(folder) == folder  # nothing there yet
+    report.write_results(folder, evaluated, evaluated, {"cross": {"all": DIFFERENCES}})
+    report.write_report(folder, drawn(evaluated), evaluated, None, {})
+    (folder / "mistakes.png").touch()  # of one without mistakes, whose sheet shows no photos
+    for name in ("notes.txt", "my figures.csv", "roc.png"):
+        (folder / name).touch()
+    assert report.without_earlier_files(folder) == folder
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "my figures.csv", "roc.png"}
+
+    (folder / "queries.csv").mkdir()  # cannot be removed, like a file that Excel holds
+    other = report.without_earlier_files(folder)
+    assert other.parent == folder.parent and other != folder and not list(other.iterdir())
+    assert f"{folder / 'queries.csv'}: cannot be removed" in caplog.text and str(other) in caplog.text
+
+
 def drawn(evaluated, before=None) -> dict:
     return report.draw_pictures(evaluated, before, persons=2, mistakes=2, mistakes_per_kind=1, seed=0)
 
@@ -208,7 +225,6 @@ def test_a_picture_becomes_a_small_file_without_a_visible_loss(evaluated, name, 
 def folder(evaluated, tmp_path_factory) -> Path:
     """What write_report leaves."""
     written = tmp_path_factory.mktemp("results")
-    (written / "mistakes.png").touch()  # of an earlier evaluation, without mistakes
     before = replace(evaluated, title="stage1")
     after = replace(evaluated, source=f"{EVIL} Andr\udce9")  # how Python shows the byte of a Latin-1 file name
     report.write_report(written, drawn(after, before), after, before, {"cross": {EVIL: DIFFERENCES}})

@@ -19,6 +19,7 @@ import demo
 import evaluate
 import fast
 import metrics
+import report
 import train_stage1
 import train_stage2
 from common import UserError
@@ -153,6 +154,54 @@ def test_evaluate_compares_two_checkpoints_on_the_same_queries(trained, runs, mo
     assert rows["cross", "all", "rank-1"] == pytest.approx(now - before["rank-1"]["value"])
 
 
+def test_a_result_folder_holds_the_files_of_one_evaluation(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "COMPARE_WITH", tmp_path / "runs" / "stage1" / "best.pt")
+    evaluate.main()
+    (trained / "notes.txt").touch()
+    monkeypatch.setattr(evaluate, "COMPARE_WITH", None)
+    monkeypatch.setattr(evaluate, "PICTURES", False)
+    evaluate.main()
+    tables = {"figures.json", "figures.csv", "queries.csv", "persons.csv"}
+    assert {path.name for path in trained.iterdir()} == tables | {"notes.txt"}
+
+
+def test_evaluate_writes_its_files_before_it_prints(trained, monkeypatch):
+    def fail(*results):
+        raise OSError("a console that is gone")
+
+    monkeypatch.setattr(report, "print_results", fail)
+    with pytest.raises(OSError, match="a console that is gone"):
+        evaluate.main()
+    assert (trained / "figures.json").exists() and (trained / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "constant, value, message",
+    [
+        ("RESULTS_DIR", "file", r"RESULTS_DIR = .*val_stage2: cannot be written \(Not a directory\)"),
+        ("COMPARE_WITH", "none.pt", r"none\.pt: no checkpoint"),
+        ("DATA_DIR", "none", r"none: no such folder; set DATA_DIR to"),
+    ],
+)
+def test_evaluate_finds_before_it_embeds_what_would_fail_afterwards(
+    trained, monkeypatch, tmp_path, constant, value, message
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, constant, tmp_path / value)
+    monkeypatch.setattr(evaluate, "evaluated", None)
+    with pytest.raises(UserError, match=message):
+        evaluate.main()
+
+
+def test_a_second_evaluation_in_one_process_warns_again(trained, monkeypatch, tmp_path, caplog):
+    write_person(tmp_path / "one" / "val" / "gil", (120, 120, 120), 2)
+    monkeypatch.setattr(evaluate, "DATA_DIR", tmp_path / "one")
+    monkeypatch.setattr(evaluate, "PICTURES", False)
+    for _ in range(2):
+        evaluate.main()
+    assert caplog.text.count("the gallery holds one person") == 2
+
+
 def test_evaluate_leaves_out_a_protocol_that_nobody_can_ask_in(trained, monkeypatch, tmp_path, caplog):
     root = tmp_path / "lone"
     for name, colour in (("gil", (120, 20, 120)), ("hal", (20, 120, 20))):
@@ -160,7 +209,7 @@ def test_evaluate_leaves_out_a_protocol_that_nobody_can_ask_in(trained, monkeypa
     monkeypatch.setattr(evaluate, "DATA_DIR", root)
     assert evaluate.main()["queries"] == 4
     assert set(strict_json(trained / "figures.json")["protocols"]) == {"same"}
-    assert "PROTOCOL 'cross': no query" in caplog.text and "PROTOCOL 'clean': no query" in caplog.text
+    assert "protocol 'cross': no query" in caplog.text and "protocol 'clean': no query" in caplog.text
     monkeypatch.setattr(evaluate, "PROTOCOLS", ("cross",))
     with pytest.raises(ValueError, match="no person with a distorted photo has a second clean photo"):
         evaluate.main()
@@ -200,7 +249,9 @@ def test_evaluate_says_which_figures_too_few_samples_forbid(trained, capsys):
     "constant, value, told",
     [
         ("TEMPLATE", "median", "TEMPLATE = 'median'"),
-        ("PROTOCOLS", ("same", "all"), "PROTOCOL 'all'"),
+        ("PROTOCOLS", ("same", "all"), "protocol 'all'"),
+        ("PROTOCOLS", ("cross"), r"PROTOCOLS = 'cross': expected a tuple .*, such as \('cross',\), with its comma"),
+        ("SPLIT", "tset", "tset: no such folder; DATA_DIR holds train, val; correct SPLIT = 'tset'"),
         ("BACKEND", "tpu", "BACKEND = 'tpu'"),
     ],
 )
