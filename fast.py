@@ -57,7 +57,7 @@ def accelerated(
                 f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
             )
         for package in PACKAGES[backend]:
-            _package(package)  # before the export, which takes seconds
+            _package(package, ", or set BACKEND = 'fused'")  # before the export, which takes seconds
         exported = to_onnx(model, image_size, metadata={})
         if backend == "openvino-int8":
             return Int8FaceNet(exported, photos)
@@ -228,14 +228,12 @@ class Int8FaceNet(OpenVinoFaceNet):
         return nncf.quantize(network, images, preset=mixed, subset_size=len(self._photos), ignored_scope=exact)
 
 
-def _package(name: str) -> ModuleType:
-    """The optional package `name`. Raises UserError if it is missing."""
+def _package(name: str, otherwise: str = "") -> ModuleType:
+    """The optional package `name`. Raises UserError if it is missing; otherwise: what else the user can do."""
     if name == "nncf":
         os.environ.setdefault("NNCF_CI", "1")  # else it sends usage statistics over the internet
     try:
         return importlib.import_module(name)
     except ImportError as error:
         more = {"onnx": "onnxruntime", "nncf": "openvino nncf"}.get(name, name)
-        raise UserError(
-            f"the package {name} is not installed ({error}): pip install onnx {more}, or set BACKEND = 'fused'"
-        ) from error
+        raise UserError(f"the package {name} is not installed ({error}): pip install onnx {more}{otherwise}") from error

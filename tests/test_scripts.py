@@ -154,25 +154,19 @@ def test_evaluate_compares_two_checkpoints_on_the_same_queries(trained, runs, mo
     assert rows["cross", "all", "rank-1"] == pytest.approx(now - before["rank-1"]["value"])
 
 
-def test_a_result_folder_holds_the_files_of_one_evaluation(trained, monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "COMPARE_WITH", tmp_path / "runs" / "stage1" / "best.pt")
-    evaluate.main()
-    (trained / "notes.txt").touch()
-    monkeypatch.setattr(evaluate, "COMPARE_WITH", None)
-    monkeypatch.setattr(evaluate, "PICTURES", False)
-    evaluate.main()
-    tables = {"figures.json", "figures.csv", "queries.csv", "persons.csv"}
-    assert {path.name for path in trained.iterdir()} == tables | {"notes.txt"}
-
-
-def test_evaluate_writes_its_files_before_it_prints(trained, monkeypatch):
+def test_evaluate_replaces_the_files_of_an_earlier_evaluation_and_prints_after_it_has_written(trained, monkeypatch):
     def fail(*results):
         raise OSError("a console that is gone")
 
+    trained.mkdir(parents=True)
+    for name in ("comparison.csv", "report.html", "mistakes.jpg", "figures.json", "notes.txt"):
+        (trained / name).touch()
     monkeypatch.setattr(report, "print_results", fail)
     with pytest.raises(OSError, match="a console that is gone"):
         evaluate.main()
-    assert (trained / "figures.json").exists() and (trained / "report.html").exists()
+    tables = {"figures.json", "figures.csv", "queries.csv", "persons.csv"}
+    assert {path.name for path in trained.iterdir()} == tables | {"notes.txt"}
+    assert strict_json(trained / "figures.json")["split"] == "val"
 
 
 @pytest.mark.parametrize(
@@ -191,15 +185,6 @@ def test_evaluate_finds_before_it_embeds_what_would_fail_afterwards(
     monkeypatch.setattr(evaluate, "evaluated", None)
     with pytest.raises(UserError, match=message):
         evaluate.main()
-
-
-def test_a_second_evaluation_in_one_process_warns_again(trained, monkeypatch, tmp_path, caplog):
-    write_person(tmp_path / "one" / "val" / "gil", (120, 120, 120), 2)
-    monkeypatch.setattr(evaluate, "DATA_DIR", tmp_path / "one")
-    monkeypatch.setattr(evaluate, "PICTURES", False)
-    for _ in range(2):
-        evaluate.main()
-    assert caplog.text.count("the gallery holds one person") == 2
 
 
 def test_evaluate_leaves_out_a_protocol_that_nobody_can_ask_in(trained, monkeypatch, tmp_path, caplog):
@@ -231,11 +216,14 @@ def test_evaluate_tells_queries_without_a_source_photo(trained, task_b, caplog):
     assert "1 of 6 queries have no source photo in the gallery by their name" in caplog.text
 
 
-def test_evaluate_says_what_a_gallery_of_one_person_is_worth(trained, monkeypatch, tmp_path, caplog):
+def test_evaluate_says_what_a_gallery_of_one_person_is_worth_and_again_in_a_second_run(
+    trained, monkeypatch, tmp_path, caplog
+):
     write_person(tmp_path / "one" / "val" / "gil", (120, 120, 120), 2)
     monkeypatch.setattr(evaluate, "DATA_DIR", tmp_path / "one")
-    evaluate.main()
-    assert "the gallery holds one person" in caplog.text
+    for run in (1, 2):
+        evaluate.main()
+        assert caplog.text.count("the gallery holds one person") == run
 
 
 def test_evaluate_says_which_figures_too_few_samples_forbid(trained, capsys):
