@@ -39,9 +39,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, values: dict) -> None:
     with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+        file.write((json.dumps(values, indent=1) + "\n").encode())
 
 
 def write_csv(path: Path, rows: "Iterable[dict] | DataFrame") -> None:

@@ -442,9 +442,7 @@ class FacePairDataset(_SeededDataset):
     def _draw(self, index: int, generator: torch.Generator) -> tuple[Path, Path | None, bool]:
         """The anchor's path; the positive's, or None for the anchor distorted on the fly; whether both are mirrored."""
         anchor, positives = self.anchors[index % len(self)][0], self._positives[index % len(self)]
-        torch.randint(len(self.persons) - 1, (), generator=generator)
         positive = positives[int(torch.randint(len(positives), (), generator=generator))]
-        torch.randint(7, (), generator=generator)
         which = torch.rand((), generator=generator).item()
         if which < self.clean:
             positive = anchor

@@ -3,7 +3,7 @@
     python demo.py
 
 It edits the constants of the scripts and calls their main(), as a user would by hand, and ends with the table
-before training / stage 1 / stage 2. The pretrained network is used where it can be had; else training is from scratch.
+before training / stage 1 / stage 2. The pretrained network is used if it is available; else training is from scratch.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from report import top1_table
 from tools import sample_faces
 
 OUT_DIR = Path("demo_output")  # faces, checkpoints and pictures; an earlier demo's is replaced
-PRETRAINED = "vggface2"  # used if it can be downloaded or is in torch's cache; None: from scratch in any case
+PRETRAINED = "vggface2"  # used if it can be downloaded or is in torch's cache; None: always from scratch
 
 # --- faces ---
 TRAIN_PERSONS = 48  # 2..1000
 VAL_PERSONS = 20  # 2..1000, none of them in train
-MIN_PHOTOS = 3  # clean photos per person, >= 1, seven distorted ones for each
+MIN_PHOTOS = 3  # clean photos per person, >= 1, each with a distorted copy of every kind
 MAX_PHOTOS = 6  # >= MIN_PHOTOS
 
 # --- training: small, a real run takes the scripts' own constants ---

@@ -2,8 +2,19 @@
 
     python train_stage1.py
 
+Each photo (B, 3, 160, 160) becomes an embedding z of norm 1; the head holds a centre w_j of norm 1 for each person.
+With the cosine of photo and person cos t_j = z w_j, the logits are
+
+    s cos(t_y + m) for the photo's own person y,  s cos t_j for all others
+
+(s = SCALE, m = MARGIN), and the loss is their cross-entropy: ArcFace, Deng et al. 2019, arXiv:1801.07698. Network and
+centres are trained together by AdamW, with a linear warm-up and then half a cosine down to 0.
+After each epoch, and before the first (epoch 0), the network is validated on persons it is not trained on: a gallery of
+their clean photos, each distorted photo a query, top-1. The best epoch has the highest mean of top-1 over the protocols
+`same` and `cross` (see RESULTS.md) without having forgotten clean photos (MAX_CLEAN_DROP); epoch 0 can be the best.
+
 Writes RUN_DIR/best.pt (for stage 2 and evaluate.py), last.pt (for RESUME), log.csv, steps.csv, curves.png,
-tensorboard/ and constants.json. Several GPUs: torchrun --nproc_per_node=2 train_stage1.py
+tensorboard/, constants.json and, with EMA_DECAY, best_ema.pt. Several GPUs: torchrun --nproc_per_node=2 train_stage1.py
 """
 
 import math
@@ -40,58 +51,58 @@ from transforms import RandomDistortion, Transform, eval_transform, train_transf
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
-RUN_DIR = Path("runs/stage1")  # checkpoints and log; another name for each run that is to be kept
+RUN_DIR = Path("runs/stage1")  # checkpoints and log; use a new name for each run that you want to keep
 RESUME = False  # True: go on from RUN_DIR/last.pt, as if the run had never stopped
-SAVE_EVERY = 500  # optimizer updates between two saves of last.pt, besides each epoch's end; 0: then only
-CHECK_IMAGES = True  # decode every file once before training, list the broken ones and go on without them
+SAVE_EVERY = 500  # optimizer updates between saves of last.pt; 0: it is saved only after each epoch
+CHECK_IMAGES = True  # decode every file once before training; list the broken ones and train without them
 
 # --- validation ---
-HOLDOUT_PERSONS = 0  # train persons kept out of training to choose the best epoch on; 0: choose it on val
-TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, or "best" match among them
-# An epoch that knows undistorted photos worse than the network as loaded by more than so many points of top-1 is not
-# kept as the best, 0..100; 100: any is.
+HOLDOUT_PERSONS = 0  # train persons kept out of training, to choose the best epoch on; 0: choose it on val
+TEMPLATE = "mean"  # whose top-1 chooses the best epoch: "mean" of a person's clean embeddings, or "best" match
+# An epoch cannot be the best if its top-1 on clean photos is this many percentage points below that of epoch 0, 0..100;
+# 100: no limit.
 MAX_CLEAN_DROP = 2.0
-QUICK_VALIDATION = True  # every third distorted photo, none mirrored: a fifth of the time; False: all, as evaluate.py
-PATIENCE = 0  # stop after so many epochs without a better top-1, 2..20; 0: never
+QUICK_VALIDATION = True  # validate on every third distorted photo, without mirror images; False: as evaluate.py does
+PATIENCE = 0  # stop after this many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160; the pretrained networks saw 160
-FREEZE_UNTIL = None  # last block that stays as loaded, such as "mixed_6a" (see models.BLOCKS); None: all of it trains
-FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1; 1 for photos cropped to the face
+FREEZE_UNTIL = None  # freeze the blocks up to and including this one, such as "mixed_6a" (see models.BLOCKS)
+FACE_CROP = 0.52  # side of the centre square that is kept, over the shorter side, 0.3..1; 1: photos are face crops
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
 
 # --- what is trained on ---
-# Kinds of distortion that are not trained on; all are evaluated. FACECOM's sunny burns out the very crop of the face:
-# without a face to see, the head could only learn it by heart. (): none is left out, for other data.
+# Kinds of distortion to leave out of training; all are evaluated. FACECOM's sunny whites out the whole face crop, so
+# the head could only memorise these photos. (): leave out none, for other data.
 SKIP_KINDS = ("sunny",)
-BALANCE = 0.0  # 0: each photo once per epoch; 1: each person equally often, however many photos; 0..1
-CROP_ZOOM = 0.1  # the crop's side varies by +- this share of it, 0..0.3
-CROP_SHIFT = 0.03  # the crop's centre moves by +- this share of the shorter side, 0..0.1
-DISTORT = 0.0  # share of the photos that are distorted anew, at random, besides the files on disk, 0..1
-DISTORT_MOST = 2  # kinds on one such photo, 1..7
+BALANCE = 0.0  # 0: each photo once per epoch; 1: each person equally often, however many photos; or between
+CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
+CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
+DISTORT = 0.0  # fraction of the photos that are distorted on the fly, besides the files on disk, 0..1
+DISTORT_MOST = 2  # kinds on one such photo, >= 1
 
 # --- ArcFace ---
-MARGIN = 0.5  # m, radians, 0..pi/2
-SCALE = 32.0  # s, no unit, 8..64: the more persons, the larger
-EASY_MARGIN = False  # True: margin only where cos > 0; gentler where training does not start
-# True: each class centre starts at the mean of its person's clean embeddings, so that training begins where the
-# pretrained network stands instead of tearing at it; False: at random, for networks that start at random themselves.
+MARGIN = 0.5  # m, radians, 0 or more and below pi/2
+SCALE = 32.0  # s, no unit, 8..64; larger for more persons
+EASY_MARGIN = False  # True: margin only where cos t_y > 0; try it if the loss does not fall
+# True: each class centre starts at the mean of its person's clean embeddings, so that training begins at the pretrained
+# network instead of disrupting it; False: at random, for networks that start at random themselves.
 CENTRES_FROM_MEANS = True
 
 # --- optimisation ---
 SEED = 0  # 0, 1, 2, ...
 EPOCHS = 2  # passes over the train photos, 1..999
 BATCH_SIZE = 32  # photos per step, on all GPUs together, >= 2
-ACCUMULATE = 1  # steps per update of the weights: batches that memory cannot hold, >= 1
-BACKBONE_LR = 3e-4  # AdamW, per update, 1e-5..1e-3: pretrained, moves little
-HEAD_LR = 1e-3  # AdamW, per update, 1e-4..1e-1: 1e-2 for class centres that start random
+ACCUMULATE = 1  # steps per update of the weights, >= 1: for batches that do not fit into memory
+BACKBONE_LR = 3e-4  # AdamW, 1e-5..1e-3: small, as the weights are pretrained
+HEAD_LR = 1e-3  # AdamW, 1e-4..1e-1: 1e-2 for class centres that start at random
 WEIGHT_DECAY = 5e-4  # AdamW, 0..0.1
-WARMUP_STEPS = 50  # updates with rising learning rates: random class centres would tear at the network
-GRAD_CLIP = 5.0  # largest norm of the gradient, > 0
-EMA_DECAY = 0.0  # weight of the past in an average of the weights, saved as best_ema.pt, 0.99..0.9999; 0: none
-# True: keep the pretrained statistics. False for a network that starts at random, with batches of 16 and more, and not
-# in several processes on CPUs, where each would see its own part of the batch only.
+WARMUP_STEPS = 50  # updates over which the learning rates rise linearly
+GRAD_CLIP = 5.0  # largest norm of the gradient of network and head together, > 0
+EMA_DECAY = 0.0  # of the exponential moving average of the weights (best_ema.pt), 0.99..0.9999; 0: no average
+# True: keep the pretrained statistics. False: for a network that starts at random, with batches of at least 16, and in
+# one process or on GPUs (on CPUs each process would see only its own part of the batch).
 FREEZE_BATCHNORM = True
 
 # --- speed ---
@@ -105,7 +116,7 @@ def main() -> None:
     training.start_run(RUN_DIR, RESUME, globals())
     check_template(TEMPLATE)
 
-    # Data: the persons of train/, perhaps less some that the best epoch is chosen on.
+    # Data: the persons of train/, minus any that are held out to choose the best epoch on.
     everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)
     holdout = split_holdout([person.name for person in everybody], HOLDOUT_PERSONS, SEED)
     train_persons, val_persons = split_persons(everybody, holdout)
@@ -137,7 +148,7 @@ def main() -> None:
         model.compile()
     ddp_model, ddp_head = distributed.parallel(model), distributed.parallel(head)
 
-    # Epochs; epoch 0 of the log is the network as loaded.
+    # Epochs; epoch 0 is the network before training.
     run = training.Run(
         run_dir=RUN_DIR,
         facts=checkpoint_facts(train_set, holdout, data=files_digest(everybody), steps=len(loader)),
@@ -151,7 +162,7 @@ def main() -> None:
     )
 
     def validate(network: FaceNet) -> tuple[float, dict]:
-        """What the best epoch is chosen by, on persons that training does not know, and the row for the log."""
+        """The figure that chooses the best epoch, and the row for the log."""
         top1, row = validation.validate(
             network,
             val_persons,
@@ -161,7 +172,7 @@ def main() -> None:
             quick=QUICK_VALIDATION,
             num_workers=NUM_WORKERS,
         )
-        if clean_val and run.epoch:  # before, the head is random
+        if clean_val and run.epoch:  # at epoch 0 the head is not trained
             row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
         return top1, row
 
@@ -177,7 +188,7 @@ def main() -> None:
 
 
 def augmentation() -> Transform:
-    """What a training photo goes through, from the image to the tensor."""
+    """From a training photo to a tensor: distortion, crop, a mirror image every second time, standardization."""
     distort = RandomDistortion(
         kinds={name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
         probability=DISTORT,
@@ -188,7 +199,7 @@ def augmentation() -> Transform:
 
 
 def checkpoint_facts(train_set: FaceClassificationDataset, holdout: list[str], data: str, steps: int) -> dict:
-    """What the checkpoints state beside the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
+    """What the checkpoints store besides the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
     return {
         "stage": 1,
         "seed": SEED,
@@ -227,16 +238,16 @@ def train_one_epoch(run: training.Run, model, ddp_head, head: ArcMarginProduct, 
         logits = ddp_head(embeddings, labels)
         loss = F.cross_entropy(logits, labels)
         with torch.no_grad():
-            # Without the margin, as at test time: with it the right logit is handicapped.
+            # Without the margin, as at test time: the margin lowers the right logit.
             right = (head.cosine(embeddings).argmax(1) == labels).float().mean()
-            target = logits.gather(1, labels[:, None]).mean()  # s cos(t + m), on the way from 0 to s
+            target = logits.gather(1, labels[:, None]).mean()  # s cos(t_y + m)
         run.step(loss, {"accuracy": right, "target_logit": target})
 
 
 def clean_val_loader(
     val_persons: list[Person], train_set: FaceClassificationDataset, transform: Transform
 ) -> DataLoader | None:
-    """Batches of the clean val photos if all val persons are trained ones; else None: the head does not know them."""
+    """Batches of the clean val photos if every val person is one of the head's classes, else None."""
     if not {person.name for person in val_persons} <= set(train_set.persons):
         return None
     clean = FaceCleanValDataset(val_persons, train_set.persons, train_set.label2idx, transform)
@@ -245,7 +256,7 @@ def clean_val_loader(
 
 @torch.inference_mode()
 def accuracy(model, head, loader: DataLoader, device: torch.device) -> float:
-    """Share (0..1) of photos whose nearest class centre is their person's."""
+    """Fraction (0..1) of the photos whose nearest class centre is their person's."""
     model.eval()
     right = 0
     for images, labels in loader:

@@ -1,11 +1,22 @@
-"""Stage 2: pull a distorted photo to its clean one, as a frozen teacher sees it, away from the nearest other person.
+"""Stage 2: pull each distorted photo to its clean original as a frozen teacher sees it, away from other persons.
 
     python train_stage2.py
 
-The teacher embeds the clean photos once, into a bank: the anchors, which therefore cannot be forgotten. Beside the face
-a second network learns to find a photo again by its whole frame, for photos that show no face; WIDE_WEIGHT = 0: none.
+Stage 1 made the network robust at some cost on clean photos. Stage 2 starts from that network and aims at the teacher,
+the pretrained network, which knows clean faces best. The teacher embeds the clean photos once, into a bank of anchors a
+that never change. For each distorted photo with embedding f, anchor a and n, the nearest bank row of another person,
+
+    loss = CONTRASTIVE_WEIGHT * mean( |f - a|^2 + max(0, CONTRASTIVE_MARGIN - |f - n|)^2 )
+
+over the photos that show a face at all (the gate is 1 for these, 0 where glare has whited out the face crop).
+A second network v of the same form sees the whole frame. It learns to find a distorted frame's clean original among the
+clean frames of the batch (InfoNCE, INSTANCE_WEIGHT), for photos that show no face. Both make the final embedding,
+[gate f, WIDE_WEIGHT v] scaled to norm 1; WIDE_WEIGHT = 0 leaves the face alone.
+Validation and the best epoch are as in stage 1; epoch 0 is the network of stage 1.
+
 Starts from STAGE1_CHECKPOINT; writes RUN_DIR/best.pt (for evaluate.py), last.pt (for RESUME), log.csv, steps.csv,
-curves.png, tensorboard/ and constants.json. Several GPUs: torchrun --nproc_per_node=2 train_stage2.py
+curves.png, tensorboard/, constants.json and, with EMA_DECAY, best_ema.pt.
+Several GPUs: torchrun --nproc_per_node=2 train_stage2.py
 """
 
 import copy
@@ -43,62 +54,60 @@ from transforms import RandomDistortion, Transform, eval_transform, train_transf
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
-STAGE1_CHECKPOINT = Path("runs/stage1/best.pt")  # what stage 1 wrote; knows its image size, crop and held-out persons
-RUN_DIR = Path("runs/stage2")  # checkpoints and log; another name for each run that is to be kept
+STAGE1_CHECKPOINT = Path("runs/stage1/best.pt")  # stage 1's; stores image size, crop and held-out persons
+RUN_DIR = Path("runs/stage2")  # checkpoints and log; use a new name for each run that you want to keep
 RESUME = False  # True: go on from RUN_DIR/last.pt, as if the run had never stopped
-SAVE_EVERY = 500  # optimizer updates between two saves of last.pt, besides each epoch's end; 0: then only
-CHECK_IMAGES = True  # decode every file once before training, list the broken ones and go on without them
+SAVE_EVERY = 500  # optimizer updates between saves of last.pt; 0: it is saved only after each epoch
+CHECK_IMAGES = True  # decode every file once before training; list the broken ones and train without them
 
 # --- validation ---
-TEMPLATE = "mean"  # which top-1 counts: "mean" of a person's clean embeddings, or "best" match among them
-# An epoch that knows undistorted photos worse than the network as loaded by more than so many points of top-1 is not
-# kept as the best, 0..100; 100: any is.
+TEMPLATE = "mean"  # whose top-1 chooses the best epoch: "mean" of a person's clean embeddings, or "best" match
+# An epoch cannot be the best if its top-1 on clean photos is this many percentage points below that of epoch 0, 0..100;
+# 100: no limit.
 MAX_CLEAN_DROP = 2.0
-QUICK_VALIDATION = True  # every third distorted photo, none mirrored: a fifth of the time; False: all, as evaluate.py
-PATIENCE = 0  # stop after so many epochs without a better top-1, 2..20; 0: never
+QUICK_VALIDATION = True  # validate on every third distorted photo, without mirror images; False: as evaluate.py does
+PATIENCE = 0  # stop after this many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
-FREEZE_UNTIL = None  # last block of the face's network that stays as loaded (see models.BLOCKS); None: all of it trains
-# The frozen network in whose space the distorted photos are to lie: "vggface2", "casia-webface" or the path of a state
-# dict, as PRETRAINED of stage 1; None: the network that stage 1 left.
+FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (see models.BLOCKS)
+# The frozen network whose embeddings of clean photos are the targets: "vggface2", "casia-webface", the path of a state
+# dict, or None: the network of stage 1.
 TEACHER = "vggface2"
-# Of the whole frame's embedding beside the face's, 0.1..1. It matches photos (hair, clothes, background), not people:
-# 0 for faces alone, and for photos that are cropped to the face.
+# Weight of the whole frame's embedding, where the face has 1: 0.1..1, or 0 for the face alone. The frame matches photos
+# (hair, clothes, background), not people; photos that are cropped to the face need 0.
 WIDE_WEIGHT = 0.3
-WIDE_SIZE = 112  # pixels, 76..160, that the whole frame is shrunk to
-DROPOUT = 0.0  # before the last linear layer, 0..0.8; a copy of a teacher has little to learn by heart
-MIRROR = True  # embed each photo as the mean of it and its mirror image, the teacher too: surer, in twice the time
+WIDE_SIZE = 112  # pixels that the whole frame is shrunk to, 76..160
+DROPOUT = 0.0  # before the last linear layer, 0..0.8; with fixed targets there is little to memorise
+MIRROR = True  # at inference average each photo with its mirror image, the teacher too: better, and twice as slow
 
 # --- losses ---
 CONTRASTIVE_WEIGHT = 2.0  # pull to the anchor, push from the nearest other person, 0..10
-CONTRASTIVE_MARGIN = 1.0  # distance of unit embeddings, 0..2: negatives farther away give no gradient
-INSTANCE_WEIGHT = 1.0  # a distorted frame finds its photo among the clean ones of the batch, 0..10
-TEMPERATURE = 0.07  # of that search, no unit, 0.02..0.2: the lower, the more the nearest rivals count
+CONTRASTIVE_MARGIN = 1.0  # distance of unit embeddings, above 0 and at most 2: farther negatives give no gradient
+INSTANCE_WEIGHT = 1.0  # find a distorted frame's original among the clean frames of the batch, 0..10
+TEMPERATURE = 0.07  # of the latter, no unit, 0.02..0.2: the lower, the more the nearest rivals count
 
 # --- pairs ---
 PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs together, >= 2
 PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
-SKIP_KINDS = ()  # kinds of distortion that are not trained on, such as ("sunny",); all are evaluated
-OFTEN = ("sunny", "rainy")  # kinds that are drawn twice as often as others: the hard ones; (): none
-CLEAN = 0.1  # share of the positives that are the clean photo itself, 0..0.5
-DISTORT = (
-    0.0  # share of the positives that are the clean photo distorted on the fly, at random, not a file on disk, 0..1
-)
-DISTORT_MOST = 2  # kinds on one such photo, 1..7
-CROP_ZOOM = 0.1  # the crop's side varies by +- this share of it, 0..0.3
-CROP_SHIFT = 0.03  # the crop's centre moves by +- this share of the shorter side, 0..0.1
+SKIP_KINDS = ()  # kinds of distortion to leave out of training, such as ("sunny",); all are evaluated
+OFTEN = ("sunny", "rainy")  # the hard kinds, drawn twice as often as the others; (): none
+CLEAN = 0.1  # fraction of the positives that are the clean photo itself, 0..0.5
+DISTORT = 0.0  # fraction of the positives that are the clean photo distorted on the fly, not a file on disk, 0..1
+DISTORT_MOST = 2  # kinds on one such photo, >= 1
+CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
+CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
 
 # --- optimisation ---
 SEED = 0  # 0, 1, 2, ...
 EPOCHS = 14  # passes over the clean train photos, 1..999
 ACCUMULATE = 1  # steps per update of the weights, >= 1
-BACKBONE_LR = 1e-4  # AdamW, per update, 1e-5..1e-3, of the face's network: it knows much, and moves little
-WIDE_LR = 3e-4  # of the whole frame's network, 1e-5..1e-3: to find photos is new to it
+BACKBONE_LR = 1e-4  # AdamW, 1e-5..1e-3, of the face's network: small, as it is trained already
+WIDE_LR = 3e-4  # AdamW, 1e-5..1e-3, of the whole frame's network: it starts as a copy and has a new task
 WEIGHT_DECAY = 5e-4  # AdamW, 0..0.1
-WARMUP_STEPS = 20  # updates with rising learning rate
-GRAD_CLIP = 5.0  # largest norm of the gradient, > 0
-EMA_DECAY = 0.0  # weight of the past in an average of the weights, saved as best_ema.pt, 0.99..0.9999; 0: none
-FREEZE_BATCHNORM = True  # stage 1 has fitted the statistics; a few persons at a time only blur them
+WARMUP_STEPS = 20  # updates over which the learning rates rise linearly
+GRAD_CLIP = 5.0  # largest norm of the gradient of both networks together, > 0
+EMA_DECAY = 0.0  # of the exponential moving average of the weights (best_ema.pt), 0.99..0.9999; 0: no average
+FREEZE_BATCHNORM = True  # keep the statistics as loaded; those of a few persons at a time are too noisy
 
 # --- speed ---
 NUM_WORKERS = 2  # processes that load images, for each GPU, 0..CPU cores
@@ -111,7 +120,7 @@ def main() -> None:
     training.start_run(RUN_DIR, RESUME, globals())
     check_template(TEMPLATE)
 
-    # Model: what stage 1 left, and what its checkpoint knows.
+    # Model: the network of stage 1, its teacher, and what else the checkpoint stores.
     model, teacher, stage1 = load_networks(device)
     holdout, face_transform = stage1["holdout"], eval_transform(stage1["image_size"], stage1["face_crop"])
     image_size, crop = (frame_size(stage1), 1.0) if WIDE_WEIGHT else (stage1["image_size"], stage1["face_crop"])
@@ -122,19 +131,20 @@ def main() -> None:
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     check_data(train_persons, val_persons)
+    # The dataset mirrors both photos of a pair together, so the transform must not.
     augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False)
     train_set = pair_dataset(train_persons, augment, side=frame_size(stage1))
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
 
-    # The bank: the clean photos as the teacher sees them.
+    # The bank: the clean photos as the teacher sees them, without augmentation.
     paths = [path for path, _ in train_set.anchors]
     bank = embed(teacher, paths, face_transform, device, num_workers=NUM_WORKERS).embeddings
     del teacher
 
     # Losses and optimizer.
-    losses = Losses(bank.clone().to(device), torch.tensor(labels, device=device))  # embed()'s tensors know no autograd
+    losses = Losses(bank.clone().to(device), torch.tensor(labels, device=device))  # autograd refuses inference tensors
     groups = [{"name": "backbone", "params": optimisation.trainable(model.backbone), "lr": BACKBONE_LR}]
     if WIDE_WEIGHT:
         groups.append({"name": "wide", "params": optimisation.trainable(model.wide), "lr": WIDE_LR})
@@ -144,7 +154,7 @@ def main() -> None:
         model.compile()
     ddp_model = distributed.parallel(model)
 
-    # Epochs; epoch 0 is what stage 1 left, its network for the wide crop too.
+    # Epochs; epoch 0 is the network of stage 1, for the face and for the whole frame.
     run = training.Run(
         run_dir=RUN_DIR,
         facts=checkpoint_facts(
@@ -186,7 +196,7 @@ def main() -> None:
 
 
 def load_networks(device: torch.device) -> tuple[FaceNet, FaceNet, dict]:
-    """The network to train, its frozen teacher, and what the checkpoint of stage 1 knows.
+    """The network to train, its frozen teacher, and what the checkpoint of stage 1 stores.
 
     Raises UserError if STAGE1_CHECKPOINT is not of stage 1, or what `load_facenet` and `FaceNet` raise.
     """
@@ -237,7 +247,7 @@ def checkpoint_facts(
     data: str,
     steps: int,
 ) -> dict:
-    """What the checkpoints state beside the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
+    """What the checkpoints store besides the weights; training.MUST_EQUAL and MAY_CHANGE say what a resume compares."""
     return {
         "stage": 2,
         "seed": SEED,
@@ -278,30 +288,33 @@ class Losses:
     def of_faces(self, face: Tensor, gate: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """face: (B, 512) of distorted photos; gate: (B,), 0 where no face shows; source: (B,), rows of the bank.
 
-        The anchor is frozen, so it is the distorted photo that goes to it and leaves the nearest other person.
+        The anchor is frozen: the distorted photo is pulled to it and pushed from the nearest other person.
         """
         anchor = self.bank[source]
         negative = self.bank[hardest_negatives(face, self.labels[source], self.bank, self.labels)]
         contrastive = self.contrastive(face, anchor, negative, gate)
         with torch.no_grad():
             to_anchor, to_negative = euclidean(face, anchor), euclidean(face, negative)
-            told = {
+            values = {
                 "accuracy": weighted_mean((to_anchor < to_negative).float(), gate),  # nearer to its own person
-                "active_negatives": weighted_mean((to_negative < CONTRASTIVE_MARGIN).float(), gate),  # that push
+                "active_negatives": weighted_mean(
+                    (to_negative < CONTRASTIVE_MARGIN).float(), gate
+                ),  # closer than the margin
                 "positive_distance": weighted_mean(to_anchor, gate),
                 "negative_distance": weighted_mean(to_negative, gate),
                 "contrastive_loss": contrastive.detach(),
             }
-        return CONTRASTIVE_WEIGHT * contrastive, told
+        return CONTRASTIVE_WEIGHT * contrastive, values
 
     def of_frames(self, clean: Tensor, distorted: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """clean, distorted: (B, 512) of whole frames, which find each other within the batch."""
-        search = self.source(distorted, clean, torch.arange(len(source), device=source.device), self.labels[source])
-        return INSTANCE_WEIGHT * search, {"instance_loss": search.detach()}
+        places = torch.arange(len(source), device=source.device)
+        instance = self.source(distorted, clean, places, self.labels[source])
+        return INSTANCE_WEIGHT * instance, {"instance_loss": instance.detach()}
 
 
 def train_one_epoch(run: training.Run, model: FaceNet, ddp_model, losses: Losses, device: torch.device) -> None:
-    """One pass over the anchors."""
+    """One pass over the pairs, an anchor each."""
     model.train()
     if FREEZE_BATCHNORM:
         optimisation.freeze_batchnorm(model)

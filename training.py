@@ -364,9 +364,8 @@ class Run:
         marked = f"{top1:.4f}" + self._keep_best(self.best, "best.pt", top1, row, self.learner.networks)
         if self.learner.ema:
             network = self.learner.ema.module
-            ema_top1, ema_row = (
-                validate(network) if self.epoch else (top1, row)
-            )  # before the first step it is the model
+            # Before the first step it is the model.
+            ema_top1, ema_row = validate(network) if self.epoch else (top1, row)
             self.meter.lap("validation")
             marked += f"  averaged {ema_top1:.4f}"
             marked += self._keep_best(self.best_ema, "best_ema.pt", ema_top1, ema_row, {"model": network})

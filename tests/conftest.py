@@ -1,7 +1,11 @@
 """A small Task_B tree and a small network, so that whole runs fit into seconds."""
 
+import csv
 import os
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +16,18 @@ from torch import nn
 
 import checkpoints
 import common
+import datasets
+import journal
 import plots
 import train_stage1
 import train_stage2
+import training
+import transforms
 from models import FaceNet
 
 torch.set_num_threads(1)  # tiny networks gain nothing from more, and crawl where other work holds the cores
 
+CPU = torch.device("cpu")
 KINDS = ("blurred", "lowlight")
 
 
@@ -76,8 +85,13 @@ class TinyNet(FaceNet):
     def __init__(self, pretrained=None, dropout=0.4, freeze_until=None, crops=None, mirror=False):
         nn.Module.__init__(self)
         self.backbone = nn.Sequential(
-            *(nn.Conv2d(3, 16, 3, stride=4), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-            *(nn.Dropout(dropout), nn.Linear(16, 512)),
+            nn.Conv2d(3, 16, 3, stride=4),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(16, 512),
         )
         self.crops, self.wide, self.mirror = None, None, mirror
         if crops:
@@ -85,10 +99,20 @@ class TinyNet(FaceNet):
         self._frozen = [self.backbone[:5].requires_grad_(False)] if freeze_until else []
 
 
+def set_quick_curves(monkeypatch) -> None:
+    """Drawing three axes after each epoch would take longer than the run."""
+    figure = Figure(figsize=(0.1, 0.1))
+    monkeypatch.setattr(plots, "curves", lambda history, steps: figure)
+
+
+@pytest.fixture
+def quick_curves(monkeypatch) -> None:
+    set_quick_curves(monkeypatch)
+
+
 def set_tiny_runs(monkeypatch, data_dir: Path, runs: Path) -> tuple:
     """Set both training scripts to TinyNet on `data_dir` for two short epochs; returns (train_stage1, train_stage2)."""
-    figure = Figure(figsize=(0.1, 0.1))
-    monkeypatch.setattr(plots, "curves", lambda history, steps: figure)  # drawing would take longer than the run
+    set_quick_curves(monkeypatch)
     monkeypatch.setattr(train_stage1, "FaceNet", TinyNet)
     monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     monkeypatch.setattr(train_stage2, "FaceNet", TinyNet)
@@ -175,3 +199,120 @@ def made_with_seeds(script, monkeypatch, folder: Path, seeds: tuple[int, ...]) -
         script.main()
         made.append(files_in(folder / str(run)))
     return made
+
+
+# --- whole runs of both training scripts ------------------------------------------------------------------------------
+
+
+CLOCK = ("images_per_second", "seconds", *journal.ACTIVITIES)  # differ from run to run
+
+
+@dataclass
+class Trained:
+    """A run of a script that has ended."""
+
+    run: training.Run
+    best: dict  # best.pt
+    last: dict  # last.pt
+
+    def rows(self, name: str) -> list[dict]:
+        """Of log.csv or steps.csv, as text, without what the clock says."""
+        with open(self.run.run_dir / name, newline="") as file:
+            return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+
+    def column(self, name: str) -> list[float]:
+        return [float(row[name]) for row in self.rows("steps.csv")]
+
+    def state(self) -> dict:
+        """All of last.pt that a resumed or repeated run has to reproduce, bit for bit."""
+        history = [{k: v for k, v in row.items() if k not in CLOCK} for row in self.last["history"]]
+        return plain(self.last | {"history": history, "meter": None})
+
+
+@pytest.fixture(scope="module")
+def stage1_best(tmp_path_factory) -> Path:
+    """best.pt of an epoch of stage 1."""
+    root = tmp_path_factory.mktemp("stage1")
+    with pytest.MonkeyPatch.context() as patch:
+        stage1, _ = set_tiny_runs(patch, write_task_b(root / "Task_B"), root / "runs")
+        patch.setattr(stage1, "EPOCHS", 1)
+        stage1.main()
+    return root / "runs" / "stage1" / "best.pt"
+
+
+@pytest.fixture
+def stages(tiny_runs, stage1_best, monkeypatch) -> tuple:
+    """Both scripts; stage 2 starts from `stage1_best`."""
+    monkeypatch.setattr(tiny_runs[1], "STAGE1_CHECKPOINT", stage1_best)
+    return tiny_runs
+
+
+@pytest.fixture
+def train(stages, monkeypatch):
+    """train(script, run name, {CONSTANT: value}) runs one epoch, or EPOCHS; its other constants are as in `stages`."""
+    root, runs, init = stages[0].RUN_DIR.parent, [], training.Run.__init__
+    others = ("F", "DISTORTIONS")  # capitals that are no constants, for tests to replace
+    usual = {s: {n: value for n, value in vars(s).items() if n.isupper() and n not in others} for s in stages}
+    monkeypatch.setattr(training.Run, "__init__", lambda run, *args, **kw: runs.append(run) or init(run, *args, **kw))
+
+    def run(script, name: str, constants: dict | None = None) -> Trained:
+        constants = {"EPOCHS": 1} | (constants or {})
+        assert constants.keys() <= usual[script].keys()
+        for constant, value in (usual[script] | {"RUN_DIR": root / name} | constants).items():
+            monkeypatch.setattr(script, constant, value)
+        script.main()
+        return Trained(runs[-1], *(checkpoints.read_checkpoint(root / name / file) for file in ("best.pt", "last.pt")))
+
+    return run
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[Path]:
+    """Fills up with the photos that training opens."""
+    paths, load_image = [], transforms.load_image
+    monkeypatch.setattr(datasets, "load_image", lambda path: paths.append(path) or load_image(path))
+    return paths
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[SimpleNamespace]:
+    """Fills up with what TinyNet's forward pass meets in training: images, part of the embedding, autocast's type."""
+    seen, forward = [], TinyNet.forward
+
+    def watched(self, images, part="both"):
+        if self.training:
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+            seen.append(SimpleNamespace(images=images, part=part, dtype=dtype))
+        return forward(self, images, part)
+
+    monkeypatch.setattr(TinyNet, "forward", watched)
+    return seen
+
+
+def same_weights(saved: dict, start: dict) -> bool:
+    """Whether the model of a checkpoint has the weights and statistics `start`; a count of passes aside."""
+    names = [name for name in start if not name.endswith("num_batches_tracked")]
+    return saved["model"].keys() == start.keys() and all(torch.equal(saved["model"][n], start[n]) for n in names)
+
+
+def widened(weights: dict) -> dict:
+    """What a network of these weights is when its wide crop is new."""
+    return weights | {name.replace("backbone.", "wide."): value for name, value in weights.items()}
+
+
+@pytest.fixture
+def distorted(monkeypatch, stages) -> Counter:
+    """Counts the random distortions, of two kinds, by kind."""
+    count = Counter()
+    kinds = {
+        name: lambda image, severity, generator, name=name: count.update([name]) or image for name in ("fog", "sunny")
+    }
+    for script in stages:
+        monkeypatch.setattr(script, "DISTORTIONS", kinds)
+    return count
+
+
+def embedded(model: nn.Module, paths: list[Path]) -> torch.Tensor:
+    transform = transforms.eval_transform(76, 0.8)
+    with torch.no_grad():
+        return model.eval()(torch.stack([transform(transforms.load_image(path)) for path in paths]))

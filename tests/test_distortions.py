@@ -99,8 +99,10 @@ def test_foggy_is_half_the_image_and_half_a_bright_smooth_haze():
     assert np.abs(np.diff(haze.mean(2), axis=1)).max() < 0.01, "and no edges"
 
 
-def test_lowlight_keeps_three_tenths_of_the_brightness_at_half_severity():
+def test_lowlight_keeps_three_tenths_of_the_brightness_and_gammadark_less_of_the_shadows_at_half_severity():
     assert np.abs(pixels_of("lowlight", photo()) - 0.3 * np.asarray(photo(), float)).max() <= 0.5 + 1e-9
+    for value in (60, 200):
+        assert pixels_of("gammadark", grey(value)).max() / value == pytest.approx((value / 255) ** 2.5, abs=0.01)
 
 
 def black_and_white(image):
@@ -169,11 +171,6 @@ def test_motionblur_spreads_a_point_along_a_line_and_keeps_its_light():
 def test_pixelated_makes_squares_of_one_colour():
     steps = np.abs(np.diff(pixels_of("pixelated", photo(), severity=1), axis=1)).sum((0, 2))  # squares of 8 px
     assert (steps > 0).sum() <= 250 / 8
-
-
-def test_gammadark_darkens_the_shadows_more_than_the_lights():
-    for value in (60, 200):
-        assert pixels_of("gammadark", grey(value)).max() / value == pytest.approx((value / 255) ** 2.5, abs=0.01)
 
 
 def test_colournoise_is_of_its_deviation_and_differs_between_the_channels():

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -22,6 +21,8 @@ from conftest import plain, write_task_b
 from journal import ACTIVITIES
 
 TESTS = Path(__file__).parent
+ENVIRONMENT = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT |= {"TRACEBACK": ""}
 CLOCK = ("images_per_second", "seconds", *ACTIVITIES)
 
 
@@ -55,13 +56,12 @@ def child(out: Path, *jobs: dict, processes: int = 1) -> Iterator[Child]:
     out.mkdir(parents=True)
     (out / "jobs.json").write_text(json.dumps(jobs))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    settings = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # Not pipes: a loader's worker that outlives its killed parent would hold them open.
     with open(out / "stdout", "w") as stdout, open(out / "stderr", "w") as stderr:
         process = subprocess.Popen(
             [sys.executable, *(launcher if processes > 1 else []), str(TESTS / "process_jobs.py"), ".", "jobs.json"],
             cwd=out,
-            env=os.environ | settings | {"TRACEBACK": ""},
+            env=os.environ | ENVIRONMENT,
             stdout=stdout,
             stderr=stderr,
             start_new_session=True,
@@ -81,8 +81,14 @@ def done(out: Path, *jobs: dict, processes: int = 1) -> Child:
     return started
 
 
-def job(name: str, root: Path, runs: Path, stage: int = 1, constants: dict | None = None, **hooks) -> dict:
-    """A run of two short epochs in `runs`/<name>; stage 2 starts from the reference run `start` of stage 1."""
+def job(
+    name: str, root: Path, runs: Path, stage: int = 1, constants: dict | None = None, hooks: dict | None = None
+) -> dict:
+    """A run of two short epochs in `runs`/<name>.
+
+    hooks: what happens in it, by the names in process_jobs.py; "start": the reference run that stage 2 starts from.
+    """
+    hooks = {"start": "whole"} | (hooks or {})
     both = {"NUM_WORKERS": 0, "EPOCHS": 2, "SAVE_EVERY": 1, "WARMUP_STEPS": 1, "CHECK_IMAGES": False}
     own = {"BATCH_SIZE": 4, "IMAGE_SIZE": 76, "FACE_CROP": 0.8, "SKIP_KINDS": (), "FREEZE_BATCHNORM": False}
     own |= {"HEAD_LR": 1e-2}
@@ -90,7 +96,7 @@ def job(name: str, root: Path, runs: Path, stage: int = 1, constants: dict | Non
         own = {"PERSONS_PER_BATCH": 3, "TEACHER": None, "WIDE_SIZE": 76}
     paths = {"DATA_DIR": root / "Task_B", "RUN_DIR": runs / name}
     if stage == 2:
-        paths["STAGE1_CHECKPOINT"] = root / "runs" / hooks.pop("start", "whole") / "best.pt"
+        paths["STAGE1_CHECKPOINT"] = root / "runs" / hooks["start"] / "best.pt"
     paths = {constant: str(path) for constant, path in paths.items()}
     return {"name": name, "stage": stage, "paths": paths, "constants": both | own | (constants or {})} | hooks
 
@@ -107,7 +113,7 @@ def shared_jobs(root: Path, runs: Path) -> list[dict]:
     return [
         job("shared", root, runs, constants=ALIKE),
         job("shared accumulating", root, runs, constants=ALIKE | {"ACCUMULATE": 2}),
-        job("shared stage 2", root, runs, stage=2, constants={"FREEZE_BATCHNORM": True}, start="shared"),
+        job("shared stage 2", root, runs, stage=2, constants={"FREEZE_BATCHNORM": True}, hooks={"start": "shared"}),
         {"name": "gradient"},
         {"name": "embed", "photos": photos},
     ]
@@ -127,7 +133,7 @@ INTERRUPTED = {
 def resume_job(name: str, root: Path) -> dict:
     stage, constants, hooks, _ = INTERRUPTED[name]
     constants = constants | {"RESUME": True, "NUM_WORKERS": 0}
-    return job(name, root, root / "interrupted", stage, constants, start=hooks.get("start", "whole"))
+    return job(name, root, root / "interrupted", stage, constants, {"start": hooks.get("start", "whole")})
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +168,7 @@ def interrupted(root, one) -> dict[str, Ended]:
     found = {}
     for name, (stage, constants, hooks, _) in INTERRUPTED.items():
         out, run_dir = root / "first" / name, root / "interrupted" / name
-        first = job(name, root, root / "interrupted", stage, constants, **hooks)
+        first = job(name, root, root / "interrupted", stage, constants, hooks)
         with child(out, first, processes=2 if "two" in name else 1) as started:
             if "wait_at" in hooks:
                 deadline = time.monotonic() + 120
@@ -194,7 +200,9 @@ def resumed(root, interrupted) -> Child:
 def two(root, interrupted) -> Child:
     """The shared jobs in two processes, runs in which one photo of one process is NaN, and one that goes on."""
     runs = root / "two" / "runs"
-    poisoned = [job(f"poisoned {rank}", root, runs, constants={"BATCH_SIZE": 5}, poison=[4, rank]) for rank in (0, 1)]
+    poisoned = [
+        job(f"poisoned {rank}", root, runs, constants={"BATCH_SIZE": 5}, hooks={"poison": [4, rank]}) for rank in (0, 1)
+    ]
     return done(root / "two", *shared_jobs(root, runs), *poisoned, resume_job("SIGTERM", root), processes=2)
 
 
@@ -220,23 +228,24 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert steps(run_dir) == steps(whole)
 
 
-def numbers(row: dict) -> dict:
-    return {name: float(value) for name, value in row.items()}
+def assert_close(ours, theirs) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def assert_close_run(run_dir: Path, whole: Path) -> None:
     """That two runs are the same within rounding: every step, every epoch, and the networks at their end."""
-    close = {"rtol": 1e-5, "atol": 1e-5}
     ours, theirs = checkpoint(run_dir), checkpoint(whole)
     for part in {"model", "head"} & theirs.keys():
-        torch.testing.assert_close(ours[part], theirs[part], **close)
-    torch.testing.assert_close(ours["history"], theirs["history"], **close)
+        assert_close(ours[part], theirs[part])
+    assert_close(ours["history"], theirs["history"])
     assert len(ours["history"]) == 3
-    ours, theirs = ([numbers(row) for row in steps(folder)] for folder in (run_dir, whole))
+    ours, theirs = (
+        [{n: float(text) for n, text in row.items()} for row in steps(folder)] for folder in (run_dir, whole)
+    )
     # Of a large gradient of a random network the norm alone rounds by more on some CPUs.
     norms = ([row.pop("gradient_norm") for row in rows] for rows in (ours, theirs))
     torch.testing.assert_close(*norms, rtol=5e-5, atol=1e-5)
-    torch.testing.assert_close(ours, theirs, **close)
+    assert_close(ours, theirs)
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
@@ -283,47 +292,10 @@ def test_a_resumed_epoch_shows_the_photos_that_are_left(resumed):
     assert len(seen) == len(set(seen)) == 21 - 9  # the first two batches hold 5 and 4 of the 21 photos
 
 
-EXIT = """
-import multiprocessing, sys
-import torch
-import training
-from samplers import ShuffledBatches
-
-
-class Data(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        return torch.zeros(1), 0
-
-
-def main():
-    multiprocessing.set_start_method({start_method}, force=True)
-    loader = training.train_loader(Data(), ShuffledBatches([0, 0, 1, 1], 2, 0), 1, torch.device("cpu"))
-    loader.itself = loader  # a reference cycle: only Python's exit ends it
-    for _ in loader:
-        {in_the_loop}
-    print("done", flush=True)
-
-
-if __name__ == "__main__":
-    if {in_a_child}:
-        child = multiprocessing.get_context("spawn").Process(target=main)
-        child.start()
-        child.join()
-        sys.exit(child.exitcode)
-    main()
-"""
-
-
-@pytest.mark.parametrize("in_the_loop, status, in_a_child", [("raise SystemExit(3)", 3, False), ("pass", 0, True)])
-def test_a_process_ends_though_a_loader_with_workers_still_lives(tmp_path, in_the_loop, status, in_a_child):
-    script = EXIT.replace("{in_the_loop}", in_the_loop).replace("{in_a_child}", str(in_a_child))
-    method = multiprocessing.get_start_method()  # a spawned process would spawn its workers
-    (tmp_path / "script.py").write_text(script.replace("{start_method}", repr(method)))
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "script.py"], cwd=tmp_path, env=environment, start_new_session=True)
+@pytest.mark.parametrize("status, where", [(3, "main"), (0, "main"), (0, "child")])
+def test_a_process_ends_though_a_loader_with_workers_still_lives(tmp_path, status, where):
+    command = [sys.executable, str(TESTS / "exit_with_workers.py"), str(status), where]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, start_new_session=True)
     try:
         assert process.wait(timeout=60) == status
     finally:
@@ -379,7 +351,7 @@ def test_gradient_through_gathered_rows_of_two_processes_is_that_of_one(one, two
     ours, theirs = two.result(rank)["results"]["gradient"], one.result()["results"]["gradient"]
     assert theirs["weight"].norm() > 0.1
     assert theirs["labels"].tolist() == [0, 1, 2, 3, 4]
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import datasets
 import samplers
 import transforms
-from common import UserError, derived_seed
+from common import UserError
 from datasets import FaceClassificationDataset, FacePairDataset
 from samplers import PersonBatches, ShuffledBatches
 
@@ -56,11 +56,6 @@ def per_rank(monkeypatch, world: int, build, epoch: int = 1, skip: int = 0) -> l
         monkeypatch.setattr(samplers, "rank_and_world", lambda rank=rank: (rank, world))
         parts.append(epoch_of(build(), epoch, skip))
     return parts
-
-
-def test_derived_seeds_depend_on_every_number_and_on_their_order():
-    seeds = {derived_seed(a, b, c) for a in range(12) for b in range(12) for c in range(12)}
-    assert len(seeds) == 12**3 and all(0 <= seed < 2**63 for seed in seeds)
 
 
 # --- every sampler ----------------------------------------------------------------------------------------------------

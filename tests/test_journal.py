@@ -1,0 +1,190 @@
+"""journal.py: the tables and events of a run, and what its time is spent on."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from made_up_run import (
+    Items,
+    column,
+    fit,
+    read_csv,
+    small_run,
+    squared,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import journal
+import plots
+import training
+from training import RunSettings
+
+REAL_CURVES = plots.curves
+pytestmark = pytest.mark.usefixtures("quick_curves")
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """Time stands still, but for what a test adds to `now`; saving a file takes 0.5 s."""
+    clock, save = SimpleNamespace(now=100.0), training.save_checkpoint
+
+    def slow_save(*args):
+        clock.now += 0.5
+        save(*args)
+
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(training, "save_checkpoint", slow_save)
+    return clock
+
+
+def fit_timed(run: training.Run, clock: SimpleNamespace) -> None:
+    """Of each of the 2 steps loading takes 1 s (4 photos) and training 2 s; validation takes 4 s and finds nothing."""
+
+    def spend(seconds: float, result):
+        clock.now += seconds
+        return result
+
+    read = run.loader.dataset.__class__.__getitem__
+    run.loader.dataset.__class__ = type("Slow", (Items,), {"__getitem__": lambda s, i: spend(0.25, read(s, i))})
+    fit(run, lambda *args: spend(2, squared(*args)), validate=lambda network: spend(4, (0.0, {})))
+
+
+def test_the_log_states_what_the_time_of_each_epoch_was_spent_on(tmp_path, clock, capsys):
+    run = small_run(tmp_path, RunSettings(epochs=2), batches=2)
+    fit_timed(run, clock)
+    run.report_best()
+    rows = [{name: float(row[name]) for name in ("seconds", *journal.ACTIVITIES)} for row in run.history]
+    assert rows[0] == pytest.approx(
+        {"seconds": 4.5, "training": 0, "loading": 0, "validation": 4 / 4.5, "saving": 1 / 9}
+    )
+    # An epoch's own last.pt is saved after its row is made, and counts for the next one.
+    shares = {"training": 4 / 10.5, "loading": 2 / 10.5, "validation": 4 / 10.5, "saving": 0.5 / 10.5}
+    assert rows[1] == rows[2] == pytest.approx({"seconds": 10.5} | shares)
+    assert [float(row["training"]) for row in read_csv(tmp_path / "log.csv")] == [row["training"] for row in rows]
+    assert run.history[1]["images_per_second"] == pytest.approx(8 / 6)
+    assert column(tmp_path, "images_per_second") == pytest.approx([4 / 3] * 4)
+    assert column(tmp_path, "loading") == pytest.approx([1 / 3] * 4)
+    *_, best, times = capsys.readouterr().out.splitlines()
+    assert best == f"best: the network as loaded, no epoch was better, top-1 0.0000 on val: {tmp_path / 'best.pt'}"
+    # 26 s: 8 training, 4 loading, 12 validation, 2 saving, the last of them after the last row
+    assert times == "time: training 31 %, loading 15 %, validation 46 %, saving 8 % of 0.4 min"
+
+
+def test_a_resumed_run_adds_its_time_to_what_was_spent_before(tmp_path, clock):
+    def killed(*args):
+        clock.now += 2
+        if count.pop():
+            raise InterruptedError
+        return squared(*args)
+
+    count = [True, False]
+    with pytest.raises(InterruptedError):
+        fit(small_run(tmp_path, RunSettings(epochs=1, save_every=1), batches=2), killed)
+    run = small_run(tmp_path, RunSettings(epochs=1, save_every=1), batches=2)
+    clock.now += 1000  # between the two runs
+    run.resume()
+    assert (run.batch, run.meter.seen) == (1, 4)
+    fit_timed(run, clock)
+    row = run.history[1]
+    spent = {name: row[name] * row["seconds"] for name in journal.ACTIVITIES}
+    # Of the first run a step, and the save at the end of epoch 0; of the second a step, and the save after it.
+    assert spent == pytest.approx({"training": 4, "loading": 1, "validation": 4, "saving": 0.5 + 0.5})
+
+
+def test_a_checkpoint_without_times_can_be_resumed(tmp_path):
+    """As runs wrote it before the log had shares."""
+    fit(small_run(tmp_path, RunSettings(epochs=1)))
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    saved["meter"] = {"images": 0, "sums": {}, "seen": 0, "seconds": 0.0, "waited": 0.0}
+    saved["history"] = [{"epoch": row["epoch"], "top1": row["top1"], "loading": 0.5} for row in saved["history"]]
+    torch.save(saved, tmp_path / "last.pt")
+    run = small_run(tmp_path, RunSettings(epochs=2))
+    run.resume()
+    fit(run)
+    run.report_best()
+    assert "seconds" not in run.history[1] and run.history[2]["seconds"] > 0
+
+
+def test_the_meter_weighs_each_step_by_its_images(clock):
+    meter = journal.Meter()
+    for images, loss, accuracy in ((2, 1.0, 1.0), (6, 3.0, 0.5)):
+        meter.add(images, {"loss": loss, "accuracy": accuracy})
+        meter.seen += images
+        clock.now += images
+        assert meter.lap("training") == images
+    assert meter.means() == pytest.approx({"loss": (2 + 18) / 8, "accuracy": (2 + 3) / 8, "images_per_second": 1.0})
+    assert str(meter) == "loss 2.500, accuracy 0.625, 1.0 images/s"
+
+
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
+def events(run_dir: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run_dir / "tensorboard"))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_curves_are_drawn_of_every_step_and_kind_and_of_the_averages():
+    steps = [
+        {"update": str(i), "loss": "nan" if i == 5 else str(9 - i / 10), "backbone_lr": "1e-4", "head_lr": "1e-2"}
+        for i in range(1, 31)
+    ]
+    kinds = {"top1_mean": 0.5, "top1_best": 0.25, "top1_blurred": 0.75}
+    averaged = {f"ema_{name}": value for name, value in kinds.items()}
+    history = [{"epoch": e, "top1": 0.5} | kinds | averaged for e in (0, 1, 2)]
+    loss, top1, kind, rates = REAL_CURVES(history, steps).axes
+    assert list(loss.lines[0].get_xdata()) == list(range(1, 31)) and loss.lines[0].get_ydata()[29] == 6.0
+    assert len(rates.lines) == 2
+    assert {line.get_label() for line in top1.lines} == {"mean", "best", "averaged: mean", "averaged: best"}
+    assert {line.get_label() for line in kind.lines} == {"blurred", "averaged: blurred"}
+    assert list(kind.lines[0].get_ydata()) == [75, 75, 75]
+    assert REAL_CURVES([{"epoch": 0, "top1": 0.5, "top1_mean": 0.5}], []).axes  # before the first step
+
+
+ROW = {"epoch": 1, "batch": 1, "loss": 1.5, "skipped": 0}
+
+
+def written_journal(run_dir: Path, updates) -> journal.Journal:
+    written = journal.Journal(run_dir)
+    for update in updates:
+        written.step({"update": update} | ROW)
+    written.flush()
+    return written
+
+
+def test_rewind_drops_the_steps_after_an_update_from_table_and_events(tmp_path):
+    written_journal(tmp_path, range(1, 6))
+    again = journal.Journal(tmp_path)
+    again.rewind(3)
+    again.step({"update": 4} | ROW | {"loss": 2.5})
+    again.flush()
+    assert column(tmp_path, "update") == [1, 2, 3, 4]
+    assert column(tmp_path, "loss") == [1.5, 1.5, 1.5, 2.5]
+    found = events(tmp_path).Scalars("step/loss")
+    assert [(event.step, event.value) for event in found] == [(1, 1.5), (2, 1.5), (3, 1.5), (4, 2.5)]
+
+
+def test_a_new_run_starts_its_own_table_where_an_earlier_ones_checkpoints_were_deleted(tmp_path):
+    written_journal(tmp_path, range(1, 6))
+    fit(small_run(tmp_path, RunSettings(epochs=1)))
+    assert column(tmp_path, "update") == [1, 2, 3, 4]
+    assert "backbone_lr" in read_csv(tmp_path / "steps.csv")[0]  # its columns are its own, too
+
+
+@pytest.mark.parametrize("cut", ["1", "12,", "12,1,4,1.", "12,1,4,1.5,"])
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, cut):
+    written_journal(tmp_path, range(1, 12))
+    with open(tmp_path / "steps.csv", "a") as file:
+        file.write(cut)
+    again = journal.Journal(tmp_path)
+    assert [row["update"] for row in again.steps()] == [str(i) for i in range(1, 12)]
+    again.rewind(12)
+    again.step({"update": 12} | ROW)
+    again.flush()
+    assert column(tmp_path, "update") == list(range(1, 13))
+    assert column(tmp_path, "skipped") == [0] * 12

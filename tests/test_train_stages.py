@@ -1,0 +1,373 @@
+"""Both training scripts, whole runs on a few photos: resuming, what is written, shared constants, bad data."""
+
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CPU, TinyNet, files_in, same_tensors, widened, write_photo
+from torch import nn
+
+import checkpoints
+import common
+import datasets
+import training
+from common import UserError
+
+# --- runs that stop, resume and repeat --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage, constants, steps, saved_at",
+    [
+        # Killed within epoch 2, three batches after the last save; 7 batches and 4 updates an epoch.
+        (1, {"EMA_DECAY": 0.9, "ACCUMULATE": 2, "SAVE_EVERY": 2, "BATCH_SIZE": 3}, 13, (1, 4, 6)),
+        (1, {"NUM_WORKERS": 1, "SAVE_EVERY": 0}, 8, (1, 0, 6)),
+        (2, {"BACKBONE_LR": 1e-2, "WIDE_LR": 1e-2, "SAVE_EVERY": 1}, 4, (1, 1, 3)),
+    ],
+)
+def test_a_run_that_is_killed_and_resumed_equals_one_in_one_go(
+    stages, train, monkeypatch, stage, constants, steps, saved_at
+):
+    script, constants = stages[stage - 1], constants | {"EPOCHS": 2}
+    whole = train(script, "whole", constants)
+    count, step = iter(range(1, 1000)), training.Run.step
+
+    def until(run, *args):
+        step(run, *args)
+        if next(count) == steps:
+            raise InterruptedError
+
+    with monkeypatch.context() as context, pytest.raises(InterruptedError):
+        context.setattr(training.Run, "step", until)
+        train(script, "killed", constants)
+    between = checkpoints.read_checkpoint(script.RUN_DIR / "last.pt")
+    assert (between["epoch"], between["batch"], between["updates"]) == saved_at
+    resumed = train(script, "killed", constants | {"RESUME": True})
+    ours, theirs = resumed.state(), whole.state()
+    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    assert whole.last["epoch"] == 2 and whole.last["history"][2]["loss"] != whole.last["history"][1]["loss"]
+    assert resumed.best["epoch"] == whole.best["epoch"] and same_tensors(resumed.best["model"], whole.best["model"])
+    for name in ("log.csv", "steps.csv"):
+        assert resumed.rows(name) == whole.rows(name)
+    assert resumed.column("update") == list(range(1, whole.last["updates"] + 1))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_finished_run_goes_on_for_more_epochs_each_with_its_own_draws(stages, train, monkeypatch, stage):
+    epochs, script = [], stages[stage - 1]
+    for dataset in (datasets.FaceClassificationDataset, datasets.FacePairDataset):
+        set_epoch = dataset.set_epoch
+        monkeypatch.setattr(
+            dataset, "set_epoch", lambda self, epoch, of=set_epoch: epochs.append(epoch) or of(self, epoch)
+        )
+    short = train(script, "run", {"EPOCHS": 1})
+    longer = train(script, "run", {"EPOCHS": 2, "RESUME": True})
+    assert epochs == [1, 2] and longer.last["epoch"] == 2
+    assert longer.rows("log.csv")[:2] == short.rows("log.csv")[:2]
+
+
+def test_lower_learning_rates_take_effect_on_resume(stages, train):
+    """As the sentence about a loss that is not finite advises."""
+    train(stages[0], "run", {"BACKBONE_LR": 1e-3, "EPOCHS": 2})
+    last = train(stages[0], "run", {"BACKBONE_LR": 1e-5, "EPOCHS": 3, "RESUME": True}).last
+    assert last["history"][1]["backbone_lr"] > 1e-4 and last["history"][3]["backbone_lr"] < 1e-5
+
+
+def test_a_repeated_run_is_equal_with_workers_too_and_another_seed_gives_another_run(stages, train):
+    first = train(stages[0], "first", {"SEED": 3})
+    torch.rand(17)  # what happened before does not matter
+    second = train(stages[0], "second", {"SEED": 3, "NUM_WORKERS": 1})
+    assert (first.run.loader.num_workers, second.run.loader.num_workers) == (0, 1)
+    assert second.state() == first.state()
+    assert not same_tensors(train(stages[0], "other", {"SEED": 4}).last["model"], first.last["model"])
+
+
+REFUSED = {
+    1: [
+        ({"FREEZE_UNTIL": "mixed_6a"}, r"freeze_until has changed \(None then, mixed_6a now\)"),
+        ({"FACE_CROP": 0.7}, r"face_crop has changed \(0.8 then, 0.7 now\)"),
+        ({"BALANCE": 0.5}, r"balance has changed \(0.0 then, 0.5 now\)"),
+        ({"EMA_DECAY": 0.9}, r"ema_decay has changed \(0.0 then, 0.9 now\)"),
+        ({"ACCUMULATE": 2}, r"accumulate has changed \(1 then, 2 now\)"),
+        ({"BATCH_SIZE": 5}, r"batch_size has changed \(4 then, 5 now\)"),
+        ({"SEED": 1}, r"seed has changed \(0 then, 1 now\)"),
+        ({"DISTORT": 0.5}, r"distort has changed \(\[0.0, 2\] then, \[0.5, 2\] now\)"),
+    ],
+    2: [
+        ({"TEACHER": "vggface2"}, r"teacher has changed \(None then, vggface2 now\)"),
+        ({"WIDE_WEIGHT": 0.75}, r"crops has changed \(.*'wide_weight': 0.3.* then, .*'wide_weight': 0.75.* now\)"),
+        ({"CLEAN": 0.25}, r"distort has changed \(\[0.1, 0.0, 2\] then, \[0.25, 0.0, 2\] now\)"),
+        ({"SKIP_KINDS": ("lowlight",)}, r"skip_kinds has changed \(\[\] then, \['lowlight'\] now\)"),
+        ({"OFTEN": ("lowlight",)}, r"often has changed \(\[\] then, \['lowlight'\] now\)"),
+        ({"MIRROR": False}, r"mirror has changed \(True then, False now\)"),
+        ({"DROPOUT": 0.2}, r"dropout has changed \(0.0 then, 0.2 now\)"),
+    ],
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resume_with_other_constants_or_data_is_refused_and_changes_nothing(stages, train, stage):
+    script = stages[stage - 1]
+    train(script, "run")
+    before = files_in(script.RUN_DIR)
+
+    def refused(constants: dict, change: str) -> None:
+        with pytest.raises(UserError, match=f"run/last.pt: cannot be resumed, {change}; set it back, or give RUN_DIR"):
+            train(script, "run", constants | {"RESUME": True})
+
+    for constants, change in REFUSED[stage]:
+        refused(constants, change)
+    photo = next((script.DATA_DIR / "train").glob("*/distortion/*.png"))
+    photo.rename(photo.with_name(f"other_{photo.name}"))
+    refused({}, r"data has changed \(21 files, \w{12} then, 21 files, \w{12} now\)")
+    (script.DATA_DIR / "train" / "di").rename(script.DATA_DIR / "train" / "dora")
+    refused({}, r"(persons|data) has changed \(.*\)")
+    assert files_in(script.RUN_DIR) == before
+
+
+def test_each_fact_of_both_stages_must_be_equal_or_may_change(stages, train):
+    facts = set().union(*(train(script, script.__name__).run.facts for script in stages))
+    assert not {*training.MUST_EQUAL} & {*training.MAY_CHANGE}
+    assert facts == {*training.MUST_EQUAL, *training.MAY_CHANGE}
+
+
+def test_resume_without_a_run_and_a_start_over_one_are_refused(stages, train):
+    message = f"{stages[0].RUN_DIR.parent / 'run' / 'last.pt'}: no checkpoint to resume; set RESUME = False"
+    with pytest.raises(UserError, match=message):
+        train(stages[0], "run", {"RESUME": True})
+    train(stages[0], "run")
+    with pytest.raises(UserError, match="set RESUME = True to go on with it"):
+        train(stages[0], "run")
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
+
+
+def only_plain_types(content) -> bool:
+    if isinstance(content, dict):
+        return all(only_plain_types(part) for item in content.items() for part in item)
+    if isinstance(content, (list, tuple)):
+        return all(map(only_plain_types, content))
+    return isinstance(content, (bool, int, float, str, type(None), torch.Tensor))
+
+
+def test_checkpoints_hold_only_tensors_and_plain_types(stages, train):
+    for script in stages:
+        trained = train(script, script.__name__)
+        assert only_plain_types(trained.best) and only_plain_types(trained.last)
+        assert "ema" not in trained.last and not (script.RUN_DIR / "best_ema.pt").exists()
+        assert not any(name.startswith("ema_") for row in trained.last["history"] for name in row)
+
+
+def rising(monkeypatch, script, top1) -> list[float]:
+    """Makes the script's top-1 a function of how many validations there were; returns those given so far."""
+    given, validate = [], script.validate
+
+    def validated(*args, **options):
+        _, row = validate(*args, **options)
+        given.append(top1(len(given)))
+        return given[-1], row
+
+    monkeypatch.setattr(script, "validate", validated)
+    return given
+
+
+def test_the_best_average_is_a_checkpoint_of_its_own_and_stage_2_can_start_from_it(stages, train, monkeypatch, capsys):
+    stage1, stage2 = stages
+    given = rising(monkeypatch, stage1.validation, top1=lambda call: call / 100)
+    trained = train(stage1, "run", {"EMA_DECAY": 0.9, "EPOCHS": 2})
+    path = stage1.RUN_DIR / "best_ema.pt"
+    model, saved = checkpoints.load_facenet(path, CPU)
+    assert same_tensors(model.state_dict(), trained.run.learner.ema.module.state_dict())
+    assert same_tensors(trained.best["model"], trained.run.learner.networks["model"].state_dict())
+    assert not torch.equal(model.backbone[6].weight, trained.best["model"]["backbone.6.weight"])
+    assert (saved["epoch"], saved["top1"], saved["ema_decay"]) == (2, given[-1], 0.9)
+    assert trained.last["best_ema"] == {"epoch": 2, "top1": given[-1]} and trained.last["best"]["top1"] == given[-2]
+    rows = trained.rows("log.csv")
+    assert all(0 <= float(row["ema_top1_mean"]) <= 1 for row in rows) and "ema_top1_blurred" in rows[0]
+    assert f"on val: {path}" in capsys.readouterr().out
+    last = train(stage2, "stage2", {"STAGE1_CHECKPOINT": path, "BACKBONE_LR": 0.0, "WIDE_LR": 0.0}).last
+    assert torch.equal(last["model"]["backbone.6.weight"], model.backbone[6].weight)
+
+
+# --- constants that reach both stages ---------------------------------------------------------------------------------
+
+
+def test_patience_stops_the_runs_of_both_stages(stages, train, monkeypatch, capsys):
+    rising(monkeypatch, stages[0].validation, top1=lambda call: 0.5)  # the same module in both
+    for script in stages:
+        assert train(script, script.__name__, {"EPOCHS": 3, "PATIENCE": 1}).last["epoch"] == 1
+        assert "stopped early: 1 epochs without" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("amp, dtype", [("auto", None), ("bf16", torch.bfloat16)])
+def test_both_stages_train_float32_weights_in_the_precision_selected(stages, train, forwards, amp, dtype):
+    for script in stages:
+        forwards.clear()
+        last = train(script, script.__name__, {"AMP": amp}).last
+        assert {seen.dtype for seen in forwards} == {dtype}
+        floating = [value for value in last["model"].values() if value.is_floating_point()]
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in floating)
+        assert last["history"][1]["skipped"] == 0 and math.isfinite(last["history"][1]["loss"])
+
+
+@pytest.mark.parametrize(
+    "stage, constants, message",
+    [
+        (1, {"AMP": "fp16"}, "AMP = 'fp16'"),
+        (1, {"BATCH_SIZE": 22}, "BATCH_SIZE = 22: more than the 21 items of an epoch"),
+        (1, {"DATA_DIR": Path("nowhere")}, "nowhere/train: no such folder"),
+        (2, {"PERSONS_PER_BATCH": 5}, "PERSONS_PER_BATCH = 5: only 4 persons have pairs; lower it"),
+        (2, {"PHOTOS_PER_PERSON": 3}, "PHOTOS_PER_PERSON = 3: expected an even number, half clean, half distorted"),
+        (2, {"CLEAN": 0.5, "DISTORT": 0.75}, r"CLEAN = 0.5, DISTORT = 0.75: expected shares in 0\.\.1"),
+        (2, {"STAGE1_CHECKPOINT": Path("nowhere.pt")}, r"^nowhere.pt: no checkpoint; run the stage that writes it"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(stages, train, stage, constants, message):
+    script = stages[stage - 1]
+    with pytest.raises(UserError, match=message):
+        train(script, "run", constants)
+    assert not list(script.RUN_DIR.glob("*.pt"))
+
+
+def test_a_full_disk_and_a_missing_val_folder_stop_both_stages_before_the_first_step(stages, train, monkeypatch):
+    for script in stages:
+        with monkeypatch.context() as context, pytest.raises(UserError, match="run: 0 MiB free"):
+            context.setattr(checkpoints.shutil, "disk_usage", lambda path: SimpleNamespace(total=10**15, free=1000))
+            train(script, "run")
+    shutil.rmtree(stages[0].DATA_DIR / "val")
+    for script in stages:
+        with pytest.raises(UserError, match="val: no such folder"):
+            train(script, "run")
+    assert not list(stages[0].RUN_DIR.parent.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_freeze_batchnorm_keeps_the_statistics_through_a_whole_run(stages, train, stage1_best, freeze):
+    random = {"backbone.1.running_mean": torch.zeros(16), "backbone.1.running_var": torch.ones(16)}
+    before = checkpoints.read_checkpoint(stage1_best)["model"]
+    for script, start in zip(stages, (random, widened({name: before[name] for name in random})), strict=True):
+        last = train(script, script.__name__, {"FREEZE_BATCHNORM": freeze}).last
+        assert {torch.equal(last["model"][name], value) for name, value in start.items()} == {freeze}
+
+
+def test_freeze_until_freezes_the_first_blocks_of_the_face_network_in_both_stages(stages, train, stage1_best):
+    torch.manual_seed(stages[0].SEED)
+    for script, start in zip(
+        stages, (TinyNet().state_dict(), checkpoints.read_checkpoint(stage1_best)["model"]), strict=True
+    ):
+        free, frozen = (
+            train(script, f"{script.__name__} {name}", {"FREEZE_UNTIL": name}).last for name in (None, "mixed_6a")
+        )
+        for weight in ("0.weight", "1.bias"):
+            assert torch.equal(frozen["model"][f"backbone.{weight}"], start[f"backbone.{weight}"])
+            assert not torch.equal(free["model"][f"backbone.{weight}"], start[f"backbone.{weight}"])
+            if script is stages[1]:  # the wide crop's network is never frozen
+                assert not torch.equal(frozen["model"][f"wide.{weight}"], start[f"backbone.{weight}"])
+        assert not torch.equal(frozen["model"]["backbone.6.weight"], start["backbone.6.weight"])
+        for last, of_face in ((free, 6), (frozen, 2)):
+            groups = {group["name"]: len(group["params"]) for group in last["optimizer"]["param_groups"]}
+            assert groups == {"backbone": of_face} | ({"wide": 6} if script is stages[1] else {"head": 1})
+
+
+def test_compile_is_called_once_and_trains_the_same_under_the_usual_names(stages, train, monkeypatch):
+    compiled = []
+
+    def compile_eagerly(self):
+        compiled.append(self)
+        nn.Module.compile(self, backend="eager")
+
+    monkeypatch.setattr(TinyNet, "compile", compile_eagerly)
+    for script in stages:
+        usual = train(script, f"{script.__name__}_usual", {"EMA_DECAY": 0.9}).last
+        assert not compiled
+        trained = train(script, script.__name__, {"COMPILE": True, "EMA_DECAY": 0.9})
+        assert [network is trained.run.learner.networks["model"] for network in compiled] == [True]
+        for part in ("model", "ema"):
+            torch.testing.assert_close(trained.last[part], usual[part], rtol=0, atol=1e-5)
+        compiled.clear()
+
+
+def test_both_stages_use_a_fused_optimizer_and_images_in_channels_last(stages, train, forwards):
+    for script in stages:
+        forwards.clear()
+        learner = train(script, script.__name__).run.learner
+        assert all(group["fused"] is True for group in learner.optimizer.param_groups)
+        network = learner.networks["model"]
+        layers = (network.backbone[0], network.wide[0]) if network.crops else (network.backbone[0],)
+        for tensor in [seen.images for seen in forwards] + [layer.weight for layer in layers]:
+            assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_nan_loss_lists_the_photos_of_its_batch(stages, train, monkeypatch, caplog, opened, stage):
+    of_batch = []
+
+    def spoiled(loss):
+        of_batch.append([str(path) for path in opened])
+        opened.clear()
+        return loss * (math.nan if len(of_batch) == 3 else 1.0)
+
+    monkeypatch.setattr(stages[0], "F", SimpleNamespace(cross_entropy=lambda *args: spoiled(F.cross_entropy(*args))))
+    forward = stages[1].ContrastiveLoss.forward
+    monkeypatch.setattr(stages[1].ContrastiveLoss, "forward", lambda *args: spoiled(forward(*args)))
+    constants = {"EPOCHS": 2} | ({"CLEAN": 0.0, "DISTORT": 0.0} if stage == 2 else {})
+    trained = train(stages[stage - 1], "run", constants)
+    (listed,) = [record.getMessage() for record in caplog.records if "the step is skipped" in record.getMessage()]
+    files = [line.strip() for line in listed.splitlines()[1:]]
+    assert len(files) == (4 if stage == 1 else 2 * 3)
+    assert files == of_batch[2][-len(files) :]  # in the order of the batch; validation may have come before
+    assert ("epoch 1, batch 3" if stage == 1 else "epoch 2, batch 1") + ": the loss is nan" in caplog.text
+    assert trained.column("skipped") == [0, 0, 1] + [0] * (9 if stage == 1 else 1)
+
+
+# --- data that is not as it should be ---------------------------------------------------------------------------------
+
+
+def test_persons_and_images_that_lie_twice_are_warned_of_in_both_stages(stages, train, caplog):
+    root = stages[0].DATA_DIR
+    for script in stages:
+        train(script, f"{script.__name__}_clean")
+    assert "more than one person" not in caplog.text and "train persons too" not in caplog.text
+    shutil.copytree(root / "train" / "ann", root / "val" / "ann")
+    double = root / "train" / "bob" / "clean" / "bob_0007.png"
+    shutil.copy(root / "train" / "cy" / "clean" / "cy_0002.png", double)
+    for script in stages:
+        caplog.clear()
+        common.warn_once.cache_clear()
+        train(script, script.__name__)
+        assert "1 of 3 val persons are train persons too" in caplog.text and "(ann)" in caplog.text
+        assert "1 images lie under more than one person" in caplog.text
+        assert str(double) in caplog.text and "cy_0002.png" in caplog.text and "cy_0001.png" not in caplog.text
+
+
+def test_a_corrupt_photo_is_listed_and_the_run_goes_on_as_if_it_were_absent(stages, train, caplog):
+    without = train(stages[0], "without")
+    bad = stages[0].DATA_DIR / "train" / "bob" / "clean" / "bob_0009.png"
+    bad.write_bytes((stages[0].DATA_DIR / "train" / "bob" / "clean" / "bob_0001.png").read_bytes()[:500])
+    assert train(stages[0], "with").state() == without.state()
+    assert "1 unreadable images, left out" in caplog.text and str(bad) in caplog.text
+
+
+def test_a_person_without_a_clean_photo_is_warned_of_and_both_stages_go_on(stages, train, caplog):
+    folder = stages[0].DATA_DIR / "train" / "gus" / "distortion"
+    write_photo(folder / "gus_0001_blurred.png", (90, 90, 90), seed=1)
+    first = train(stages[0], "stage1")
+    second = train(stages[1], "stage2", {"STAGE1_CHECKPOINT": stages[0].RUN_DIR / "best.pt"})
+    assert "1 persons without a clean photo" in caplog.text and "(gus)" in caplog.text
+    assert first.last["persons"] == second.last["persons"] == ["ann", "bob", "cy", "di", "gus"]
+
+
+def test_both_folder_layouts_give_the_same_run(stages, train):
+    clean = [train(script, f"clean_{script.__name__}").state() for script in stages]
+    for folder in list(stages[0].DATA_DIR.glob("*/*/clean")):
+        for photo in folder.iterdir():
+            photo.rename(folder.parent / photo.name)
+        folder.rmdir()
+    flat = [train(script, f"flat_{script.__name__}").state() for script in stages]
+    for ours, theirs in zip(flat, clean, strict=True):
+        assert {name for name in theirs if ours[name] != theirs[name]} <= {"data"}
