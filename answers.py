@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from checkpoints import atomic_file
+from common import safe_text
 from faces import NO_FACE, UNREADABLE, Box, Label, draw_labels
 from transforms import load_image
 
@@ -61,10 +62,8 @@ def counted(count: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with \\-escapes for what a terminal cannot show or would obey, such as a newline in a file's name."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+    """`text` as stdout shows it, so that columns are as wide as they are counted."""
+    return safe_text(text, encoding=sys.stdout.encoding or "utf-8")
 
 
 def width(text: str) -> int:

@@ -19,7 +19,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import nn
 from torch.optim import Optimizer
 
-from common import MAX_SIDE, UserError, in_range, list_names, read_plain, warn_once
+from common import MAX_SIDE, UserError, csv_cell, in_range, list_names, read_plain, warn_once
 from models import Crops, FaceNet
 
 if TYPE_CHECKING:
@@ -138,12 +138,16 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def write_csv(path: Path, rows: "Iterable[dict] | DataFrame") -> None:
-    """`rows` under the keys of all of them, in order of first appearance; a missing value or NaN stays empty."""
+    """`rows` under the keys of all of them, in order of first appearance; a missing value or NaN stays empty.
+
+    Texts are made safe for a spreadsheet, see common.csv_cell.
+    """
     from pandas import DataFrame  # takes half a second, which importing this module can do without
 
     with atomic_file(path) as file:
         table = DataFrame(rows, dtype=object)  # object: an int beside a missing value stays an int
-        table.to_csv(file, mode="wb", index=False, lineterminator="\n")
+        safe = {csv_cell(name): [csv_cell(value) for value in column] for name, column in table.items()}
+        DataFrame(safe, dtype=object).to_csv(file, mode="wb", index=False, lineterminator="\n")
 
 
 def save_checkpoint(path: Path, facts: dict, parts: dict) -> None:

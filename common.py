@@ -1,5 +1,7 @@
-"""What every module may need: errors and warnings, seeds, the device and the processes, checks of constants."""
+"""What every module may need: errors, warnings and output, seeds, the device and the processes, checks of constants."""
 
+import contextlib
+import errno
 import functools
 import logging
 import math
@@ -9,8 +11,9 @@ import sys
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ import torch.distributed as dist
 log = logging.getLogger(__name__)
 MAX_SIDE = 2048  # pixels of the square images that a network sees: a side read from a file could fill the memory
 SPARE = 2**28  # bytes that the tensors of a file may take beyond its size: an expanded one repeats what is stored once
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how a cell begins that a spreadsheet computes
 # What a run's constants may be; those that a module takes, it checks itself.
 RANGES = {
     "SEED": (int, 0, 2**32),
@@ -51,7 +55,7 @@ class UserError(ValueError):
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log `message` as a warning, the first time it comes up in this process."""
+    """Log `message` as a warning, the first time that it comes up in a run of a script; see pick_device."""
     log.warning(message)
 
 
@@ -82,28 +86,133 @@ def in_range(value: object, kind: type, low: float, high: float) -> bool:
     return number and low <= value <= high
 
 
-def run_script(main: Callable[[], object]) -> None:
-    """Call `main()`. A UserError ends the script with its sentence alone, anything else with a traceback."""
+# --- text and output --------------------------------------------------------------------------------------------------
+
+
+def safe_text(text: str, *, keep: str = "", encoding: str = "utf-8") -> str:
+    """`text` with \\-escapes for all that a terminal would obey or `encoding` cannot write; `keep` stays as it is.
+
+    Names of folders and files come from anywhere: they may hold escape codes, newlines, marks that turn the direction
+    of writing, or bytes that are no UTF-8. The joiners of Hindi, Persian and emoji and wide spaces stay.
+    """
+    shown = "".join(c if c in keep or _is_shown(c) else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or character in "\u200c\u200d" or unicodedata.category(character) == "Zs"
+
+
+def csv_cell(value: object) -> object:
+    """`value` for a cell of a CSV file: a safe text, and never a formula to a spreadsheet (OWASP: CSV injection).
+
+    Applied twice it changes no more than once. A number written as text stays a number.
+    """
+    if not isinstance(value, str):
+        return value
+    return "'" * (value.startswith(FORMULA) and not _is_number(value)) + safe_text(value)
+
+
+def csv_text(cell: str) -> str:
+    """What `csv_cell` made a cell of, for a script that reads its own CSV file."""
+    return cell[cell.startswith(tuple(f"'{start}" for start in FORMULA)) :]
+
+
+def _is_number(text: str) -> bool:
     try:
-        main()
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class _Output:
+    """stdout or stderr of a script: it ends no work. After the first write that fails, the rest goes nowhere.
+
+    escape: whether lines pass through `safe_text`; a progress bar moves the cursor.
+    """
+
+    def __init__(self, stream: TextIO, *, escape: bool):
+        self._stream, self._escape = stream, escape
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        shown = safe_text(text, keep="\n\t", encoding=self._stream.encoding or "utf-8") if self._escape else text
+        with self._forgiving():
+            self._stream.write(shown)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._forgiving():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # of what is buffered Python would complain at its end
+            # The reader of a pipe has seen enough (on Windows that is EINVAL); a full disk is worth a word.
+            if self._escape and error.errno not in (errno.EPIPE, errno.EINVAL):
+                log.warning(f"the output cannot be written ({error.strerror}); the work goes on without it")
+
+
+class _SafeFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return safe_text(super().format(record), keep="\n\t")
+
+
+@contextlib.contextmanager
+def _safe_output() -> Iterator[None]:
+    """Meanwhile, whatever is printed or logged is safe to show, and none of it can end the work."""
+    logging.lastResort.setFormatter(_SafeFormatter())
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
+            if (stream := getattr(sys, name)) is not None:  # None: closed, or a program without a console
+                output = _Output(stream, escape=name == "stdout")
+                stack.enter_context(redirect(output))
+                stack.callback(output.flush)
+        yield
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Call `main()`. A UserError ends the script with its sentence alone, anything else with a traceback.
+
+    Output ends nothing: what is printed or logged is made safe to show, and a closed pipe is no error.
+    """
+    try:
+        with _safe_output():
+            main()
     except UserError as error:
         if os.environ.get("TRACEBACK"):
             raise
-        sys.exit(f"error: {error}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
+        _exit(f"error: {error}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
     except KeyboardInterrupt as interrupt:
         way_on = "; RESUME = True goes on from the last checkpoint, if there is one"
         resumes = "RESUME" in getattr(main, "__globals__", {})
-        sys.exit(f"\n{str(interrupt) or 'interrupted' + (way_on if resumes else '')}")
+        _exit(f"\n{str(interrupt) or 'interrupted' + (way_on if resumes else '')}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _exit(message: str) -> NoReturn:
+    sys.exit(safe_text(message, keep="\n\t"))
+
+
+# --- device and processes ---------------------------------------------------------------------------------------------
 
 
 def pick_device() -> torch.device:
     """A CUDA GPU if there is one, else the CPU; under torchrun this process's own, and the processes are joined.
 
     TF32 is allowed: 10 bits of mantissa in the products, as trained nets tolerate, for several times the speed.
+    Here the main() of a script begins: what an earlier one in this process has warned of comes up again.
     """
+    warn_once.cache_clear()
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -132,10 +132,25 @@ def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
     ]
 
 
-def distortion_kind(path: Path) -> str:
-    """'blurred' for a_0001_blurred.jpg: what follows the last underscore; 'unknown' if that is nothing or a number."""
-    _, underscore, kind = path.stem.rpartition("_")
-    return plain_name(kind.lower()) if underscore and kind and not kind.isdigit() else "unknown"
+def distortion_kind(path: Path, source: Path | None = None) -> str:
+    """'motion_blur' for a_0001_motion_blur.jpg: what follows the name of its clean photo, `source`.
+
+    Without a source it is what follows the last underscore, and 'unknown' if that is a number. 'unknown', too, if it is
+    nothing.
+    """
+    stem = plain_name(path.stem)
+    if source is not None:
+        kind = stem[len(plain_name(source.stem)) :].lstrip("_-. ")
+    else:
+        kind = stem.rpartition("_")[2] if "_" in stem else ""
+        kind = "" if kind.isdigit() else kind
+    return kind.lower() or "unknown"
+
+
+def kinds_of(person: Person) -> tuple[str, ...]:
+    """The kind of each distorted photo of `person`."""
+    sources = source_photos(person.distorted, person.clean)
+    return tuple(distortion_kind(path, source) for path, source in zip(person.distorted, sources, strict=True))
 
 
 def persons_of(root: Split) -> list[Person]:
@@ -175,7 +190,11 @@ def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Per
     """
     kinds = _known_kinds("SKIP_KINDS", kinds, persons)
     kept = [
-        Person(p.name, p.clean, tuple(path for path in p.distorted if distortion_kind(path) not in kinds))
+        Person(
+            p.name,
+            p.clean,
+            tuple(path for path, kind in zip(p.distorted, kinds_of(p), strict=True) if kind not in kinds),
+        )
         for p in persons
     ]
     kept = [person for person in kept if person.photos]
@@ -191,7 +210,7 @@ def _known_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person
     """
     if isinstance(kinds, str):
         raise UserError(f"{constant} = {kinds!r}: the comma is missing that makes it a tuple; write ({kinds!r},)")
-    found = {distortion_kind(path) for person in persons for path in person.distorted}
+    found = {kind for person in persons for kind in kinds_of(person)}
     present = list_names(sorted(found), most=10) or "no distorted photos"
     for kind in kinds:
         if plain_name(kind) not in found:
@@ -405,7 +424,8 @@ class FacePairDataset(_SeededDataset):
                 unpaired.append(person.name)
                 continue
             # What is listed twice is drawn twice as often.
-            distorted = person.distorted + tuple(path for path in person.distorted if distortion_kind(path) in often)
+            kinds = zip(person.distorted, kinds_of(person), strict=True)
+            distorted = person.distorted + tuple(path for path, kind in kinds if kind in often)
             copies: dict[Path | None, list[Path]] = {}
             for path, source in zip(distorted, source_photos(distorted, person.clean), strict=True):
                 copies.setdefault(source, []).append(path)

@@ -3,20 +3,21 @@
     python evaluate.py
 
 Writes RESULTS_DIR/<split>_<stage>/: report.html with everything in it, figures.json, figures.csv, comparison.csv,
-queries.csv, persons.csv and the pictures.
+queries.csv, persons.csv and the pictures. Those of an earlier evaluation are removed.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import checkpoints
 import common
 import fast
 import metrics
 import report
-from common import UserError, warn_once
+from common import UserError, list_names, warn_once
 from datasets import Person, PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
 from gallery import (
     Gallery,
@@ -71,28 +72,27 @@ SEED = 0  # of t-SNE, the intervals and the halves of the open-set test
 
 
 def main() -> dict:
-    """Evaluate, print the tables, write the files; returns gallery.retrieve's details of the first protocol."""
-    check_template(TEMPLATE)
-    for protocol in PROTOCOLS:
-        check_protocol(protocol)
+    """Evaluate, write the files, print the tables; returns gallery.retrieve's details of the first protocol."""
+    check_constants()
     device = common.pick_device()
     fast.check_backend(BACKEND, device)
-    root = DATA_DIR / SPLIT
-    persons = scan_persons(root, check_images=CHECK_IMAGES)
+    networks = [load(CHECKPOINT, device)]
+    if COMPARE_WITH is not None:
+        networks.append(load(None if COMPARE_WITH == "pretrained" else COMPARE_WITH, device))
+    folder = RESULTS_DIR / f"{SPLIT}_{networks[0].title}"
+    checkpoints.check_writable("RESULTS_DIR", folder, folder=True)
+    persons = scan_persons(DATA_DIR / SPLIT, check_images=CHECK_IMAGES)
     warn_shared_persons([], persons)
     warn_duplicate_photos(persons)
 
-    after = evaluated(CHECKPOINT, persons, device)
-    before = None
-    if COMPARE_WITH is not None:
-        before = evaluated(None if COMPARE_WITH == "pretrained" else COMPARE_WITH, persons, device)
-        if before.title == after.title:
-            before = replace(before, title=f"{before.title}, before")
+    after, *others = [evaluated(network, persons, device) for network in networks]
+    before = others[0] if others else None
+    if before and before.title == after.title:
+        before = replace(before, title=f"{before.title}, before")
     comparison = compared(before, after) if before else {}
 
-    report.print_results(after, before, comparison)
     if common.is_main():  # of several processes one writes
-        folder = RESULTS_DIR / f"{SPLIT}_{after.title}"
+        folder = report.without_earlier_files(folder)
         report.write_results(folder, after, before, comparison)
         if PICTURES:
             pictures = report.draw_pictures(
@@ -104,22 +104,63 @@ def main() -> dict:
                 seed=SEED,
             )
             report.write_report(folder, pictures, after, before, comparison)
-        print(f"figures{', pictures and report.html' if PICTURES else ''}: {folder}")
+    report.print_results(after, before, comparison)
+    print(f"figures{', pictures and report.html' if PICTURES else ''}: {folder}")
     return next(iter(after.details.values()))
 
 
-def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torch.device) -> Evaluated:
+def check_constants() -> None:
+    """Raise UserError, before anything slow, for an unknown word or a missing folder."""
+    check_template(TEMPLATE)
+    if isinstance(PROTOCOLS, str) or not PROTOCOLS:
+        raise UserError(
+            f"PROTOCOLS = {PROTOCOLS!r}: expected a tuple of one or more, such as ('cross',), with its comma"
+        )
+    for protocol in PROTOCOLS:
+        check_protocol(protocol)
+    if not DATA_DIR.is_dir():
+        raise UserError(f"{DATA_DIR}: no such folder; set DATA_DIR to the folder that holds one folder per split")
+    splits = list_names(sorted(path.name for path in DATA_DIR.iterdir() if path.is_dir())) or "no folder"
+    if not (DATA_DIR / SPLIT).is_dir():
+        raise UserError(f"{DATA_DIR / SPLIT}: no such folder; DATA_DIR holds {splits}; correct SPLIT = {SPLIT!r}")
+    if BACKEND == "openvino-int8" and not (DATA_DIR / "train").is_dir():
+        raise UserError(
+            f"{DATA_DIR / 'train'}: no such folder, but BACKEND = {BACKEND!r} is fitted to photos there, and DATA_DIR "
+            f"holds {splits}; set BACKEND = 'openvino'"
+        )
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network to evaluate. source: a checkpoint, or the pretrained network; facts: see checkpoints.load_model."""
+
+    source: str
+    model: nn.Module
+    facts: dict
+
+    @property
+    def title(self) -> str:
+        return f"stage{self.facts['stage']}" if self.facts["stage"] else "pretrained" if PRETRAINED else "random"
+
+
+def load(checkpoint: Path | str | None, device: torch.device) -> Network:
+    """The network of a checkpoint, or with None that of PRETRAINED. Raises what load_model raises."""
+    model, facts = checkpoints.load_model(checkpoint, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
+    if checkpoint is not None:
+        print_choice(checkpoint, facts)
+    facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"])
+    return Network(str(checkpoint or PRETRAINED), model, facts)
+
+
+def evaluated(network: Network, persons: list[Person], device: torch.device) -> Evaluated:
     """Embed gallery and queries, retrieve and measure under every protocol that has queries.
 
     Raises NoQueries if there is one protocol and it has none.
     """
-    model, facts = checkpoints.load_model(checkpoint, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
-    if checkpoint is not None:
-        print_choice(checkpoint, facts)
+    facts = network.facts
     transform = eval_transform(facts["image_size"], facts["face_crop"])
-    facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"])
     photos = int8_photos(transform) if BACKEND == "openvino-int8" else None
-    model = fast.accelerated(model, BACKEND, facts["image_size"], device, photos)
+    model = fast.accelerated(network.model, BACKEND, facts["image_size"], device, photos)
     gallery = build_gallery(
         model,
         persons,
@@ -148,8 +189,8 @@ def evaluated(checkpoint: Path | str | None, persons: list[Person], device: torc
         details[protocol] = retrieve(gallery, of_protocol, scores)
         measured[protocol] = measure(gallery, of_protocol, scores, SEED)
     return Evaluated(
-        title=f"stage{facts['stage']}" if facts["stage"] else "pretrained" if PRETRAINED else "random",
-        source=str(checkpoint or PRETRAINED),
+        title=network.title,
+        source=network.source,
         split=SPLIT,
         facts=facts,
         gallery=gallery,
@@ -165,7 +206,7 @@ def print_choice(checkpoint: Path | str, facts: dict) -> None:
     epoch = f"epoch {facts['epoch']}" if facts["epoch"] else "the network as loaded (no epoch was better)"
     print(f"{checkpoint}: stage {facts['stage']}, {epoch}, chosen on {facts['selected_on']}")
     if facts["selected_on"] == SPLIT:
-        print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS chooses on persons of train instead")
+        print(f"  so {SPLIT} is not untouched: HOLDOUT_PERSONS of train_stage1.py chooses on persons of train instead")
 
 
 def queries_by_protocol(gallery: Gallery, distorted: Queries | None) -> dict[str, Queries]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from facenet_pytorch import MTCNN
@@ -12,8 +11,9 @@ from facenet_pytorch.models.utils import detect_face
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from common import UserError
+from common import UserError, safe_text
 from datasets import find_unreadable
+from fonts import font_file
 from transforms import load_image
 
 DETECT_SIDE = 1024  # px: a photo with a longer side than this is searched in a smaller copy, and cut from the original
@@ -193,7 +193,7 @@ def draw_labels(photo: Image.Image, labels: Sequence[Label], side: int) -> Image
         left, top, right, bottom = (value * scale for value in label.box or (0.0, 0.0, 0.0, 0.0))
         if label.box is not None:
             pen.rectangle((left, top, right, bottom), outline=label.colour, width=max(2, side // 300))
-        text = label.text.replace("\n", " ").encode("utf-8", "replace").decode()
+        text = safe_text(label.text)
         font = _font(text, size=max(10, side // 36), width=picture.width)
         wide, high = font.getlength(text) + font.size / 2, 1.4 * font.size
         x = max(0.0, min(left, picture.width - wide))
@@ -209,9 +209,7 @@ def draw_labels(photo: Image.Image, labels: Sequence[Label], side: int) -> Image
 
 def _font(text: str, size: int, width: int) -> ImageFont.FreeTypeFont:
     """A font of `size` px, or of less, down to 10, where `text` would be wider than `width` px."""
-    # Pillow's own font has Latin letters only.
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    font = ImageFont.truetype(str(file), size)
+    font = ImageFont.truetype(font_file(text), size)  # Pillow's own font has Latin letters only
     return font.font_variant(size=max(10, min(size, int(size * width / (font.getlength(text) + size)))))
 
 

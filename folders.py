@@ -154,8 +154,9 @@ def shown(path: Path) -> str:
 def source_photos(distorted: Sequence[Path], clean: Sequence[Path]) -> list[Path | None]:
     """The clean photo that each distorted one was made from: the one with the longest stem that begins its name.
 
-    The stem ends at an underscore of the name: a_10_blurred.jpg comes from a_10.jpg, never from a_1.jpg. Of a.jpg and
-    a.png, the source is the one with the copy's own suffix. None if there is no such photo, or no telling which of two.
+    The stem is followed by neither a letter nor a digit: a_10_blurred.jpg and a_10-blurred.jpg come from a_10.jpg,
+    never from a_1.jpg. Of a.jpg and a.png, the source is the one with the copy's own suffix. None if there is no such
+    photo, or no telling which of two.
     """
     by_stem: dict[str, list[Path]] = {}
     for photo in clean:
@@ -163,11 +164,8 @@ def source_photos(distorted: Sequence[Path], clean: Sequence[Path]) -> list[Path
 
     def source(copy: Path) -> Path | None:
         stem = plain_name(copy.stem)
-        while stem not in by_stem:
-            stem, underscore, _ = stem.rpartition("_")
-            if not underscore:
-                return None
-        found = by_stem[stem]
+        ends = [len(stem), *(i for i in reversed(range(len(stem))) if not stem[i].isalnum())]
+        found = next((by_stem[stem[:end]] for end in ends if stem[:end] in by_stem), [])
         for fits in (
             lambda photo: copy.parent.parent in photo.parents,  # one person may have two folders, see scan_persons
             lambda photo: copy.stem.startswith(photo.stem),  # in the same bytes

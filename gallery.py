@@ -1,5 +1,6 @@
 """Retrieval: a gallery of clean embeddings, every distorted photo a query, cosine similarity, top-1."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,14 +13,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import metrics
-from common import UserError, rank_and_world, warn_once
-from datasets import Person, PhotoList, Split, distortion_kind, folder_of, persons_of
+from common import UserError, list_names, rank_and_world, safe_text, warn_once
+from datasets import Person, PhotoList, Split, folder_of, kinds_of, persons_of
 from folders import source_photos
 from models import fingerprint
 from scores import TEMPLATES, Scores, check_template, mean_templates, person_scores, templates
 from transforms import Transform
 
 PROTOCOLS = ("same", "cross", "clean")  # see select_queries
+MOST_KINDS = 20  # of distortion, with figures of their own; FACECOM has seven
+OTHER = "other"  # group of all further kinds
+TAKEN = {*TEMPLATES, *PROTOCOLS, OTHER, "all", "without sunny"}  # names of figures and groups, that no kind may have
 
 
 @dataclass(frozen=True)
@@ -314,9 +318,29 @@ def _queries(gallery: Gallery, persons: Sequence[Person], paths: list[Path], fou
         sources=torch.tensor(sources),
         paths=paths,
         persons=names,
-        kinds=[distortion_kind(path) for path in paths],
+        kinds=kind_groups([kind for person in persons for kind in kinds_of(person)], folder_of(persons)),
         quality=found.quality,
     )
+
+
+def kind_groups(kinds: Sequence[str], folder: Path) -> list[str]:
+    """The name of the group that each photo counts in, of photos of these kinds in `folder`: its kind.
+
+    Beyond MOST_KINDS, only the most frequent kinds stay by themselves, with a warning: so many are file names that were
+    not meant to state a kind. A kind called like one of TAKEN is called "kind mean" and so on.
+    """
+    names = [f"kind {kind}" if kind in TAKEN or kind.startswith("kind ") else kind for kind in map(safe_text, kinds)]
+    counts = Counter(names)
+    if len(counts) <= MOST_KINDS:
+        return names
+    by_size = sorted(counts, key=lambda name: (-counts[name], name))
+    kept = set(by_size[: MOST_KINDS - 1])
+    warn_once(
+        f"{folder}: {len(counts)} kinds by the names of the distorted photos, <clean photo's name>_<kind>, such as "
+        f"{list_names(by_size[MOST_KINDS - 1 :])}; the {len(kept)} most frequent have figures of their own, the others "
+        f"count as {OTHER!r}; rename the photos if these are not kinds"
+    )
+    return [name if name in kept else OTHER for name in names]
 
 
 def embed_split(
@@ -371,7 +395,7 @@ def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> 
         found = photos.subset(several[gallery.labels].nonzero()[:, 0])
     if not len(found.paths):
         who = "no person with a distorted photo" if protocol == "cross" else "no person"
-        raise NoQueries(f"PROTOCOL {protocol!r}: no query, as {who} has a second clean photo")
+        raise NoQueries(f"protocol {protocol!r}: no query, as {who} has a second clean photo")
     return found
 
 
@@ -381,7 +405,7 @@ class NoQueries(UserError):
 
 def check_protocol(protocol: str) -> None:
     if protocol not in PROTOCOLS:
-        raise UserError(f"PROTOCOL {protocol!r}: expected one of {', '.join(map(repr, PROTOCOLS))}")
+        raise UserError(f"protocol {protocol!r}: expected one of {', '.join(map(repr, PROTOCOLS))}")
 
 
 def score(gallery: Gallery, queries: Queries, templates: Sequence[str] = TEMPLATES) -> dict[str, Scores]:

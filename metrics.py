@@ -405,7 +405,7 @@ def measure(scores: Scores, precision: Tensor, persons: Tensor, opened: OpenRate
     interval = rate_interval(torch.stack(list(values.values()), 1), persons, seed)
     figures: dict[str, dict] = {name: {"value": None, "low": None, "high": None} for name in FIGURES}
     for column, (name, value) in enumerate(values.items()):
-        figures[name] = {"value": value.nanmean().item()} | _ends(interval[:, column])
+        figures[name] = {"value": _mean(value)} | _ends(interval[:, column])
     for name, value in (("macro F1", macro_f1(found.predicted, scores.truth)), ("EER", curve.eer())):
         figures[name] = {"value": value, "low": None, "high": None}
     shown = min(CMC_RANKS, scores.matrix.shape[1])
@@ -427,9 +427,13 @@ def compare(before: Measured, after: Measured, persons: Tensor, seed: int) -> di
     difference = torch.stack([after.values[name] - before.values[name] for name in names], 1)
     interval = difference_interval(difference, persons, seed)
     return {
-        name: {"value": difference[:, column].nanmean().item()} | _ends(interval[:, column])
-        for column, name in enumerate(names)
+        name: {"value": _mean(difference[:, column])} | _ends(interval[:, column]) for column, name in enumerate(names)
     }
+
+
+def _mean(values: Tensor) -> float | None:
+    """Without NaN; None if there is nothing else: NaN is no JSON."""
+    return None if values.isnan().all() else values.nanmean().item()
 
 
 def _ends(interval: Tensor) -> dict[str, float | None]:

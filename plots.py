@@ -17,6 +17,9 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn import functional as F
 
+import fonts
+from common import safe_text
+
 DPI = 110
 
 # One style per evaluation. Colour-blind readers can distinguish the colours (Okabe & Ito 2008), and in grey print the
@@ -29,6 +32,7 @@ WIDTHS = (3.2, 2.4, 1.8, 1.8, 1.4, 1.4)  # points
 GREY = "#707070"  # of what is not measured
 
 MARKED_FAR = (1e-2, 1e-3, 1e-4)  # the false accept rates that papers report
+LONGEST_NAME = 60  # characters; a longer one would leave no room for the plot
 RESOLVED_PAIRS = 10  # a rate that rests on fewer accepted pairs is mostly chance
 
 
@@ -236,7 +240,7 @@ def tsne(
 
 
 def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequence[str], templates: Tensor) -> Figure:
-    """Heat map of cosines (Q, P): a row per query, grouped by person, a column per person's mean template.
+    """Heat map of cosines (Q, P): a row per query, grouped by person, a column per person of the gallery.
 
     query_labels: (Q,) index into persons; templates: (P, D), of any norm. Rows and columns have the same order, with
     similar persons side by side: the leaves of the average-linkage tree of the templates, in the order that puts
@@ -268,7 +272,7 @@ def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequ
     axes.set_yticks((ends - counts / 2 - 0.5)[has_query], rows, fontsize=size)
     axes.set(
         title="Cosine similarity, similar persons side by side",
-        xlabel="person in the gallery (mean of clean photos)",
+        xlabel="person in the gallery",
         ylabel="distorted queries",
     )
     figure.colorbar(heat_map, shrink=0.6, label="cosine")
@@ -310,12 +314,14 @@ def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
         _draw_steps(loss_axes, pd.DataFrame(steps).astype(float))
 
     epochs = pd.DataFrame(history)
-    for name in epochs.columns[epochs.columns.str.contains("top1_")]:
-        overall = name.endswith(("top1_mean", "top1_best", "top1_cross", "top1_clean"))
-        axes = top1_axes if overall else kind_axes
-        line = "--" if name.startswith("ema_") else "-"  # ema: of the averaged weights
-        label = name.replace("ema_", "averaged: ").replace("top1_", "")
-        axes.plot(epochs["epoch"], 100 * epochs[name], line, marker="o", markersize=3, linewidth=1.2, label=label)
+    for column in epochs.columns:
+        name = column.removeprefix("ema_").removeprefix("top1_")
+        averaged = column.startswith("ema_top1_")  # of the averaged weights
+        if not averaged and not column.startswith("top1_"):
+            continue
+        axes = top1_axes if name in ("mean", "best", "cross", "clean") else kind_axes
+        style = {"linestyle": "--" if averaged else "-", "marker": "o", "markersize": 3, "linewidth": 1.2}
+        axes.plot(epochs["epoch"], 100 * epochs[column], label="averaged: " * averaged + _plain(name), **style)
     top1_axes.set(title="top-1, %, by template and protocol", xlabel="epoch")
     kind_axes.set(title="top-1, %, by kind", xlabel="epoch")
     for axes in (top1_axes, kind_axes):
@@ -372,8 +378,14 @@ def _styles() -> Iterator[Style]:
 
 
 def _plain(name: str) -> str:
-    """`name` so that matplotlib shows it unchanged: $...$ would be a formula, and a leading _ hides it in legends."""
-    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+    """`name` so that matplotlib shows it unchanged, but for what cannot be shown and for the end of a very long one.
+
+    Without this $...$ would be a formula, a leading _ would hide the name in legends, and its letters might be boxes.
+    """
+    shown = safe_text(name)
+    fonts.show_in_plots(shown)
+    shown = shown if len(shown) <= LONGEST_NAME else f"{shown[: LONGEST_NAME - 1]}…"
+    return (" " if shown.startswith("_") else "") + shown.replace("$", r"\$")
 
 
 def _power(rate: float) -> str:

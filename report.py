@@ -2,6 +2,9 @@
 
 import base64
 import io
+import logging
+import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +19,19 @@ from torch import Tensor
 import checkpoints
 import metrics
 import plots
-from gallery import Gallery, Queries
+from gallery import Gallery, Queries, score
 from scores import TEMPLATES, mean_templates
 from transforms import FaceCrop, load_image
 
+log = logging.getLogger(__name__)
 # What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
 FACTS = ("stage", "epoch", "pretrained", "image_size", "face_crop", "selected_on", "template", "made_by")
 COMPARED = ("rank-1", "mAP", "TAR@FAR=0.001", "DIR@FPIR=0.01")  # in the printed comparison; the page has all figures
+# The files of an evaluation.
+WRITTEN = re.compile(
+    r"figures\.json|(figures|comparison|queries|persons)\.csv|report\.html"
+    r"|((cmc|roc|scores|kinds|discard)_(same|cross|clean)|tsne|similarity|mistakes)\.(png|jpg)"
+)
 REFUSED = 0.2  # of the queries, where the share of the wrong answers left is one number and not a curve
 
 
@@ -199,10 +208,16 @@ def errors_left(left: dict[str, Tensor]) -> dict[str, float | None]:
 
 
 def missing_figures(after: Evaluated) -> list[str]:
-    """A line per figure for which there are too few samples, with the number needed."""
+    """A line per figure for which there are too few samples, with the number needed, and per group without enrolled
+    persons."""
     lines = []
     for protocol, measured in after.measured.items():
-        everything = measured[after.gallery.template]["all"]
+        groups = measured[after.gallery.template]
+        everything = groups["all"]
+        for name, group in groups.items():
+            if not group.roc.genuine_pairs:
+                shown = f"its {len(group.values['rank-1'])} queries show only persons outside the gallery"
+                lines.append(f"{protocol}: {name} has no TAR, EER and DIR: {shown}")
         for rates, name, samples, what, least in (
             (metrics.FARS, "TAR@FAR", everything.roc.impostor_pairs, "impostor pairs", metrics.MIN_ERRORS),
             # Half of the persons are strangers to either gallery.
@@ -216,6 +231,23 @@ def missing_figures(after: Evaluated) -> list[str]:
 
 
 # --- JSON and CSV -----------------------------------------------------------------------------------------------------
+
+
+def without_earlier_files(folder: Path) -> Path:
+    """`folder`, without the files of an earlier evaluation; what else lies there stays.
+
+    Where one cannot be removed, as Excel holds it, a new folder beside it, with a warning.
+    """
+    try:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if WRITTEN.fullmatch(path.name):
+                path.unlink()
+    except OSError as error:
+        other = Path(tempfile.mkdtemp(prefix=f"{folder.name}_", dir=folder.parent))
+        other.chmod(folder.stat().st_mode)
+        log.warning(f"{error.filename}: cannot be removed ({error.strerror}); close what holds it. Files: {other}")
+        return other
+    return folder
 
 
 def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comparison: dict) -> None:
@@ -234,6 +266,7 @@ def write_results(folder: Path, after: Evaluated, before: Evaluated | None, comp
         "split": after.split,
         "model": known_facts(after),
         "template": after.gallery.template,
+        "not_reported": missing_figures(after),  # why a figure is null
         "protocols": {protocol: protocol_summary(after, protocol) for protocol in after.details},
     }
     if before:
@@ -355,16 +388,17 @@ def embedding_pictures(gallery: Gallery, queries: Queries, persons: int, seed: i
     names = gallery.persons[:persons]
     of_query = ((queries.truth >= 0) & (queries.truth < len(names))).nonzero()[:, 0]
     of_gallery = (gallery.labels < len(names)).nonzero()[:, 0]
-    embeddings, truth = queries.embeddings[of_query], queries.truth[of_query].tolist()
+    queries = queries.subset(of_query)
     pictures = {}
     if len(of_query) + len(of_gallery) >= 4:
-        points = torch.cat([gallery.embeddings[of_gallery], embeddings])
-        labels = gallery.labels[of_gallery].tolist() + truth
+        points = torch.cat([gallery.embeddings[of_gallery], queries.embeddings])
+        labels = gallery.labels[of_gallery].tolist() + queries.truth.tolist()
         is_query = [False] * len(of_gallery) + [True] * len(of_query)
         pictures["tsne"] = plots.tsne(points, labels, is_query, names, seed)
-    if truth:
-        templates = mean_templates(gallery.weighted, gallery.labels)[: len(names)]
-        pictures["similarity"] = plots.similarity_matrix(embeddings @ templates.T, truth, names, templates)
+    if len(of_query):
+        cosines = score(gallery, queries)[gallery.template].matrix[:, : len(names)]  # those that the answers are by
+        means = mean_templates(gallery.weighted, gallery.labels)[: len(names)]
+        pictures["similarity"] = plots.similarity_matrix(cosines, queries.truth.tolist(), names, means)
     return pictures
 
 
@@ -428,8 +462,6 @@ def write_report(
     for name, picture in pictures.items():
         with checkpoints.atomic_file(folder / f"{name}{picture.suffix}") as file:
             file.write(picture.data)
-        # Of an earlier evaluation: a sheet of mistakes shows photos, one without mistakes does not.
-        (folder / f"{name}{'.jpg' if picture.suffix == '.png' else '.png'}").unlink(missing_ok=True)
     with checkpoints.atomic_file(folder / "report.html") as file:
         # A file name may hold a byte that is no UTF-8; it becomes a question mark.
         file.write(page(pictures, after, before, comparison).encode("utf-8", "replace"))

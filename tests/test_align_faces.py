@@ -322,6 +322,15 @@ def test_an_interrupted_run_continues_where_it_stopped_and_ends_as_if_uninterrup
     assert {name: content for name, content in tree(script.OUT_DIR).items() if name != "align_faces.json"} == expected
 
 
+def test_a_name_like_a_formula_is_found_again_in_the_csv_file(script):
+    write(script.IN_DIR / "=ann" / "a.png")
+    script.main()
+    assert "\n'=ann/a.png," in (script.OUT_DIR / "align_faces.csv").read_text()
+    SeesRectangles.searched.clear()
+    script.main()
+    assert SeesRectangles.searched == []
+
+
 def test_a_crop_that_cannot_be_finished_leaves_no_half_file(script, three_persons, monkeypatch):
     save = Image.Image.save
 

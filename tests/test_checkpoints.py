@@ -69,6 +69,12 @@ def test_rows_are_written_under_the_keys_of_all_of_them(tmp_path):
     assert path.read_bytes().decode() == 'epoch,top1,loss,note\n0,0.5,,\n1,1.0,2.5,\n,,,"ä, b"\n'
 
 
+def test_a_csv_file_holds_no_formula_no_escape_code_and_no_byte_that_is_not_utf_8(tmp_path):
+    path = tmp_path / "persons.csv"
+    checkpoints.write_csv(path, [{"person": name, "loss": "-0.5"} for name in ("=1+1", "\x1b[2J", "caf\udce9")])
+    assert path.read_text(encoding="utf-8") == "person,loss\n'=1+1,-0.5\n\\x1b[2J,-0.5\ncaf\\udce9,-0.5\n"
+
+
 HALF_SAVE = """
 import io, os, pathlib, signal, sys, torch, checkpoints
 whole_save = torch.save

@@ -1,5 +1,6 @@
-"""common.py: how a script ends, and what each module may need."""
+"""common.py: how a script ends, what it prints, and what each module may need."""
 
+import io
 import os
 import subprocess
 import sys
@@ -61,3 +62,108 @@ def test_a_constant_that_a_script_does_not_have_cannot_be_set():
 def test_derived_seeds_depend_on_every_number_and_on_their_order():
     seeds = {derived_seed(a, b, c) for a in range(12) for b in range(12) for c in range(12)}
     assert len(seeds) == 12**3 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+# --- text and output --------------------------------------------------------------------------------------------------
+
+ESCAPE = "\x1b]0;evil\x07\x1b[31m"  # sets a terminal's title, then its colour
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        (ESCAPE, r"\x1b]0;evil\x07\x1b[31m"),
+        ("two\nlines\r", r"two\nlines\r"),
+        ("txt\u202egpj.exe", r"txt\u202egpj.exe"),  # the rest would be shown from right to left
+        ("caf\udce9", r"caf\udce9"),  # a byte of a file's name that is no UTF-8
+        ("José 山田\u3000太郎 क्\u200dष", "José 山田\u3000太郎 क्\u200dष"),
+    ],
+)
+def test_text_is_shown_without_what_a_terminal_would_obey(name, shown):
+    assert common.safe_text(name) == shown
+
+
+def test_an_encoding_gets_escapes_for_what_it_lacks_and_some_characters_may_be_kept():
+    assert common.safe_text("é山\n", keep="\n", encoding="cp1252") == "é\\u5c71\n"
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@"])
+def test_a_text_in_a_csv_file_is_no_formula_however_often_it_is_written(start):
+    cell = common.csv_cell(f"{start}cmd|' /C calc'!A0")
+    assert cell == f"'{start}cmd|' /C calc'!A0" == common.csv_cell(cell)
+    assert common.csv_text(cell) == f"{start}cmd|' /C calc'!A0" and common.csv_text("'tis") == "'tis"
+    assert common.csv_cell(ESCAPE + "=1") == r"\x1b]0;evil\x07\x1b[31m=1"
+    unchanged = ["ann", "-0.5", "+1e-3", "nan", "", -0.5, None, 3]
+    assert [common.csv_cell(value) for value in unchanged] == unchanged
+
+
+# Prints 200 KB of a name that cp1252 cannot show, warns of it, then writes the file that it is about.
+SCRIPT = """
+import sys
+from pathlib import Path
+import common
+
+def main():
+    for _ in range(20_000):
+        print("山 \\x1b[31m")
+    sys.stderr.write("\\r50 %\\n")
+    common.warn_once("山 \\x1b[31m")
+    Path(sys.argv[1]).write_text("figures")
+    if sys.argv[2] == "fails":
+        raise common.UserError("山 \\x1b[31m: no such folder")
+
+common.run_script(main)
+"""
+
+
+def run(tmp_path: Path, outcome: str, **streams) -> subprocess.CompletedProcess:
+    """SCRIPT on a console of cp1252; the file that it writes must be there in any case."""
+    file = tmp_path / "figures.txt"
+    command = [sys.executable, "-c", SCRIPT, str(file), outcome]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(Path(common.__file__).parent)}
+    done = subprocess.run(command, env=environment, **streams)
+    assert file.read_text() == "figures"
+    return done
+
+
+def test_a_console_that_lacks_the_letters_of_a_name_gets_escapes_and_the_work_is_done(tmp_path):
+    done = run(tmp_path, "fails", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert set(done.stdout.decode("cp1252").splitlines()) == {r"\u5c71 \x1b[31m"}
+    bar, warning, error, way_out = done.stderr.decode("cp1252").replace("\r\n", "\n").split("\n")[:4]
+    assert bar == "\r50 %" and warning == r"\u5c71 \x1b[31m" and error == r"error: \u5c71 \x1b[31m: no such folder"
+    assert way_out == "(TRACEBACK=1 python -c shows where)"
+
+
+def test_a_pipe_that_nobody_reads_any_more_is_no_error(tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = run(tmp_path, "ends well", stdout=writing, stderr=subprocess.PIPE)
+        assert done.returncode == 0 and done.stderr.decode("cp1252").splitlines()[1:] == ["50 %", r"\u5c71 \x1b[31m"]
+        assert run(tmp_path, "ends well", stdout=writing, stderr=writing).returncode == 0  # 2>&1 | head
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_finds_a_full_disk_is_reported_and_the_work_goes_on(tmp_path):
+    with open("/dev/full", "wb") as full:
+        done = run(tmp_path, "ends well", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 0
+    assert done.stderr.count(b"the output cannot be written (No space left on device)") == 1
+
+
+def test_a_script_without_a_console_runs(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    common.run_script(lambda: print("nobody sees this", ESCAPE))
+    assert sys.stdout is None
+
+
+def test_a_second_main_in_one_process_warns_again(caplog):
+    for _ in range(2):
+        common.pick_device()
+        for _ in range(2):
+            common.warn_once("two persons share a photo")
+    assert caplog.messages == ["two persons share a photo"] * 2

@@ -145,6 +145,7 @@ def test_a_backend_that_is_unknown_or_not_for_this_device_is_refused(facenet, ba
 
 def test_evaluate_refuses_a_backend_before_it_reads_a_photo(monkeypatch):
     monkeypatch.setattr(evaluate, "BACKEND", "onnxruntime")
+    monkeypatch.setattr(evaluate, "check_constants", lambda: None)
     monkeypatch.setattr(evaluate, "scan_persons", lambda *_, **__: pytest.fail("photos were read"))
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UserError, match=r"package onnx is not installed"):
@@ -321,3 +322,18 @@ def test_the_script_leaves_an_earlier_file_when_the_embeddings_differ(script, mo
     with pytest.raises(UserError, match=rf"tiny\.onnx: not written, .* differ from torch's by {difference} "):
         script.main()
     assert script.OUT.read_bytes() == b"an earlier file" and len(list(script.OUT.parent.iterdir())) == 1
+
+
+def test_the_script_names_what_the_user_can_change_in_it_and_tests_its_file_before_the_work(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(export_onnx, "OUT", tmp_path / "file" / "tiny.onnx")
+    monkeypatch.setattr(checkpoints, "load_model", None)
+    with pytest.raises(UserError, match=r"^OUT = .*tiny\.onnx: .*file cannot be written to \(.*\); choose a folder"):
+        export_onnx.main()
+    monkeypatch.setattr(export_onnx, "OUT", tmp_path / "tiny.onnx")
+    monkeypatch.setattr(
+        checkpoints, "load_model", lambda **constants: (TinyNet(), {"image_size": SIZE, "face_crop": 1})
+    )
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"package onnx is not installed .*: pip install onnx onnxruntime$"):
+        export_onnx.main()

@@ -1,5 +1,6 @@
 """Retrieval, on trees whose answers can be worked out by hand or by a loop over the files."""
 
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+import metrics
 from common import UserError
 from datasets import scan_persons
 from gallery import (
@@ -367,12 +369,12 @@ def test_under_cross_a_query_of_unknown_source_is_matched_against_all_photos(tmp
 def test_a_protocol_in_which_no_person_has_a_second_photo_has_no_queries(tmp_path, protocol, who):
     write_plain(tmp_path / "ann" / "clean" / "1.png", (200, 0, 0))
     write_plain(tmp_path / "ann" / "distortion" / "1_foggy.png", (90, 0, 0))
-    with pytest.raises(NoQueries, match=f"PROTOCOL '{protocol}': no query, as {who} has a second clean photo"):
+    with pytest.raises(NoQueries, match=f"protocol '{protocol}': no query, as {who} has a second clean photo"):
         retrieved(tmp_path, protocol)
 
 
 def test_an_unknown_protocol_is_an_error_that_lists_the_known_ones(four_queries):
-    with pytest.raises(UserError, match="PROTOCOL 'all': expected one of 'same', 'cross', 'clean'"):
+    with pytest.raises(UserError, match="protocol 'all': expected one of 'same', 'cross', 'clean'"):
         retrieved(four_queries, "all")
 
 
@@ -391,6 +393,52 @@ def test_groups_are_the_kinds_and_all_and_what_is_left_without_sunny(four_querie
     assert set(queries.subset(torch.tensor([1])).groups()) == {"sunny", "all"}
 
 
+def test_a_kind_is_what_follows_the_name_of_its_clean_photo(tmp_path):
+    kinds = {
+        "a_1_motion_blur": "motion_blur",
+        "a_1_gaussian_blur": "gaussian_blur",
+        "a_1_3": "3",
+        "a_1-Blurred": "blurred",
+        "a_1 (2)": "(2)",
+        "a_10_blurred": "blurred",  # not of a_1
+        "a_1": "unknown",
+    }
+    for name in ("clean/a_1", *(f"distortion/{name}" for name in kinds)):
+        write_plain(tmp_path / "ann" / f"{name}.png", (200, 0, 0))
+    queries = embed_split(MeanColour(), tmp_path, as_float, "cpu", template="mean")[1]
+    stems = [path.stem for path in queries.paths]
+    assert dict(zip(stems, queries.kinds, strict=True)) == kinds
+    assert [stem for stem, row in zip(stems, queries.sources.tolist(), strict=True) if row < 0] == ["a_10_blurred"]
+
+
+def test_no_kind_takes_the_name_of_a_figure_or_of_another_group(four_queries):
+    for name in ("all", "mean", "best", "same", "cross", "clean", "other", "kind all", "without sunny", "x\x1b[31m"):
+        write_plain(four_queries / "bob" / "distortion" / f"1_{name}.png", (9, 0, 9))
+    _, queries, details = retrieved(four_queries)
+    taken = ("all", "mean", "best", "same", "cross", "clean", "other", "kind all", "without sunny")
+    expected = {"foggy", "rainy", "sunny", r"x\x1b[31m", *(f"kind {name}" for name in taken)}
+    assert set(details["per_kind"]) == expected
+    groups = queries.groups()
+    assert set(groups) == expected | {"all", "without sunny"}
+    assert len(groups["all"]) == 14 and len(groups["kind all"]) == len(groups["kind without sunny"]) == 1
+
+
+def test_kinds_without_number_are_reported_with_examples_and_counted_together(tmp_path, caplog):
+    write_plain(tmp_path / "ann" / "clean" / "a.png", (200, 0, 0))
+    for kind in range(20):
+        for copy in ("", "b")[: 1 + (kind < 19)]:
+            write_plain(tmp_path / "ann" / "distortion" / f"a{copy}_kind{kind:02}.png", (200, 0, 0))
+    assert len(set(retrieved(tmp_path)[1].kinds)) == 20 and not caplog.messages
+    for number in range(43):  # a kind for each photo
+        write_plain(tmp_path / "ann" / "distortion" / f"IMG_2023_1011{number:02}-blurred.png", (200, 0, 0))
+    _, queries, details = retrieved(tmp_path)
+    assert sorted(details["per_kind"]) == [*(f"kind{kind:02}" for kind in range(19)), "other"]
+    assert details["per_kind"]["other"]["queries"] == 44 and len(queries.groups()) == 21
+    [message] = caplog.messages
+    assert message.startswith(f"{tmp_path}: 63 kinds by the names of the distorted photos")
+    assert "such as 101100-blurred, 101101-blurred, " in message and "and 39 more; the 19 most frequent" in message
+
+
 def test_figures_of_a_group_are_those_of_its_queries(random_colours):
     gallery, queries, details = retrieved(random_colours)
     measured = measure(gallery, queries, score(gallery, queries), seed=0)
@@ -401,3 +449,26 @@ def test_figures_of_a_group_are_those_of_its_queries(random_colours):
             rows = queries.groups()[kind]
             assert torch.equal(groups[kind].values["mAP"], groups["all"].values["mAP"][rows])
     assert torch.equal(measured["mean"]["all"].values["mAP"], measured["best"]["all"].values["mAP"])
+
+
+def test_a_figure_of_strangers_only_is_none_and_not_nan():
+    """400 queries of 20 enrolled persons, so that the open set is measured, and 10 of a stranger, of another kind."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = nn.functional.normalize(torch.randn(430, 8, generator=generator))
+    truth = torch.cat([torch.arange(20).repeat(20), torch.full((10,), -1)])
+    gallery = Gallery(embeddings[:20], torch.arange(20), [f"p{i:02}" for i in range(20)], [Path("x")] * 20, "mean")
+    queries = Queries(
+        embeddings=embeddings[20:],
+        truth=truth,
+        sources=torch.full_like(truth, -1),
+        paths=[Path("q")] * 410,
+        persons=[f"p{i:02}" if i >= 0 else "eve" for i in truth.tolist()],
+        kinds=["foggy"] * 400 + ["odd"] * 10,
+    )
+    measured = measure(gallery, queries, score(gallery, queries), seed=0)["mean"]
+    assert measured["all"].figures["DIR@FPIR=0.1"]["value"] is not None
+    none = {"value": None, "low": None, "high": None}
+    assert measured["odd"].figures["DIR@FPIR=0.1"] == measured["odd"].figures["FPIR of 0.1"] == none
+    difference = metrics.compare(measured["odd"], measured["odd"], queries.person_index()[400:], seed=0)
+    assert difference["DIR@FPIR=0.1"] == none
+    json.dumps([of_group.figures for of_group in measured.values()], allow_nan=False)

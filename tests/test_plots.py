@@ -1,10 +1,18 @@
 import math
+import warnings
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
+import fonts
 import plots
 
 FAR, TAR = [0.0, 0.0, 0.0005, 0.005, 0.02, 1.0], [0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
@@ -214,11 +222,103 @@ def test_the_similarity_matrix_takes_few_equal_and_opposite_templates(templates)
     assert sorted(order) == persons and order.find("c") in (-1, 0, 3)  # the opposite one at an end
 
 
-def test_names_appear_unchanged_and_not_as_formulas():
-    persons = ["_ann", "b$o$b", r"c\frac"]
-    shown = drawn(plots.tsne(torch.eye(6), [0, 1, 2] * 2, [False] * 3 + [True] * 3, persons, 0)).axes[0].get_legend()
-    assert names(shown.get_texts()) == [" _ann", r"b\$o\$b", r"c\frac"]  # \$: a plain dollar
-    assert all(text._preprocess_math(text.get_text())[1] is False for text in shown.get_texts())
-    assert legend(plots.cmc({"_run $1$": [1.0]})) == [r" _run \$1\$ (rank 1: 100.0 %)"]
+NAMES = ["_ann", "b$o$b", r"c\frac", "d$", "e\n\x1b[31m", "f" * 300]
+SHOWN = [" _ann", r"b\$o\$b", r"c\frac", r"d\$", r"e\n\x1b[31m", "f" * 59 + "…"]  # \$: a plain dollar
 
+
+def curves_of_kinds(kinds) -> Figure:
+    rows = [{"epoch": epoch} | {f"top1_{kind}": 0.5 for kind in kinds} for epoch in (0, 1)]
+    return plots.curves(rows, [])
+
+
+@pytest.mark.parametrize(
+    "draw, texts_of",
+    [
+        (lambda names: plots.tsne(torch.eye(12), [*range(6)] * 2, [False] * 6 + [True] * 6, names, 0), "legend"),
+        (lambda names: plots.cmc({name: [1.0] for name in names}), "figure legend"),
+        (lambda names: plots.discard({"all": [1, 0]} | {name: [1, 0] for name in names}), "last legend"),
+        (lambda names: plots.bars(names, {"x": [(0.5, None, None)] * 6}), "ticks"),
+        (lambda names: plots.similarity_matrix(torch.eye(6), [*range(6)], names, torch.eye(6)), "ticks"),
+        (curves_of_kinds, "last legend"),
+    ],
+    ids=["tsne", "cmc", "discard", "bars", "similarity", "curves"],
+)
+def test_names_appear_unchanged_and_not_as_formulas_or_escape_codes(draw, texts_of):
+    figure = drawn(draw(NAMES))
+    axes = figure.axes[0]
+    texts = {
+        "legend": lambda: axes.get_legend().get_texts(),
+        "figure legend": lambda: figure.legends[0].get_texts(),
+        "last legend": lambda: figure.axes[-1].get_legend().get_texts(),
+        "ticks": axes.get_yticklabels,
+    }[texts_of]()
+    found = [text.get_text().removesuffix(" (rank 1: 100.0 %)").removesuffix(" (80 % left at 20 %)") for text in texts]
+    assert sorted(found) == sorted(SHOWN)
+    assert all(text._preprocess_math(text.get_text())[1] is False for text in texts)
     assert names(plots.mistakes_sheet([]).texts) == ["no mistakes"]
+
+
+def test_curves_show_kinds_beside_the_overall_figures_whatever_they_are_called():
+    row = {"epoch": 0, "top1": 0.1, "top1_mean": 0.2, "ema_top1_mean": 0.3, "top1_ema_x": 0.4, "cosine_top1_y": 0.5}
+    _, overall, kinds = plots.curves([row | {"top1_so_top1_mean": 0.6}], []).axes
+    assert [line.get_label() for line in overall.lines] == ["mean", "averaged: mean"]
+    assert [line.get_label() for line in kinds.lines] == ["ema_x", "so_top1_mean"]
+
+
+@pytest.fixture
+def no_fonts_found(monkeypatch):
+    """As in a new process in which only matplotlib's own fonts are installed."""
+    own = [font for font in font_manager.fontManager.ttflist if "mpl-data" in font.fname]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(fonts, "_found", {})
+    with matplotlib.rc_context():
+        yield
+
+
+def write_font(file: Path, family: str, letters: str) -> None:
+    """A font in which each letter is a black square."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    square, glyphs = pen.glyph(), [".notdef", *(f"letter{number}" for number in range(len(letters)))]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(glyphs)
+    builder.setupCharacterMap({ord(letter): name for letter, name in zip(letters, glyphs[1:], strict=True)})
+    builder.setupGlyf(dict.fromkeys(glyphs, square))
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": family, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(file)
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["in matplotlib's list", "installed since"])
+def test_letters_that_the_usual_font_lacks_come_from_an_installed_one(
+    no_fonts_found, tmp_path, monkeypatch, caplog, listed
+):
+    write_font(tmp_path / "han.ttf", "Han", "山田")
+    write_font(tmp_path / "last.ttf", "Last Resort", "山田한")
+    for name in ("han", "last"):
+        if listed:
+            font_manager.fontManager.addfont(tmp_path / f"{name}.ttf")
+    monkeypatch.setattr(
+        font_manager, "findSystemFonts", lambda: [str(tmp_path / "last.ttf"), str(tmp_path / "han.ttf")]
+    )
+    figure = plots.cmc({"山田 ann": [1.0], "bob": [1.0]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a missing glyph
+        figure.canvas.draw()
+    assert "Han" in figure.legends[0].get_texts()[0].get_fontfamily() and not caplog.messages
+    assert Path(fonts.font_file("ann 山")).name == "han.ttf" and Path(fonts.font_file("bob")).name == "DejaVuSans.ttf"
+
+
+def test_a_font_that_is_missing_is_named_once_for_each_script(no_fonts_found, caplog):
+    for name in ("山田", "한국", "クマ", "देव", "नाग", "🦊"):
+        plots.cmc({name: [1.0]}).canvas.draw()
+    [asian, hindi, symbol] = caplog.messages
+    assert "no installed font has Chinese, Japanese or Korean letters" in asian and "install Noto Sans CJK" in asian
+    assert "install Noto Sans Devanagari" in hindi and "install Noto Emoji" in symbol

@@ -17,7 +17,7 @@ from PIL import Image
 
 import metrics
 import report
-from gallery import Gallery, Queries
+from gallery import Gallery, Queries, score
 
 EVIL = "<script>alert('1')</script> & \"quoted\""
 DIFFERENCES = {
@@ -48,8 +48,8 @@ def evaluated(tmp_path_factory) -> report.Evaluated:
         write_photo(path, (120, 120, 120), seed)
     shown = [("foggy", "ann", "ann", 0.9), ("rainy", "ann", EVIL, 0.5), ("rainy", "eve", EVIL, 0.7)]
     per_query = []
-    for path, (kind, person, predicted, score) in zip(paths[3:], shown, strict=True):
-        answer = {"predicted": predicted, "score": score, "rank": 1 + (person != predicted)}
+    for path, (kind, person, predicted, cosine) in zip(paths[3:], shown, strict=True):
+        answer = {"predicted": predicted, "score": cosine, "rank": 1 + (person != predicted)}
         query = {"path": str(path), "kind": kind, "person": person, "quality": None, "mean": answer, "best": answer}
         per_query.append(query)
     half, none = {"mean": 0.5, "best": 0.5}, {"mean": 0.0, "best": 0.0}
@@ -141,6 +141,23 @@ def test_figures_queries_persons_and_differences_are_written_as_csv_and_json(eva
     assert saved["protocols"]["cross"]["figures"]["best"]["rainy"]["rank-1"]["value"] == 0.0
 
 
+def test_files_of_an_earlier_evaluation_are_removed_and_others_stay(evaluated, tmp_path, caplog):
+    folder = tmp_path / "results" / "val_stage2"
+    assert report.without_earlier_files(folder) == folder  # nothing there yet
+    report.write_results(folder, evaluated, evaluated, {"cross": {"all": DIFFERENCES}})
+    report.write_report(folder, drawn(evaluated), evaluated, None, {})
+    (folder / "mistakes.png").touch()  # of one without mistakes, whose sheet shows no photos
+    for name in ("notes.txt", "my figures.csv", "roc.png"):
+        (folder / name).touch()
+    assert report.without_earlier_files(folder) == folder
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "my figures.csv", "roc.png"}
+
+    (folder / "queries.csv").mkdir()  # cannot be removed, like a file that Excel holds
+    other = report.without_earlier_files(folder)
+    assert other.parent == folder.parent and other != folder and not list(other.iterdir())
+    assert f"{folder / 'queries.csv'}: cannot be removed" in caplog.text and str(other) in caplog.text
+
+
 def drawn(evaluated, before=None) -> dict:
     return report.draw_pictures(evaluated, before, persons=2, mistakes=2, mistakes_per_kind=1, seed=0)
 
@@ -156,6 +173,31 @@ def test_pictures_are_drawn_where_there_is_enough_to_show(evaluated):
     few = replace(evaluated, measured=alone, discard_curves={"cross": {}})
     assert set(drawn(few)) == expected - {"roc_cross", "scores_cross", "discard_cross"} | {"tsne"}
     assert [label.get_text() for label in drawn(few)["kinds_cross"].axes[0].get_yticklabels()] == ["foggy"]
+
+
+def test_a_group_without_an_enrolled_person_is_reported_as_the_reason_for_its_missing_figures(evaluated, tmp_path):
+    groups = evaluated.measured["cross"]["mean"]
+    strangers = measured([0, 0])
+    strangers.roc.genuine_pairs = 0
+    odd = replace(evaluated, measured={"cross": {"mean": {"odd": strangers} | groups, "best": groups}})
+    reason = "cross: odd has no TAR, EER and DIR: its 2 queries show only persons outside the gallery"
+    assert report.missing_figures(odd)[0] == reason
+    report.write_results(tmp_path, odd, None, {})
+    assert json.loads((tmp_path / "figures.json").read_text())["not_reported"] == report.missing_figures(odd)
+
+
+@pytest.mark.parametrize("template", ["mean", "best"])
+def test_the_similarity_matrix_shows_the_cosines_that_the_answers_are_by(template):
+    """Of faces beside whole frames: under "mean" a person's mean face counts, beside its most similar frame."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.nn.functional.normalize(torch.randn(9, 1024, generator=generator))
+    truth, none = torch.tensor([0, 1, 2]), torch.full((3,), -1)
+    gallery = Gallery(embeddings[:6], torch.tensor([0, 0, 1, 1, 2, 2]), ["ann", "bob", "cy"], [Path("x")] * 6, template)
+    queries = Queries(embeddings[6:], truth, none, [Path("q")] * 3, gallery.persons, ["foggy"] * 3)
+    axes = report.embedding_pictures(gallery, queries, persons=2, seed=0)["similarity"].axes[0]
+    order = [gallery.persons.index(label.get_text()) for label in axes.get_xticklabels()]
+    expected = score(gallery, queries)[template].matrix[:2, :2]
+    assert np.array_equal(np.asarray(axes.images[0].get_array()), expected[order][:, order].numpy())
 
 
 def test_mistakes_are_shown_by_falling_score_and_few_of_a_kind(evaluated):
@@ -183,7 +225,6 @@ def test_a_picture_becomes_a_small_file_without_a_visible_loss(evaluated, name, 
 def folder(evaluated, tmp_path_factory) -> Path:
     """What write_report leaves."""
     written = tmp_path_factory.mktemp("results")
-    (written / "mistakes.png").touch()  # of an earlier evaluation, without mistakes
     before = replace(evaluated, title="stage1")
     after = replace(evaluated, source=f"{EVIL} Andr\udce9")  # how Python shows the byte of a Latin-1 file name
     report.write_report(written, drawn(after, before), after, before, {"cross": {EVIL: DIFFERENCES}})

@@ -15,6 +15,7 @@ import demo
 import evaluate
 import fast
 import metrics
+import report
 import train_stage1
 import train_stage2
 from common import UserError
@@ -151,6 +152,39 @@ def test_evaluate_compares_two_checkpoints_on_the_same_queries(trained, runs, mo
     assert rows["cross", "all", "rank-1"] == pytest.approx(now - before["rank-1"]["value"])
 
 
+def test_evaluate_replaces_the_files_of_an_earlier_evaluation_and_prints_after_it_has_written(trained, monkeypatch):
+    def fail(*results):
+        raise OSError("a console that is gone")
+
+    trained.mkdir(parents=True)
+    for name in ("comparison.csv", "report.html", "mistakes.jpg", "figures.json", "notes.txt"):
+        (trained / name).touch()
+    monkeypatch.setattr(report, "print_results", fail)
+    with pytest.raises(OSError, match="a console that is gone"):
+        evaluate.main()
+    tables = {"figures.json", "figures.csv", "queries.csv", "persons.csv"}
+    assert {path.name for path in trained.iterdir()} == tables | {"notes.txt"}
+    assert strict_json(trained / "figures.json")["split"] == "val"
+
+
+@pytest.mark.parametrize(
+    "constant, value, message",
+    [
+        ("RESULTS_DIR", "file", r"RESULTS_DIR = .*val_stage2 cannot be written to \(Not a directory\)"),
+        ("COMPARE_WITH", "none.pt", r"none\.pt: no checkpoint"),
+        ("DATA_DIR", "none", r"none: no such folder; set DATA_DIR to"),
+    ],
+)
+def test_evaluate_finds_before_it_embeds_what_would_fail_afterwards(
+    trained, monkeypatch, tmp_path, constant, value, message
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(evaluate, constant, tmp_path / value)
+    monkeypatch.setattr(evaluate, "evaluated", None)
+    with pytest.raises(UserError, match=message):
+        evaluate.main()
+
+
 def test_evaluate_compares_a_checkpoint_with_one_of_its_own_stage(trained, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "COMPARE_WITH", evaluate.CHECKPOINT)
     evaluate.main()
@@ -166,7 +200,7 @@ def test_evaluate_leaves_out_a_protocol_without_queries(trained, monkeypatch, tm
     monkeypatch.setattr(evaluate, "DATA_DIR", root)
     assert evaluate.main()["queries"] == 4
     assert set(strict_json(trained / "figures.json")["protocols"]) == {"same"}
-    assert "PROTOCOL 'cross': no query" in caplog.text and "PROTOCOL 'clean': no query" in caplog.text
+    assert "protocol 'cross': no query" in caplog.text and "protocol 'clean': no query" in caplog.text
     monkeypatch.setattr(evaluate, "PROTOCOLS", ("cross",))
     with pytest.raises(ValueError, match="no person with a distorted photo has a second clean photo"):
         evaluate.main()
@@ -186,9 +220,10 @@ def test_evaluate_warns_of_twins_of_one_photo_under_two_names_and_of_queries_wit
 @pytest.mark.parametrize(
     "constant, value, message",
     [
-        ("SPLIT", "test", "Task_B/test: no such folder"),
         ("TEMPLATE", "median", "TEMPLATE = 'median'"),
-        ("PROTOCOLS", ("same", "all"), "PROTOCOL 'all'"),
+        ("PROTOCOLS", ("same", "all"), "protocol 'all'"),
+        ("PROTOCOLS", ("cross"), r"PROTOCOLS = 'cross': expected a tuple .*, such as \('cross',\), with its comma"),
+        ("SPLIT", "tset", "tset: no such folder; DATA_DIR holds train, val; correct SPLIT = 'tset'"),
         ("BACKEND", "tpu", "BACKEND = 'tpu'"),
     ],
 )

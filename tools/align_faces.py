@@ -45,6 +45,7 @@ from folders import (
     walk,
     why_no_photo,
 )
+from fonts import font_file
 from transforms import load_image
 
 IN_DIR = Path("photos")  # loose photos, a folder per person at any depth
@@ -242,7 +243,9 @@ def read_rows(path: Path) -> dict[str, Row]:
     if not path.is_file():
         return {}
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        return {row["path"]: row for row in csv.DictReader(file) if row.keys() == set(COLUMNS) and row["path"]}
+        rows = [row for row in csv.DictReader(file) if row.keys() == set(COLUMNS) and row["path"]]
+    rows = [{name: common.csv_text(cell or "") for name, cell in row.items()} for row in rows]
+    return {row["path"]: row for row in rows}
 
 
 @contextlib.contextmanager
@@ -253,7 +256,7 @@ def journal(path: Path, earlier: dict[str, Row]) -> Iterator:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
 
         def note(row: Row) -> None:
-            writer.writerow(row)
+            writer.writerow({name: common.csv_cell(value) for name, value in row.items()})
             file.flush()
 
         try:
@@ -387,7 +390,7 @@ def contact_sheet(rows: Sequence[Row], cell: int) -> Image.Image:
     pairs, caption = 3, 14
     lines = -(-len(rows) // pairs)
     sheet = Image.new("RGB", (2 * pairs * cell, lines * (cell + caption)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
+    draw = ImageDraw.Draw(sheet)
     for index, row in enumerate(rows):
         x, y = index % pairs * 2 * cell, index // pairs * (cell + caption)
         photo, crop = load_image(IN_DIR / row["path"]), load_image(OUT_DIR / row["target"])
@@ -396,7 +399,8 @@ def contact_sheet(rows: Sequence[Row], cell: int) -> Image.Image:
         ImageDraw.Draw(photo).rectangle([value * scale for value in box_of(row)], outline="red", width=2)
         sheet.paste(photo, (x, y))
         sheet.paste(crop.resize((cell, cell)), (x + cell, y))
-        draw.text((x + 2, y + cell), Path(row["path"]).name[: 2 * cell // 7], "black", font)
+        name = common.safe_text(Path(row["path"]).name)[: 2 * cell // 7]
+        draw.text((x + 2, y + cell), name, "black", ImageFont.truetype(font_file(name), 10))
     return sheet
 
 

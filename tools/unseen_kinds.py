@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import common
 from common import UserError, derived_seed
-from datasets import distortion_kind, scan_persons
+from datasets import kinds_of, scan_persons
 from distortions import UNSEEN
 from folders import CLEAN, DISTORTION
 from transforms import load_image
@@ -35,7 +35,8 @@ def main() -> None:
         raise UserError(f"{OUT_DIR}: already exists; delete it, or give OUT_DIR another name")
     photos = 0
     for person in tqdm(scan_persons(SOURCE_DIR), desc="distorting", unit="person", leave=False):
-        chosen = [path for path in person.distorted if distortion_kind(path) == SOURCE_KIND]
+        kinds = zip(person.distorted, kinds_of(person), strict=True)
+        chosen = [path for path, kind in kinds if kind == SOURCE_KIND]
         folder = OUT_DIR / "val" / person.name
         for name in (CLEAN, DISTORTION):
             (folder / name).mkdir(parents=True)
