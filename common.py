@@ -49,6 +49,11 @@ RANGES = {
 }
 
 
+# The scripts' constants that are paths of files and folders, and those of them that may be None.
+PATHS = ("DATA_DIR", "RUN_DIR", "STAGE1_CHECKPOINT", "RESULTS_DIR", "GALLERY", "IN_DIR", "OUT_DIR", "OUT", "SOURCE_DIR")
+PATHS_OR_NONE = ("CHECKPOINT", "COMPARE_WITH", "ENROLL", "CALIBRATE_ON", "JSON_LINES", "ANNOTATED", "LFW_DIR")
+
+
 class UserError(ValueError):
     """A mistake that the user can mend, in one sentence: the place, what was found, what was expected, what to do."""
 
@@ -320,6 +325,20 @@ def _why_unreadable(error: Exception) -> str:
 
 def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def take_paths(script: dict) -> None:
+    """Turn the texts among the path constants of a script's globals() into Paths, with ~ as the user's home folder.
+
+    "pretrained" stays, which COMPARE_WITH may be. Raises UserError for what is no path.
+    """
+    for name in set(PATHS + PATHS_OR_NONE) & script.keys():
+        value = script[name]
+        if value == "pretrained" or (value is None and name in PATHS_OR_NONE):
+            continue
+        if not isinstance(value, (str, Path)) or not str(value).strip():
+            raise UserError(f'{name} = {value!r}: expected a path, such as Path("folder/name")')
+        script[name] = Path(value).expanduser()
 
 
 def set_constants(script, **constants) -> None:

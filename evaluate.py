@@ -73,6 +73,7 @@ SEED = 0  # of t-SNE, the intervals and the halves of the open-set test
 
 def main() -> dict:
     """Evaluate, write the files, print the tables; returns gallery.retrieve's details of the first protocol."""
+    common.take_paths(globals())
     check_constants()
     device = common.pick_device()
     fast.check_backend(BACKEND, device)

@@ -74,6 +74,7 @@ NUM_WORKERS = 2  # processes that load images, 0..CPU cores
 
 def main() -> list[Answer]:
     """Update the gallery, identify PHOTOS, write and print the answers; returns them."""
+    common.take_paths(globals())
     check_constants()
     photos = collect_photos(PHOTOS)
     persons = scan_persons(ENROLL, check_images=False) if ENROLL is not None else []

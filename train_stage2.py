@@ -117,6 +117,7 @@ COMPILE = False  # True: torch.compile the network; the first steps then take mi
 
 
 def main() -> None:
+    common.take_paths(globals())
     device = common.pick_device()
     saved = training.start_run(RUN_DIR, RESUME, globals(), stage=2)
 

@@ -1,5 +1,6 @@
 """common.py: how a script ends, what it prints, and what each module may need."""
 
+import importlib
 import io
 import os
 import subprocess
@@ -167,3 +168,40 @@ def test_a_second_main_in_one_process_warns_again(caplog):
         for _ in range(2):
             common.warn_once("two persons share a photo")
     assert caplog.messages == ["two persons share a photo"] * 2
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+ROOT = Path(common.__file__).parent
+SCRIPTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"))
+    if "run_script(main)" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_path_of_a_script_may_be_given_as_a_text(script, monkeypatch):
+    constants = vars(importlib.import_module(script))
+    paths = [name for name, value in constants.items() if name.isupper() and isinstance(value, Path)]
+    paths = [name for name in paths if name != "PHOTO_LIST"]  # the tool's own file
+    assert paths or script.startswith("tools.benchmark")
+    for name in paths:
+        monkeypatch.setitem(constants, name, f"~/{name}")
+    common.take_paths(constants)
+    assert [constants[name] for name in paths] == [Path.home() / name for name in paths]
+
+
+def test_words_that_are_no_paths_stay_and_what_cannot_be_one_is_refused():
+    constants = {"COMPARE_WITH": "pretrained", "CHECKPOINT": None, "PRETRAINED": "vggface2", "ENROLL": "a/b"}
+    common.take_paths(constants)
+    assert constants == {
+        "COMPARE_WITH": "pretrained",
+        "CHECKPOINT": None,
+        "PRETRAINED": "vggface2",
+        "ENROLL": Path("a/b"),
+    }
+    for name, value in (("DATA_DIR", None), ("DATA_DIR", ""), ("OUT", 3), ("ENROLL", ["a"])):
+        with pytest.raises(UserError, match=rf"^{name} = .*: expected a path, such as Path\("):
+            common.take_paths({name: value})

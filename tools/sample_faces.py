@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from common import UserError, run_script
+import common
+from common import UserError
 from distortions import DISTORTIONS
 from tools.face_drawing import draw_face
 from tools.face_identity import random_identity
@@ -57,6 +58,7 @@ class Settings:
 
 
 def main() -> None:
+    common.take_paths(globals())
     check_constants()
     persons = TRAIN_PERSONS + VAL_PERSONS
     folders = [
@@ -150,4 +152,4 @@ def contact_sheet(folders: list[Path], photos: int, cell: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    common.run_script(main)

@@ -42,6 +42,7 @@ ARCHIVE_URL = "https://ndownloader.figshare.com/files/5976015"  # lfw-funneled.t
 
 
 def main() -> None:
+    common.take_paths(globals())
     check_constants()
     listed = read_list(PHOTO_LIST)
     lfw = download_lfw() if LFW_DIR is None else Path(LFW_DIR)

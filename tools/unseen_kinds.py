@@ -29,6 +29,7 @@ SEED = 0  # 0, 1, 2, ...
 
 
 def main() -> None:
+    common.take_paths(globals())
     if not common.in_range(SEVERITY, float, 0, 1):
         raise UserError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
     if OUT_DIR.exists():
