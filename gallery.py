@@ -1,5 +1,6 @@
 """Retrieval: a gallery of clean embeddings, every distorted photo a query, cosine similarity, top-1."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 import metrics
 from common import UserError, rank_and_world, warn_once
 from datasets import Person, PhotoList, distortion_kind, folder_of, persons_of, source_photo
+from loading import worth_workers
 from models import fingerprint
 from scores import TEMPLATES, Scores, check_template, mean_templates, person_scores, templates
 from transforms import Transform
@@ -90,6 +92,7 @@ def embed(
     device = torch.device(device)
     rank, world = rank_and_world()
     photos = PhotoList(paths[rank::world], transform)
+    num_workers = worth_workers(num_workers, batches=math.ceil(len(photos) / batch_size))
     loader = DataLoader(photos, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     memory_format = getattr(model, "memory_format", torch.channels_last)  # fast.OnnxFaceNet has another
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
