@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint clean
 
-demo: .venv/installed  ## sample faces, stage 1, stage 2, evaluation: about 6 minutes on 2 cores
+demo: .venv/installed  ## sample faces, stage 1, stage 2, evaluation: about 4 minutes on 2 cores
 	$(BIN)/python demo.py
 
 test: .venv/installed-dev

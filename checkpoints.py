@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from common import UserError, list_names, read_plain
+from common import MAX_SIDE, UserError, in_range, list_names, read_plain
 from models import Crops, FaceNet
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
 # What every checkpoint states, besides its weights.
 STATED = {"stage": int, "model": dict, "image_size": int, "face_crop": (int, float), "dropout": (int, float)}
-STATED |= {"epoch": int, "selected_on": str, "persons": list}
+STATED |= {"epoch": int, "selected_on": str, "persons": list, "holdout": list, "pretrained": str}
+LIMITS = {"image_size": (76, MAX_SIDE), "face_crop": (1e-3, 1), "dropout": (0, 1 - 1e-9)}  # of its numbers
 
 
 @contextlib.contextmanager
@@ -69,12 +71,19 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: no checkpoint; run the stage that writes it, or correct the path")
     saved = read_plain(path, "damaged, or not a checkpoint", "run the stage that writes it again")
     if not isinstance(saved, dict) or not {"format", "stage", "model", "image_size", "face_crop"} <= saved.keys():
-        raise UserError(f"{path}: no checkpoint of these scripts; a bare state dict belongs in PRETRAINED")
+        raise UserError(
+            f"{path}: no checkpoint of these scripts; a bare state dict belongs in PRETRAINED of train_stage1.py"
+        )
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
-        raise UserError(f"{path}: checkpoint format {saved['format']}, these scripts read {FORMAT}; train it again")
+        found = reprlib.repr(saved["format"])
+        raise UserError(f"{path}: checkpoint format {found}, these scripts read {FORMAT}; train it again")
     odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
+    if not odd:
+        odd = [name for name, (low, high) in LIMITS.items() if not in_range(saved[name], float, low, high)]
+        odd += [name for name in ("persons", "holdout") if not all(isinstance(person, str) for person in saved[name])]
     if odd:
-        raise UserError(f"{path}: damaged, its {odd[0]} is {str(saved.get(odd[0]))[:40]!r}; train it again")
+        found = reprlib.repr(saved.get(odd[0]))  # shortened: a file can hold a list without end
+        raise UserError(f"{path}: damaged, its {odd[0]} is {found}; train it again")
     return saved
 
 
@@ -110,18 +119,19 @@ def check_disk(run_dir: Path, networks: dict[str, nn.Module], optimizer: Optimiz
         )
 
 
-def restore(path: Path, saved: dict, parts: dict) -> None:
-    """Load each of `parts` from `saved`, strictly. Raises UserError if one is missing or differs, with its name."""
+def restore(path: Path, saved: dict, parts: dict, reason: str = "the data or a constant differs from that run") -> None:
+    """Load each of `parts` from `saved`, strictly.
+
+    Raises UserError with the name of a part that is missing or differs, and the likely `reason`.
+    """
     for name, part in parts.items():
         if name not in saved:
             raise UserError(f"{path}: holds no {name!r}; only last.pt can be resumed")
         try:
             part.load_state_dict(saved[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"{path}: its {name!r} does not fit ({reason}); the data or a constant differs from that run"
-            ) from error
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever the file holds
+            found = " ".join(str(error).split())[:300]
+            raise UserError(f"{path}: its {name!r} does not fit ({found}); {reason}") from error
 
 
 def load_facenet(
@@ -140,9 +150,10 @@ def load_facenet(
     saved = read_checkpoint(path)
     crops = saved.get("crops")
     try:
-        crops = crops and Crops(**crops)
+        crops = None if crops is None else Crops(**crops)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: its crops {crops!r} are none that this version knows ({error})") from error
+        found = reprlib.repr(crops)
+        raise UserError(f"{path}: its crops {found} are none that this version knows ({error})") from error
     model = FaceNet(
         pretrained=None,
         dropout=saved["dropout"] if dropout is None else dropout,
@@ -150,7 +161,8 @@ def load_facenet(
         crops=crops,
         mirror=saved.get("mirror") is True if mirror is None else mirror,
     )
-    restore(path, saved, {"model": model})
+    reason = "it is damaged, or of another version of these scripts; train it again"
+    restore(path, saved, {"model": model}, reason)
     return model.to(device, memory_format=torch.channels_last), saved
 
 

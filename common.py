@@ -6,6 +6,9 @@ import math
 import os
 import pickle
 import sys
+import unicodedata
+import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import torch.distributed as dist
 
 # Without any set-up, logging prints a warning as the bare sentence on stderr: what a script's user should see.
 log = logging.getLogger(__name__)
+MAX_SIDE = 2048  # pixels of the square images that a network sees: a side read from a file could fill the memory
+SPARE = 2**28  # bytes that the tensors of a file may take beyond its size: an expanded one repeats what is stored once
 # What a run's constants may be; those that a module takes, it checks itself.
 RANGES = {
     "SEED": (int, 0, 2**32),
@@ -66,6 +71,11 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def plain_name(name: str) -> str:
+    """`name` as names are compared: in Unicode's NFC. From a Mac, "é" may come as e and an accent, two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
 def in_range(value: object, kind: type, low: float, high: float) -> bool:
     """Whether a constant is a number of `kind`, int (whole) or float (either), in low..high."""
     number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # True is an int to Python
@@ -114,21 +124,87 @@ def is_main() -> bool:
     return rank_and_world()[0] == 0
 
 
+def check_compiler(device: torch.device | str, setting: str, way_out: str) -> None:
+    """Raises UserError, which begins with `setting` and advises `way_out`, where torch.compile cannot work."""
+    try:
+        _try_compiler(torch.device(device))
+    except Exception as error:  # by platform: no compiler, no headers, no Triton, ...
+        raise UserError(
+            f"{setting}: torch.compile does not work here ({first_line(error)}); install a C++ compiler (Linux: g++ "
+            "and python3-dev; macOS: xcode-select --install; Windows: Visual Studio's Build Tools) and, for a GPU, "
+            f"the package triton, or set {way_out}"
+        ) from error
+
+
+@functools.cache
+def _try_compiler(device: torch.device) -> None:
+    """Compile a sum, once in a process; what the first compilation prepares, later ones find."""
+    torch.compile(_double)(torch.ones(8, device=device))
+
+
+def _double(values: torch.Tensor) -> torch.Tensor:
+    return values + values
+
+
 def read_plain(path: Path, fault: str, way_out: str) -> object:
     """Content of a torch file, tensors on the CPU. `weights_only`: a file from elsewhere can run no code.
 
-    Raises ValueError "<path>: <fault> (<reason>); <way_out>" for what cannot be read, or is more than tensors and plain
-    types.
+    Raises UserError "<path>: <fault> (<reason>); <way_out>" for what cannot be read, is more than dense tensors and
+    plain types, or would take more memory than the file has bytes, but for SPARE.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _check_parts(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensors that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(content, most=path.stat().st_size + SPARE)
+        return content
     except Exception as error:  # foreign bytes raise anything in the unpickler: IndexError, struct.error, OSError, ...
         raise UserError(f"{path}: {fault} ({_why_unreadable(error)}); {way_out}") from error
 
 
+def _check_parts(path: Path) -> None:
+    """Raise ValueError, before anything is unpacked, for a torch file whose parts are larger than the file."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # the older format, which stores everything as it is
+            return
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.filename.endswith("/constants.pkl") for part in parts):
+        raise ValueError("a TorchScript program; the state_dict() of its network is needed")
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):  # a thousandth of the size is possible
+        raise ValueError("it is compressed, which torch.save never does")
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise ValueError("its parts overlap")
+
+
+def _check_tensors(content: object, most: int) -> None:
+    """Raise ValueError for a tensor in `content` that is not dense, or if all of them would take over `most` bytes."""
+    size, seen, left = 0, set(), [("", content)]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, (dict, list, tuple, set)):
+            if id(value) in seen:  # lists that hold the same list twice, and so on: no end in sight
+                continue
+            seen.add(id(value))
+            left += value.items() if isinstance(value, dict) else ((name, part) for part in value)
+        elif isinstance(value, torch.Tensor):
+            odd = {
+                "sparse": value.layout != torch.strided,
+                "quantized": value.is_quantized,
+                "nested": value.is_nested,
+                "without values, on the meta device": value.is_meta,
+            }
+            if kinds := [kind for kind, found in odd.items() if found]:
+                raise ValueError(f"its tensor {str(name)[:60]!r} is {kinds[0]}, expected a dense one")
+            size += value.numel() * value.element_size()
+    if size > most:  # a single stored number can be expanded to any shape
+        raise ValueError(f"its tensors would take {size / 2**30:.1f} GiB, more than the file holds")
+
+
 def _why_unreadable(error: Exception) -> str:
-    """A short reason. torch's own text on an UnpicklingError advises weights_only=False: to run a stranger's code."""
-    if isinstance(error, pickle.UnpicklingError):
+    """A short reason. torch's own texts advise weights_only=False, which would run a stranger's code."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return "no torch file, or one with more than tensors and plain types in it"
     return first_line(error)
 

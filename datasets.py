@@ -18,19 +18,24 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import UserError, derived_seed, list_names, warn_once
-from transforms import READ_ERRORS, Transform, load_image
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")  # in any case
-CLEAN, DISTORTION = "clean", "distortion"
-
+from common import UserError, derived_seed, list_names, plain_name, warn_once
+from folders import (
+    DISTORTION,
+    describe_left_out,
+    find_left_out,
+    is_text,
+    photos_of_person,
+    source_photos,
+    subfolders,
+)
+from transforms import Transform, load_image, why_unreadable
 
 # --- folders -> persons -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Person:
-    """One person's folder; the photos of both kinds sorted by file name."""
+    """One person's folder; the photos of both kinds sorted by file name. name: that of the folder, in NFC."""
 
     name: str
     clean: tuple[Path, ...]
@@ -44,23 +49,10 @@ class Person:
 Split = Path | str | Sequence[Person]  # a folder of persons, or what `scan_persons` found there
 
 
-def find_photos(folder: Path) -> list[Path]:
-    """Sorted image files directly in `folder`, without hidden ones; [] if there is no such folder."""
-    # Paths themselves sort by other rules on Windows.
-    files = sorted(folder.iterdir() if folder.is_dir() else (), key=lambda path: path.name)
-    return [path for path in files if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()]
-
-
 @functools.cache
 def _read_error(path: Path, size: int, mtime_ns: int) -> str | None:
-    """Why `path` does not decode, or None. Size and time are the cache's key: a changed file is read again."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (64, 64))  # a JPEG decodes at 1/8: faster, and a truncated one fails all the same
-            image.load()
-    except READ_ERRORS as error:
-        return str(error) or type(error).__name__
-    return None
+    """`why_unreadable`. Size and time are the cache's key: a changed file is read again."""
+    return why_unreadable(path)
 
 
 def find_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
@@ -83,24 +75,32 @@ def find_unreadable(paths: Sequence[Path]) -> dict[Path, str]:
 def scan_persons(root: Path | str, *, check_images: bool = True) -> list[Person]:
     """Persons of `root`, sorted by name: every visible sub-folder with at least one photo.
 
-    Clean photos lie in `<person>/clean/` or directly in `<person>/`; where both hold some, `clean/` counts.
-    With `check_images`, every file is decoded once; unreadable ones are listed in a warning and left out. Folders
-    without a photo, and persons without a clean one (never enrolled, never an anchor), are counted in a warning.
-    Raises UserError if `root` is not a folder, or holds no person with a readable photo.
+    Clean photos lie in `<person>/clean/` or directly in `<person>/`; where both hold some, `clean/` counts. Two folders
+    whose names differ only in how their accents are written are one person. Files that are left out are counted by
+    their reasons in a warning. With `check_images`, every file is decoded once; unreadable ones are listed in a warning
+    and left out. Folders without a photo, and persons without a clean one (never enrolled, never an anchor), are
+    counted in a warning. Raises UserError if `root` is not a folder, or holds no person with a readable photo.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; set DATA_DIR to the folder that holds train/ and val/")
-    persons, loose = [], []
-    folders = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for folder in sorted(folders, key=lambda path: path.name):
-        in_clean, direct = find_photos(folder / CLEAN), find_photos(folder)
-        if in_clean and direct:
-            loose.append(folder.name)
-        persons.append(Person(folder.name, tuple(in_clean or direct), tuple(find_photos(folder / DISTORTION))))
+    found: dict[str, Person] = {}
+    for folder in subfolders(root):
+        if not is_text(folder.name):
+            continue
+        direct, in_clean, distorted = photos_of_person(folder)
+        name = plain_name(folder.name)
+        so_far = found.get(name, Person(name, (), ()))
+        found[name] = Person(
+            name,
+            clean=so_far.clean + tuple(path for path in in_clean or direct if is_text(path.name)),
+            distorted=so_far.distorted + tuple(path for path in distorted if is_text(path.name)),
+        )
+    persons = [found[name] for name in sorted(found)]
+    left_out = find_left_out(root, read={photo for person in persons for photo in person.photos})
+    if left_out:
+        warn_once(describe_left_out(root, left_out))
     empty = [person.name for person in persons if not person.photos]
-    if loose:
-        warn_once(f"{root}: {len(loose)} persons hold photos beside their clean/ folder, ignored ({list_names(loose)})")
     if empty:
         warn_once(f"{root}: {len(empty)} folders without a photo, ignored ({list_names(empty)})")
     if check_images:
@@ -135,7 +135,7 @@ def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
 def distortion_kind(path: Path) -> str:
     """'blurred' for a_0001_blurred.jpg: what follows the last underscore; 'unknown' if that is nothing or a number."""
     _, underscore, kind = path.stem.rpartition("_")
-    return kind.lower() if underscore and kind and not kind.isdigit() else "unknown"
+    return plain_name(kind.lower()) if underscore and kind and not kind.isdigit() else "unknown"
 
 
 def persons_of(root: Split) -> list[Person]:
@@ -150,28 +150,30 @@ def folder_of(persons: Sequence[Person]) -> Path:
     """The folder that holds the folders of `persons`, for messages. Raises UserError if none of them has a photo."""
     for person in persons:
         for photo in person.photos[:1]:
-            return next((folder.parent for folder in photo.parents if folder.name == person.name), photo.parent)
+            name = plain_name(person.name)
+            return next((folder.parent for folder in photo.parents if plain_name(folder.name) == name), photo.parent)
     raise UserError("no person is left; if all of them are held out, lower HOLDOUT_PERSONS and train stage 1 again")
 
 
 def split_persons(persons: Sequence[Person], holdout: Collection[str]) -> tuple[list[Person], list[Person]]:
     """The persons to train on, and those named in `holdout`. Raises UserError if one of the latter is missing."""
-    missing = sorted(set(holdout) - {person.name for person in persons})
+    holdout = set(map(plain_name, holdout))
+    missing = sorted(holdout - {plain_name(person.name) for person in persons})
     if missing:
         raise UserError(
             f"{folder_of(persons)}: {len(missing)} of the {len(holdout)} held-out persons have no readable photo "
             f"there, {missing[0]!r} first; bring their folders back, or train stage 1 again"
         )
-    train = [person for person in persons if person.name not in holdout]
-    return train, [person for person in persons if person.name in holdout]
+    train = [person for person in persons if plain_name(person.name) not in holdout]
+    return train, [person for person in persons if plain_name(person.name) in holdout]
 
 
 def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Person]:
     """`persons` without their distorted photos of these kinds, and without persons that have no other photo.
 
-    Raises UserError if no person is left.
+    Raises UserError if no person is left, or for `kinds` that are one text.
     """
-    _warn_unknown_kinds("SKIP_KINDS", kinds, persons)
+    kinds = _known_kinds("SKIP_KINDS", kinds, persons)
     kept = [
         Person(p.name, p.clean, tuple(path for path in p.distorted if distortion_kind(path) not in kinds))
         for p in persons
@@ -182,27 +184,24 @@ def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Per
     return kept
 
 
-def _warn_unknown_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person]) -> None:
-    """Warn of each of `kinds` that no photo is of: it may be misspelt."""
+def _known_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person]) -> set[str]:
+    """`kinds` as distortion_kind gives them, with a warning of each that no photo is of: it may be misspelt.
+
+    Raises UserError for a text: of ("sunny") Python makes "sunny", whose letters would each be a kind.
+    """
+    if isinstance(kinds, str):
+        raise UserError(f"{constant} = {kinds!r}: the comma is missing that makes it a tuple; write ({kinds!r},)")
     found = {distortion_kind(path) for person in persons for path in person.distorted}
     present = list_names(sorted(found), most=10) or "no distorted photos"
     for kind in kinds:
-        if kind not in found:
+        if plain_name(kind) not in found:
             warn_once(f"{constant}: no train photo is of kind {kind!r}; there are {present}")
-
-
-def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
-    """The clean photo that `distorted` was made from: the one with the longest stem that begins its name, else None.
-
-    The stem ends at an underscore of the name: a_10_blurred.jpg comes from a_10.jpg, never from a_1.jpg.
-    """
-    sources = [photo for photo in clean if distorted.stem == photo.stem or distorted.stem.startswith(photo.stem + "_")]
-    return max(sources, key=lambda photo: len(photo.stem), default=None)
+    return set(map(plain_name, kinds))
 
 
 def files_digest(persons: Sequence[Person]) -> str:
     """Identifies a set of files: their number, and 12 hexadecimal digits of the SHA-256 of their persons and names."""
-    names = [f"{person.name}/{path.name}" for person in persons for path in person.photos]
+    names = [plain_name(f"{person.name}/{path.name}") for person in persons for path in person.photos]
     digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
     return f"{len(names)} files, {digest}"
 
@@ -210,14 +209,14 @@ def files_digest(persons: Sequence[Person]) -> str:
 def warn_shared_persons(train: Sequence[Person], val: Sequence[Person]) -> None:
     """Warn of what makes val figures too high or labels wrong: persons in both splits, and identical image files
     under two persons, within one split or across both."""
-    val_names = {person.name for person in val}
-    shared = [person.name for person in train if person.name in val_names]
+    val_names = {plain_name(person.name) for person in val}
+    shared = [person.name for person in train if plain_name(person.name) in val_names]
     if shared:
         warn_once(
             f"{len(shared)} of {len(val)} val persons are train persons too: val then does not measure unseen persons "
             f"({list_names(shared)})"
         )
-    owners = {path: person.name for person in [*train, *val] for path in person.photos}
+    owners = {path: plain_name(person.name) for person in [*train, *val] for path in person.photos}
     _warn_equal_files(
         [paths for paths in equal_files(list(owners)) if len({owners[path] for path in paths}) > 1],
         "images lie under more than one person; one of the names is wrong",
@@ -328,6 +327,13 @@ class FaceClassificationDataset(_LabelledPhotos):
         self.persons = [person.name for person in scanned]
         self.label2idx = {name: label for label, name in enumerate(self.persons)}
         self.samples = [(path, label) for label, person in enumerate(scanned) for path in person.photos]
+        lacking = [person.name for person in scanned if not person.distorted]
+        if lacking:
+            folder = folder_of(scanned)
+            warn_once(
+                f"{folder}: {len(lacking)} of {len(scanned)} persons have no distorted photo to train on "
+                f"({list_names(lacking)}); expected {folder}/<person>/{DISTORTION}/*.jpg"
+            )
 
 
 class FaceCleanValDataset(_LabelledPhotos):
@@ -362,7 +368,7 @@ class FacePairDataset(_SeededDataset):
     Item: anchor and positive, (3, H, W) float32 each; the person's label, int in 0..len(persons)-1; the anchor's index
     in `.anchors`. The negative of the triplet (Schroff et al. 2015, arXiv:1503.03832) is mined where all embeddings
     are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
-    The positive is a distorted copy of the anchor (see source_photo), or of another photo of the person if the anchor
+    The positive is a distorted copy of the anchor (see source_photos), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
     `distort(anchor)`, for example a RandomDistortion. Kinds in `often` are drawn twice as often as others.
     Each item is mirrored with probability 0.5, both photos alike: `transform` would mirror each on its own.
@@ -390,7 +396,7 @@ class FacePairDataset(_SeededDataset):
         self.clean, self.on_the_fly, self.distort = clean, on_the_fly, distort
         scanned = persons_of(root)
         self.persons = [person.name for person in scanned]
-        _warn_unknown_kinds("OFTEN", often, scanned)
+        often = _known_kinds("OFTEN", often, scanned)
         self.anchors: list[tuple[Path, int]] = []  # (path, label)
         self._positives: list[tuple[Path, ...]] = []  # of each anchor
         unpaired = []
@@ -400,11 +406,12 @@ class FacePairDataset(_SeededDataset):
                 continue
             # What is listed twice is drawn twice as often.
             distorted = person.distorted + tuple(path for path in person.distorted if distortion_kind(path) in often)
-            sources = [source_photo(path, person.clean) for path in distorted]
+            copies: dict[Path | None, list[Path]] = {}
+            for path, source in zip(distorted, source_photos(distorted, person.clean), strict=True):
+                copies.setdefault(source, []).append(path)
             for photo in person.clean:
-                copies = tuple(path for path, source in zip(distorted, sources, strict=True) if source == photo)
                 self.anchors.append((photo, label))
-                self._positives.append(copies or distorted)
+                self._positives.append(tuple(copies.get(photo, distorted)))
         if len(unpaired) > len(scanned) - 2:
             raise UserError(
                 f"{folder_of(scanned)}: training on pairs needs two persons with both clean and distorted photos, "

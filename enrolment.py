@@ -190,7 +190,7 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
         queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
         if not queries.paths:
             raise UserError(f"{source}: none of its {total} distorted photos is usable (REFUSE = {refuse:g})")
-    found = metrics.ranking(score(gallery, queries)[gallery.template])
+    found = metrics.ranking(score(gallery, queries, [gallery.template])[gallery.template])
     used = len(found.rival)
     if used * far < metrics.MIN_ERRORS:
         raise UserError(
@@ -218,14 +218,14 @@ def describe_threshold(gallery: Gallery) -> str:
     if threshold is None:
         return "no threshold (CALIBRATE_ON = None): every face gets a name, a stranger's too"
     lines = [
-        f"named from cosine {threshold['cosine']:.3f} up: at most {100 * threshold['far']:g} % of the "
+        f"named at cosine >= {threshold['cosine']:.3f}: at most {100 * threshold['far']:g} % of the "
         f"{threshold['strangers']} photos of strangers in {threshold['source']} reach it, among "
         f"{threshold['persons']} persons"
     ]
     if threshold["quality"] is not None:
         total = threshold["unusable"] + threshold["strangers"]
         lines.append(
-            f"usable from quality {threshold['quality']:.2f} up: all but {100 * threshold['refuse']:g} % of the clean "
+            f"usable at quality >= {threshold['quality']:.2f}: all but {100 * threshold['refuse']:g} % of the clean "
             f"photos there, and {threshold['strangers']} of the {total} distorted ones"
         )
     times = len(gallery.persons) / threshold["persons"]

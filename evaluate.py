@@ -54,19 +54,20 @@ IMAGE_SIZE = 160  # pixels, 76..160
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 # --- speed ---
-# "torch", "fused", "compiled"; on CPUs also "onnxruntime", "openvino" (pip install onnx openvino): the same figures.
-# "openvino-int8" (pip install onnx openvino nncf) is far faster, and not the same: about a point less.
+# "torch", "fused", "compiled": the same figures, as with "onnxruntime" (pip install onnx onnxruntime) and "openvino"
+# (pip install onnx openvino), which are for CPUs.
+# "openvino-int8" (pip install onnx openvino nncf) is far faster and costs about a point of top-1.
 BACKEND = "torch"
-INT8_PHOTOS = 300  # of DATA_DIR/train, that the ranges of "openvino-int8" are fitted to, 100..1000
+INT8_PHOTOS = 300  # of DATA_DIR/train, to fit the ranges of "openvino-int8", 100..1000
 BATCH_SIZE = 64  # photos embedded at a time, >= 1
 NUM_WORKERS = 2  # processes that load images, 0..CPU cores; 0 where the network itself keeps the cores busy
 
 # --- pictures ---
 PICTURES = True  # False: figures only
 PLOT_PERSONS = 20  # persons in t-SNE and similarity matrix, the first by name, 2..40
-MISTAKES = 12  # rows of the sheet, 1..30: wrong answers of highest score
-MISTAKES_PER_KIND = 3  # at most so many of one kind, so that a hopeless kind does not fill the sheet
-SEED = 0  # of t-SNE, the bootstrap and the halves of the open-set test
+MISTAKES = 12  # rows of the sheet, 1..30: the wrong answers with the highest scores
+MISTAKES_PER_KIND = 3  # most rows of one kind, so that a hopeless kind does not fill the sheet
+SEED = 0  # of t-SNE, the intervals and the halves of the open-set test
 
 
 def main() -> dict:
@@ -75,6 +76,7 @@ def main() -> dict:
     for protocol in PROTOCOLS:
         check_protocol(protocol)
     device = common.pick_device()
+    fast.check_backend(BACKEND, device)
     root = DATA_DIR / SPLIT
     persons = scan_persons(root, check_images=CHECK_IMAGES)
     warn_shared_persons([], persons)

@@ -15,7 +15,7 @@ from facenet_pytorch.models.inception_resnet_v1 import BasicConv2d, InceptionRes
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from common import UserError
+from common import UserError, check_compiler, first_line
 from models import FaceNet
 
 # Backends that run outside torch, on the CPU, and the optional packages that they need.
@@ -45,19 +45,12 @@ def accelerated(
     "fused": see `fused`. "compiled": that through torch.compile, which needs a C++ compiler and takes about a minute at
     the first batch, and again at the first batch of another size. On the CPU only: "onnxruntime", see OnnxFaceNet;
     "openvino", see OpenVinoFaceNet; "openvino-int8", see Int8FaceNet, which needs `photos` and whose embeddings differ.
-    Raises UserError for an unknown backend, a CPU backend on a GPU, or a package that is not installed.
+    Raises what check_backend raises.
     """
-    if backend not in BACKENDS:
-        raise UserError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    check_backend(backend, device)
     if backend == "torch":
         return model
     if backend in PACKAGES:
-        if torch.device(device).type != "cpu":
-            raise UserError(
-                f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
-            )
-        for package in PACKAGES[backend]:
-            _package(package)  # before the export, which takes seconds
         exported = to_onnx(model, image_size, metadata={})
         if backend == "openvino-int8":
             return Int8FaceNet(exported, photos)
@@ -67,6 +60,20 @@ def accelerated(
         network.forward = torch.compile(network.forward)
         network.rated = torch.compile(network.rated)  # what gallery.embed calls
     return network
+
+
+def check_backend(backend: str, device: torch.device | str) -> None:
+    """Raises UserError if `backend` is unknown or cannot work on `device`, or if what it needs is not installed."""
+    if backend not in BACKENDS:
+        raise UserError(f"BACKEND = {backend!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend in PACKAGES and torch.device(device).type != "cpu":
+        raise UserError(
+            f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
+        )
+    for package in PACKAGES.get(backend, ()):
+        _package(package, PACKAGES[backend], ", or set BACKEND = 'fused'")
+    if backend == "compiled":
+        check_compiler(device, setting="BACKEND = 'compiled'", way_out="BACKEND = 'fused'")
 
 
 # --- torch ------------------------------------------------------------------------------------------------------------
@@ -228,14 +235,15 @@ class Int8FaceNet(OpenVinoFaceNet):
         return nncf.quantize(network, images, preset=mixed, subset_size=len(self._photos), ignored_scope=exact)
 
 
-def _package(name: str) -> ModuleType:
-    """The optional package `name`. Raises UserError if it is missing."""
+def _package(name: str, needed: Sequence[str] = PACKAGES["onnxruntime"], way_out: str = "") -> ModuleType:
+    """The optional package `name`. Raises UserError, with all that is `needed`, if it is missing or broken."""
     if name == "nncf":
         os.environ.setdefault("NNCF_CI", "1")  # else it sends usage statistics over the internet
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        more = {"onnx": "onnxruntime", "nncf": "openvino nncf"}.get(name, name)
+    except Exception as error:  # a package that does not fit to another one raises anything
+        missing = isinstance(error, ModuleNotFoundError)
+        fault, upgrade = ("is not installed", "") if missing else ("cannot be imported", "--upgrade ")
         raise UserError(
-            f"the package {name} is not installed ({error}): pip install onnx {more}, or set BACKEND = 'fused'"
+            f"the package {name} {fault} ({first_line(error)}): pip install {upgrade}{' '.join(needed)}{way_out}"
         ) from error

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 import metrics
 from common import UserError, rank_and_world, warn_once
-from datasets import Person, PhotoList, distortion_kind, folder_of, persons_of, source_photo
+from datasets import Person, PhotoList, Split, distortion_kind, folder_of, persons_of
+from folders import source_photos
 from loading import worth_workers
 from models import fingerprint
 from scores import TEMPLATES, Scores, check_template, mean_templates, person_scores, templates
@@ -132,7 +133,7 @@ def embed(
 
 def build_gallery(
     model: nn.Module,
-    root: Path | str | Sequence[Person],
+    root: Split,
     transform: Transform,
     device: torch.device | str,
     *,
@@ -160,7 +161,7 @@ def build_gallery(
     return _gallery(enrolled, paths, found, template, made_by)
 
 
-def _clean_photos(root: Path | str | Sequence[Person]) -> tuple[list[Person], list[Path]]:
+def _clean_photos(root: Split) -> tuple[list[Person], list[Path]]:
     """The persons with clean photos, and these photos, person by person."""
     persons = persons_of(root)
     enrolled = [person for person in persons if person.clean]
@@ -252,7 +253,7 @@ class Queries:
 def embed_queries(
     model: nn.Module,
     gallery: Gallery,
-    root: Path | str | Sequence[Person],
+    root: Split,
     transform: Transform,
     device: torch.device | str,
     *,
@@ -276,7 +277,7 @@ def embed_queries(
     return _queries(gallery, persons, paths, found)
 
 
-def _distorted_photos(root: Path | str | Sequence[Person]) -> tuple[list[Person], list[Path]]:
+def _distorted_photos(root: Split) -> tuple[list[Person], list[Path]]:
     persons = persons_of(root)
     paths = [path for person in persons for path in person.distorted]
     if not paths:
@@ -298,9 +299,9 @@ def _queries(gallery: Gallery, persons: Sequence[Person], paths: list[Path], fou
     for row, (path, label) in enumerate(zip(gallery.paths, gallery.labels.tolist(), strict=True)):
         photos.setdefault(label, {})[path] = row
     sources = []
-    for path, label in zip(paths, truth.tolist(), strict=True):
-        of_person = photos.get(label, {})
-        sources.append(of_person.get(source_photo(path, list(of_person)), -1))
+    for person in persons:
+        of_person = photos.get(label_of.get(person.name, -1), {})
+        sources += [of_person.get(photo, -1) for photo in source_photos(person.distorted, list(of_person))]
     return Queries(
         embeddings=found.embeddings,
         truth=truth,
@@ -314,7 +315,7 @@ def _queries(gallery: Gallery, persons: Sequence[Person], paths: list[Path], fou
 
 def embed_split(
     model: nn.Module,
-    root: Path | str | Sequence[Person],
+    root: Split,
     transform: Transform,
     device: torch.device | str,
     *,
@@ -377,7 +378,7 @@ def check_protocol(protocol: str) -> None:
         raise UserError(f"PROTOCOL {protocol!r}: expected one of {', '.join(map(repr, PROTOCOLS))}")
 
 
-def score(gallery: Gallery, queries: Queries) -> dict[str, Scores]:
+def score(gallery: Gallery, queries: Queries, templates: Sequence[str] = TEMPLATES) -> dict[str, Scores]:
     """Template -> scores of the queries of `select_queries`, which `retrieve` and `measure` read. Memory: see Scores.
 
     Raises ValueError if there is no query.
@@ -391,14 +392,14 @@ def score(gallery: Gallery, queries: Queries) -> dict[str, Scores]:
             labels=gallery.labels,
             template=template,
         )
-        for template in TEMPLATES
+        for template in templates
     }
 
 
 def retrieve(gallery: Gallery, queries: Queries, scores: dict[str, Scores]) -> dict:
     """The gallery's answers to the queries of `select_queries`, by their `score`.
 
-        template, top1 {"mean", "best"}      the template that counts; the share of right answers under each
+        template, top1 {"mean", "best"}      the template that counts; share of right answers by template scored
         persons, photos, queries             sizes of the gallery and number of queries
         not_enrolled                         queries whose person has no clean photo: counted as wrong
         persons_without_query                persons of the gallery who are in no query
@@ -491,7 +492,7 @@ def discard_curves(queries: Queries, measured: dict[str, metrics.Measured]) -> d
 def evaluate(
     model: nn.Module,
     gallery: Gallery,
-    root: Path | str | Sequence[Person],
+    root: Split,
     transform: Transform,
     device: torch.device | str,
     *,

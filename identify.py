@@ -1,4 +1,4 @@
-"""Who is on these photos? A name and a cosine, 'unknown', or 'not usable', from a gallery that is kept between runs.
+"""Who is in these photos? A name and a cosine, 'unknown', or 'not usable', from a gallery that is kept between runs.
 
     python identify.py
 
@@ -24,8 +24,9 @@ import checkpoints
 import common
 import enrolment
 from common import UserError
-from datasets import Person, find_photos, scan_persons
+from datasets import Person, scan_persons
 from faces import NO_FACE, UNREADABLE, Box, FaceDetector, Label, Reading, draw_labels, read_faces
+from folders import photos_below
 from gallery import Gallery, embed, embed_split, made_by
 from scores import check_template
 from transforms import FaceCrop, eval_transform, load_image
@@ -160,9 +161,7 @@ def collect_photos(places: Sequence[Path | str]) -> list[Path]:
         if not place.exists():
             raise UserError(f"PHOTOS: {place}: no such photo or folder")
         if place.is_dir():
-            below = sorted(path for path in place.rglob("*") if path.is_dir())
-            visible = [path for path in below if not any(p.startswith(".") for p in path.relative_to(place).parts)]
-            found += [photo for folder in (place, *visible) for photo in find_photos(folder)]
+            found += photos_below(place)
         else:
             found.append(place)
     if places and not found:

@@ -56,8 +56,9 @@ class ArcMarginProduct(nn.Module):
 
 
 class ContrastiveLoss(nn.Module):
-    """mean_i [ d(a_i, p_i)^2 + max(0, margin - d(a_i, n_i))^2 ]: Hadsell et al. 2006, eq. 4, without its factor 1/2.
+    """mean_i [ d(a_i, p_i)^2 + max(0, margin - d(p_i, n_i))^2 ]: Hadsell et al. 2006, eq. 4, without its factor 1/2.
 
+    a: anchor, p: positive, n: negative; it is p that goes to a and leaves n, so a may be frozen.
     d: Euclidean distance; on unit embeddings d^2 = 2 - 2 cos, 0..4. `margin` is a distance: 1.0 is an angle of 60
     degrees, and a negative farther away than that gives no gradient.
     Shapes: anchor, positive, negative (B, D), weight (B,) in 0..1 -> scalar, the mean over triplets by weight; 0 if
@@ -75,7 +76,7 @@ class ContrastiveLoss(nn.Module):
 
     def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor, weight: Tensor | None = None) -> Tensor:
         pull = (anchor - positive).square().sum(1)  # (B,)
-        push = (self.margin - euclidean(anchor, negative)).clamp_min(0).square()  # (B,)
+        push = (self.margin - euclidean(positive, negative)).clamp_min(0).square()  # (B,)
         return weighted_mean(pull + push, weight)
 
 
@@ -117,16 +118,16 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hardest_negatives(anchors: Tensor, anchor_labels: Tensor, candidates: Tensor, candidate_labels: Tensor) -> Tensor:
-    """For each anchor the index of the nearest candidate of another person: "batch hard", Hermans et al. 2017,
+def hardest_negatives(embeddings: Tensor, labels: Tensor, candidates: Tensor, candidate_labels: Tensor) -> Tensor:
+    """For each embedding the index of the nearest candidate of another person: "batch hard", Hermans et al. 2017,
     arXiv:1703.07737, sec. 2.
 
     Two random faces are about 1.41 apart, beyond a margin of 1: only mined negatives push.
     Shapes: (B, D), (B,), (N, D), (N,) -> (B,) int64; rows of norm 1. A tie goes to the lower index.
-    Raises UserError if an anchor has no candidate of another person.
+    Raises UserError if an embedding has no candidate of another person.
     """
-    same_person = anchor_labels[:, None] == candidate_labels[None, :]  # (B, N)
+    same_person = labels[:, None] == candidate_labels[None, :]  # (B, N)
     if same_person.all(1).any():
-        raise UserError("a batch holds a single person, so an anchor has no negative; raise BATCH_SIZE")
-    cosine = anchors @ candidates.T  # on unit rows the nearest is the one of highest cosine
+        raise UserError("all photos are of one person, so there is no negative; train on two persons or more")
+    cosine = embeddings @ candidates.T  # on unit rows the nearest is the one of highest cosine
     return cosine.masked_fill(same_person, -torch.inf).argmax(1)

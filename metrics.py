@@ -1,4 +1,4 @@
-"""Figures of a retrieval: rank-k, CMC, mAP, macro F1, ROC, EER, open set, discard, and their intervals. Tensors only.
+"""Figures of a retrieval: rank-k, CMC, mAP, macro F1, ROC, EER, open set, discard. Tensors only.
 
 All but mAP are functions of `scores.Scores`: (Q, P) scores of Q queries against P persons, and truth (Q,), each query's
 person, -1 if not enrolled. Scores within TIE of each other are equal.
@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from intervals import difference_interval, rate_interval
 from scores import TIE, Scores, photo_cosines
 
 MIN_ERRORS = 10  # false accepts that a rate must let one expect, or it is not reported: fewer are chance
-MIN_PERSONS = 10  # to draw an interval from
-REPLICATES = 2000  # of the bootstrap
-BLOCK_WEIGHTS = 2**24  # of the bootstrap, held at a time: 128 MiB of float64
 BINS = 100  # of the score histograms, over -1..1
 CMC_RANKS = 20  # shown of a CMC
 
@@ -362,52 +360,6 @@ def share_left(left: Tensor, refused: float) -> float | None:
     return (left[rounded_down(refused, len(left) - 1)] / left[0]).item() if left[0] else None
 
 
-# --- how sure? --------------------------------------------------------------------------------------------------------
-
-
-def bootstrap(values: Tensor, persons: Tensor, seed: int) -> Tensor:
-    """(2, M) float64: 95 % percentile intervals of the column means of `values` (Q, M), by resampling persons (Q,).
-
-    A person's photos succeed or fail together, so persons are drawn, with all their queries. NaN in `values`: the query
-    does not count in that column. Two checkpoints on the same queries are compared by the interval of their difference,
-    row by row (paired). NaN as interval: fewer than MIN_PERSONS persons have a value.
-    """
-    sums, sizes = _per_person(values, persons)
-    count = len(sums)
-    generator = torch.Generator().manual_seed(seed)
-    means = []
-    rows = max(1, BLOCK_WEIGHTS // count)
-    for start in range(0, REPLICATES, rows):
-        drawn = torch.randint(count, (min(rows, REPLICATES - start), count), generator=generator)
-        weights = torch.zeros(drawn.shape, dtype=torch.double).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
-        means.append((weights @ sums) / (weights @ sizes))
-    interval = torch.cat(means).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.double), dim=0)
-    return torch.where((sizes > 0).sum(0) >= MIN_PERSONS, interval, torch.nan)
-
-
-def share_interval(values: Tensor, persons: Tensor, seed: int) -> Tensor:
-    """`bootstrap` of shares in 0..1, with an interval where no two persons differ.
-
-    A share that is 0 or 1 for every person has no spread to resample: the exact binomial bound over persons (Clopper &
-    Pearson 1934) takes the place of an interval of no width. Where all persons agree on another share, it is NaN.
-    """
-    interval = bootstrap(values, persons, seed)
-    sums, sizes = _per_person(values, persons)
-    bound = 0.025 ** (1 / (sizes > 0).sum(0).clamp(min=1).double())  # of a share of 1: what as many successes allow
-    exact = ((values == 0) | (values == 1) | values.isnan()).all(0) & ~interval.isnan().any(0)
-    low = torch.where(exact & (sums == sizes).all(0), bound, interval[0])
-    high = torch.where(exact & (sums == 0).all(0), 1 - bound, interval[1])
-    return torch.where(low == high, torch.nan, torch.stack([low, high]))
-
-
-def _per_person(values: Tensor, persons: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, M) float64: the sum of each person's values in each column, and how many there are, NaN left out."""
-    _, index = persons.unique(return_inverse=True)
-    sums = torch.zeros(int(index.max()) + 1, values.shape[1], dtype=torch.double)
-    sizes = torch.zeros_like(sums).index_add_(0, index, (~values.isnan()).double())
-    return sums.index_add_(0, index, values.double().nan_to_num()), sizes
-
-
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -432,8 +384,8 @@ class Measured:
 def measure(scores: Scores, precision: Tensor, persons: Tensor, opened: OpenRates, seed: int) -> Measured:
     """All figures of these queries.
 
-    precision: (Q,), of `average_precision`. persons: (Q,) int64, each query's person, enrolled or not, to resample by.
-    opened: of `open_rates`, of these queries or of all those that they are a subset of. seed: of the bootstrap.
+    precision: (Q,), of `average_precision`. persons: (Q,) int64, each query's person, enrolled or not, to draw by.
+    opened: of `open_rates`, of these queries or of all those that they are a subset of. seed: of the intervals.
     The intervals of TAR and DIR hold the threshold that all queries gave: they say how the rate depends on the persons
     in the queries, not on the draw of the strangers. macro F1 and EER have none.
     """
@@ -450,7 +402,7 @@ def measure(scores: Scores, precision: Tensor, persons: Tensor, opened: OpenRate
         values[name] = torch.where(enrolled, (found.genuine >= point[1]).double(), torch.nan)
     values |= opened.values
     thresholds |= opened.thresholds
-    interval = share_interval(torch.stack(list(values.values()), 1), persons, seed)
+    interval = rate_interval(torch.stack(list(values.values()), 1), persons, seed)
     figures: dict[str, dict] = {name: {"value": None, "low": None, "high": None} for name in FIGURES}
     for column, (name, value) in enumerate(values.items()):
         figures[name] = {"value": value.nanmean().item()} | _ends(interval[:, column])
@@ -473,7 +425,7 @@ def compare(before: Measured, after: Measured, persons: Tensor, seed: int) -> di
         )
     names = [name for name in before.values if name in after.values]
     difference = torch.stack([after.values[name] - before.values[name] for name in names], 1)
-    interval = bootstrap(difference, persons, seed)
+    interval = difference_interval(difference, persons, seed)
     return {
         name: {"value": difference[:, column].nanmean().item()} | _ends(interval[:, column])
         for column, name in enumerate(names)

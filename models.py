@@ -3,8 +3,10 @@
 import copy
 import hashlib
 import http.client
+import math
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from facenet_pytorch import InceptionResnetV1
 from facenet_pytorch.models.inception_resnet_v1 import get_torch_home
 from torch import Tensor, nn
 
-from common import UserError, first_line, read_plain
+from common import MAX_SIDE, UserError, first_line, in_range, read_plain
 
 # --- the backbone: another one replaces build_backbone and BLOCKS -----------------------------------------------------
 
@@ -70,13 +72,16 @@ class Crops:
     wide_weight: float  # weight of the whole frame's embedding, > 0; the face's is 1
 
     def __post_init__(self):
-        if not 0 < self.face < 1:
-            raise UserError(f"FACE_CROP = {self.face}: a wide crop needs photos with more than the face in them, < 1")
-        if not (isinstance(self.wide_size, int) and self.wide_size >= 76):
+        if not (in_range(self.face, float, 0, 1) and 0 < self.face < 1):
             raise UserError(
-                f"WIDE_SIZE = {self.wide_size}: expected a whole number of pixels, 76 or more, which the network needs"
+                f"WIDE_WEIGHT: a wide crop needs photos with more than the face in them, but stage 1's FACE_CROP is "
+                f"{self.face}; set WIDE_WEIGHT = 0, or train stage 1 with FACE_CROP < 1"
             )
-        if not 0 < self.wide_weight < float("inf"):
+        if not in_range(self.wide_size, int, 76, MAX_SIDE):
+            raise UserError(
+                f"WIDE_SIZE = {self.wide_size}: expected a whole number of pixels, 76..{MAX_SIDE}; the network needs 76"
+            )
+        if not (in_range(self.wide_weight, float, 0, math.inf) and 0 < self.wide_weight < math.inf):
             raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.1..1")
 
 
@@ -97,7 +102,8 @@ class FaceNet(nn.Module):
     w^2 / (1 + w^2), and where a photo shows no face they are all that counts. f recognises persons, v photos.
     mirror: in eval mode, f and v are each the mean over an image and its mirror image, normalized again.
 
-    Raises UserError for a dropout or a block out of range, and what load_pretrained raises.
+    Raises UserError for a dropout or a block out of range, and what load_pretrained raises, under the name that the
+    script has for `pretrained`: `constant`.
     """
 
     rates = True  # has rated()
@@ -109,6 +115,7 @@ class FaceNet(nn.Module):
         freeze_until: str | None = None,
         crops: Crops | None = None,
         mirror: bool = False,
+        constant: str = "PRETRAINED",
     ):
         super().__init__()
         self.mirror = mirror
@@ -118,7 +125,7 @@ class FaceNet(nn.Module):
             raise UserError(f"DROPOUT = {dropout}: expected a probability in [0, 1)")
         self.backbone = build_backbone(dropout)
         if pretrained is not None:
-            self.backbone.load_state_dict(load_pretrained(pretrained))
+            self.backbone.load_state_dict(load_pretrained(pretrained, constant))
         self.crops, self.wide = None, None
         if crops is not None:
             self.widen(crops)
@@ -189,63 +196,101 @@ class FaceNet(nn.Module):
 
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits that two models share only if all their weights are equal, on any device."""
+    return _digest(model.state_dict().items())
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in tensors:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        numbers = value.detach().cpu().contiguous().flatten()
+        digest.update(numbers.view(torch.uint8).numpy().tobytes())  # as bytes: NumPy has no bfloat16
     return digest.hexdigest()[:16]
 
 
 # --- pretrained weights -----------------------------------------------------------------------------------------------
 
 
-def load_pretrained(source: str | Path) -> dict[str, Tensor]:
+def load_pretrained(source: str | Path, constant: str = "PRETRAINED") -> dict[str, Tensor]:
     """State dict of the backbone, checked for names and shapes, without the classifier (`logits`) of released files.
 
-    source: see FaceNet. Raises UserError if it cannot be downloaded, is no file, or is not such a state dict.
+    source: see FaceNet; a state dict may lie under "state_dict" or "model", and its names have a prefix ("module.").
+    Raises UserError if it cannot be downloaded, is no file, or is not such a state dict; the message calls the source
+    by the script's `constant`.
     """
-    path = _downloaded(str(source)) if str(source) in PRETRAINED_URLS else Path(source)
+    path = _downloaded(str(source), constant) if str(source) in PRETRAINED_URLS else Path(source)
     if not path.is_file():
         raise UserError(
-            f"PRETRAINED = {str(source)!r}: no such file; give the path of a state dict, "
-            f"{' or '.join(map(repr, PRETRAINED_URLS))}, or None for random weights"
+            f"{constant} = {str(source)!r}: no such file; give the path of a state dict, "
+            f"{' or '.join(map(repr, PRETRAINED_URLS))}, or None"
         )
-    state = read_plain(path, "not a state dict that torch can read", "delete it and download it again")
-    is_dict = isinstance(state, dict)
-    if not is_dict or not all(isinstance(n, str) and isinstance(value, Tensor) for n, value in state.items()):
-        hint = "; this is a checkpoint, which belongs into CHECKPOINT or STAGE1_CHECKPOINT"
-        hint = hint if is_dict and "model" in state else ""
-        raise UserError(f"{path}: expected a state dict (parameter name -> tensor){hint}")
+    way_out = "delete it and download it again, or save the state_dict() of its network alone"
+    saved = read_plain(path, "not a state dict that torch can read", way_out)
+    with torch.device("meta"):  # names, shapes and types only: no memory, no random numbers drawn
+        network = build_backbone(dropout=0.0)
+    wanted = network.state_dict()
+    state = _without_prefix(path, _unwrapped(path, saved), list(wanted))
     state = {name: value for name, value in state.items() if not name.startswith("logits.")}
-    _check_state(path, state)
+    if faults := _faults(state, wanted):
+        raise UserError(f"{path}: not a state dict of {type(network).__name__}: {faults}")
     return state
 
 
-def _check_state(path: Path, state: dict[str, Tensor]) -> None:
-    """Raise UserError with up to three parameters each that are missing, unknown or of another shape."""
-    with torch.device("meta"):  # names and shapes only: no memory, no random numbers drawn
-        network = build_backbone(dropout=0.0)
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+def source_fingerprint(source: str | Path | None, constant: str = "PRETRAINED") -> str:
+    """16 hexadecimal digits of the weights that `source` gives (see FaceNet), wherever it lies; "random" for None.
+
+    Raises what load_pretrained raises.
+    """
+    return "random" if source is None else _digest(sorted(load_pretrained(source, constant).items()))
+
+
+def _unwrapped(path: Path, saved: object) -> dict[str, Tensor]:
+    """The state dict that a file holds, bare or beside other things. Raises UserError if there is none."""
+    expected = f"{path}: expected a state dict (parameter name -> tensor)"
+    if isinstance(saved, dict) and {"stage", "model"} <= saved.keys():
+        raise UserError(
+            f"{expected}; this is a checkpoint, which evaluate.py and identify.py take as CHECKPOINT, and "
+            "train_stage2.py as STAGE1_CHECKPOINT"
+        )
+    if isinstance(saved, dict):
+        saved = next((saved[name] for name in ("state_dict", "model") if isinstance(saved.get(name), dict)), saved)
+    if not isinstance(saved, dict) or not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in saved.items()):
+        raise UserError(expected)
+    return saved
+
+
+def _without_prefix(path: Path, state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """`state` under the `names` of the network, without what wrappers such as DataParallel put before them."""
+    prefixes = [name.removesuffix(names[0]) for name in state if name.endswith("." + names[0])]
+    if names[0] in state or not prefixes:
+        return state
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{path}: holds several networks, {', '.join(map(repr, prefixes[:3]))}; save the state_dict() of one alone"
+        )
+    return {name.removeprefix(prefixes[0]): value for name, value in state.items()}
+
+
+def _faults(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """Up to three parameters each that are missing, unknown, of another shape or type than in `wanted`; "": none."""
+    common = [name for name in wanted if name in state]
+    shapes = [name for name in common if state[name].shape != wanted[name].shape]
+    # An int8 weight would be taken for the number that it stands for.
+    types = [n for n in common if wanted[n].is_floating_point() and not state[n].is_floating_point()]
     faults = {
-        "missing": [name for name in wanted if name not in found],
-        "unknown": [name for name in found if name not in wanted],
-        "of another shape": [
-            f"{name} {found[name]}, expected {wanted[name]}"
-            for name in wanted
-            if name in found and found[name] != wanted[name]
-        ],
+        "missing": [name for name in wanted if name not in state],
+        "unknown": [name for name in state if name not in wanted],
+        "of another shape": [f"{n} {tuple(state[n].shape)}, expected {tuple(wanted[n].shape)}" for n in shapes],
+        "of another type": [f"{n} {state[n].dtype}, expected {wanted[n].dtype}" for n in types],
     }
-    listed = [
+    return "; ".join(
         f"{len(names)} {fault}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for fault, names in faults.items()
         if names
-    ]
-    if listed:
-        raise UserError(f"{path}: not a state dict of {type(network).__name__}: {'; '.join(listed)}")
+    )
 
 
-def _downloaded(name: str) -> Path:
+def _downloaded(name: str, constant: str) -> Path:
     """The cached file of a named pretrained network, downloaded first if it is not there (whole or not at all)."""
     url = PRETRAINED_URLS[name]
     folder = Path(get_torch_home()) / "checkpoints"  # facenet-pytorch's own cache, so nothing is downloaded twice
@@ -259,8 +304,8 @@ def _downloaded(name: str) -> Path:
         torch.hub.download_url_to_file(url, str(path))
     except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
         raise UserError(
-            f"PRETRAINED = {name!r}: the weights could not be downloaded ({first_line(error)}); fetch {url} "
-            f"where there is internet and put the file into {folder}, or set PRETRAINED to its path"
+            f"{constant} = {name!r}: the weights could not be downloaded ({first_line(error)}); fetch {url} "
+            f"where there is internet and put the file into {folder}, or set {constant} to its path"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

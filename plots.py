@@ -1,6 +1,8 @@
 """Pictures as matplotlib Figures: rates, scores, embeddings and mistakes of a retrieval, and the curves of a run."""
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,7 @@ LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKERS = ("o", "s", "D", "^", "v", "P")
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
 WIDTHS = (3.2, 2.4, 1.8, 1.8, 1.4, 1.4)  # points
+GREY = "#707070"  # of what is not measured
 
 MARKED_FAR = (1e-2, 1e-3, 1e-4)  # the false accept rates that papers report
 RESOLVED_PAIRS = 10  # a rate that rests on fewer accepted pairs is mostly chance
@@ -42,7 +45,9 @@ def cmc(curves: dict[str, Sequence[float]]) -> Figure:
         percent = 100 * np.asarray(rates, float)
         label = f"{_plain(title)} (rank 1: {percent[0]:.1f} %)"
         every = -(-len(percent) // 20)  # at most 20 markers, so that they do not overlap
-        axes.plot(np.arange(1, len(percent) + 1), percent, markersize=6, markevery=every, label=label, **style)
+        (line,) = axes.plot(np.arange(1, len(percent) + 1), percent, label=label)
+        line.set(color=style.color, linestyle=style.line, linewidth=style.width)
+        line.set(marker=style.marker, markersize=6, markevery=every)
     _fit_percent(axes, [line.get_ydata() for line in axes.lines])
     last = max(len(rates) for rates in curves.values())
     axes.set_xlim(1 - 0.03 * last, last + 0.03 * last)
@@ -77,18 +82,20 @@ def roc(curves: dict[str, tuple[Sequence[float], Sequence[float]]], pairs: int) 
         y = np.concatenate([_at([resolved], far, percent), percent[beyond], percent[-1:]])
         values = zip(in_legend, _at(in_legend, far, percent), strict=True)
         label = _plain(title) + "".join(f" ({value:.1f} % at FAR {_power(rate)})" for rate, value in values)
-        axes.plot(x, y, drawstyle="steps-post", **style | {"marker": None})
-        axes.plot([], [], markersize=7, label=label, **style)  # line and marker, for the legend
-        dots = style | {"linestyle": "", "markersize": 8, "markeredgecolor": "white"}
-        axes.plot(marked, _at(marked, far, percent), **dots, zorder=3)
+        (steps,) = axes.plot(x, y, drawstyle="steps-post")
+        (in_both,) = axes.plot([], [], marker=style.marker, markersize=7, label=label)  # for the legend
+        for line in (steps, in_both):
+            line.set(color=style.color, linestyle=style.line, linewidth=style.width)
+        (dots,) = axes.plot(marked, _at(marked, far, percent), color=style.color, linestyle="", zorder=3)
+        dots.set(marker=style.marker, markersize=8, markeredgecolor="white")
         drawn.append(y)
     _fit_percent(axes, drawn)
     axes.set(xscale="log", xlim=(resolved / 4, 1), title="Accepted pairs, over all thresholds")
     axes.set(xlabel="impostor pairs accepted (FAR), share", ylabel="genuine pairs accepted (TAR), %")
     axes.axvspan(resolved / 4, resolved, facecolor="#f0f0f0", edgecolor="#c8c8c8", hatch="//", linewidth=0)
-    label = f"fewer than {RESOLVED_PAIRS} of {pairs:,} pairs"
-    style = {"rotation": 90, "ha": "center", "va": "center", "bbox": {"facecolor": "white", "linewidth": 0, "pad": 2}}
-    axes.text(resolved / 2, 0.5, label, transform=axes.get_xaxis_transform(), **style)
+    label = axes.text(resolved / 2, 0.5, f"fewer than {RESOLVED_PAIRS} of {pairs:,} pairs")
+    label.set(transform=axes.get_xaxis_transform(), rotation=90, horizontalalignment="center")
+    label.set(verticalalignment="center", bbox={"facecolor": "white", "linewidth": 0, "pad": 2})
     _legend(figure, axes, "outside lower center")
     return figure
 
@@ -144,14 +151,13 @@ def discard(left: dict[str, Sequence[float] | Tensor]) -> Figure:
         for style, title in zip(_styles(), titles, strict=False):
             refused = np.linspace(0, 100, len(left[title]))
             share = 100 * left[title] / left[title][0]
-            style |= {"marker": None, "linewidth": 2.2 if title == together else 1.4}
+            width = 2.2 if title == together else 1.4
             label = f"{_plain(title)} ({np.interp(20, refused, share):.0f} % left at 20 %)"
-            axes.plot(refused, share, label=label, **style)
+            axes.plot(refused, share, color=style.color, linestyle=style.line, linewidth=width, label=label)
         if titles == [together]:
             ideal = 100 * left[together][0] / (len(left[together]) - 1)  # so many are wrong, %
-            style = {"color": "#707070", "linewidth": 1.2}
-            axes.plot([0, ideal, 100], [100, 0, 0], linestyle="--", label="ideal: wrong ones first", **style)
-            axes.plot([0, 100], [100, 0], linestyle=":", label="by chance", **style)
+            axes.plot([0, ideal, 100], [100, 0, 0], "--", color=GREY, linewidth=1.2, label="ideal: wrong ones first")
+            axes.plot([0, 100], [100, 0], ":", color=GREY, linewidth=1.2, label="by chance")
         axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="queries refused, lowest quality first, %")
         axes.grid(alpha=0.35)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 + (len(titles) > 1), frameon=False)
@@ -180,8 +186,8 @@ def bars(
         colour, hatch = COLOURS[number % len(COLOURS)], HATCHES[number % len(HATCHES)]
         places = np.arange(len(kinds)) + (number + 0.5) * height - 0.4
         values = 100 * np.array([rate for rate, _, _ in rates], float)
-        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5, "label": _plain(title)}
-        axes.barh(places, values, height, **style)
+        bars = axes.barh(places, values, height, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
+        bars.set_label(_plain(title))
         for place, value, (_, low, high) in zip(places, values, rates, strict=True):
             end = value
             if low is not None and high is not None and np.isfinite(value):
@@ -219,11 +225,11 @@ def tsne(
     axes = figure.subplots()
     colours = colormaps["turbo"](np.linspace(0.03, 0.97, len(persons)))
     for label, person in enumerate(persons):
-        of_person, style = labels == label, {"color": colours[label], "linewidths": 0.8}
-        axes.scatter(*points[of_person & is_query].T, marker="x", s=22, alpha=0.8, **style)
-        axes.scatter(
-            *points[of_person & ~is_query].T, marker="o", s=60, edgecolors="black", label=_plain(person), **style
-        )
+        of_person, colour = labels == label, colours[label]
+        x, y = points[of_person & is_query].T
+        axes.scatter(x, y, marker="x", s=22, alpha=0.8, color=colour, linewidths=0.8)
+        x, y = points[of_person & ~is_query].T
+        axes.scatter(x, y, marker="o", s=60, color=colour, edgecolors="black", linewidths=0.8, label=_plain(person))
     axes.set(title=f"t-SNE of {len(persons)} persons: dot = clean, cross = distorted", xticks=[], yticks=[])
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     return figure
@@ -351,11 +357,18 @@ def _legend(figure: Figure, axes: Axes, place: str) -> None:
     figure.legend(handles, labels, loc=place, ncols=columns, handlelength=3.5, frameon=False)
 
 
-def _styles() -> Iterator[dict]:
-    """Colour, line, width and marker of the first, second, ... evaluation; the seventh has those of the first."""
-    while True:
-        for colour, line, width, marker in zip(COLOURS, LINES, WIDTHS, MARKERS, strict=True):
-            yield {"color": colour, "linestyle": line, "linewidth": width, "marker": marker}
+class Style(NamedTuple):
+    """Of one evaluation's curve: width in points, the others as matplotlib names them."""
+
+    color: str
+    line: str | tuple
+    width: float
+    marker: str
+
+
+def _styles() -> Iterator[Style]:
+    """The style of the first, second, ... evaluation; the seventh has that of the first."""
+    return map(Style, cycle(COLOURS), cycle(LINES), cycle(WIDTHS), cycle(MARKERS))
 
 
 def _plain(name: str) -> str:

@@ -43,10 +43,10 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
-from gallery import check_template
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
 from samplers import ShuffledBatches
+from scores import check_template
 from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
 # --- files ---
@@ -115,6 +115,8 @@ def main() -> None:
     device = common.pick_device()
     training.start_run(RUN_DIR, RESUME, globals())
     check_template(TEMPLATE)
+    if COMPILE:
+        common.check_compiler(device, setting="COMPILE = True", way_out="COMPILE = False")
 
     # Data: the persons of train/, minus any that are held out to choose the best epoch on.
     everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)
@@ -123,7 +125,8 @@ def main() -> None:
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     warn_shared_persons(train_persons, val_persons)
-    train_set = FaceClassificationDataset(without_kinds(train_persons, SKIP_KINDS), augmentation(), seed=SEED)
+    trained_on = without_kinds(train_persons, SKIP_KINDS)
+    train_set = FaceClassificationDataset(trained_on, augmentation(), seed=SEED)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP)
@@ -134,8 +137,7 @@ def main() -> None:
     model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL).to(device, memory_format=torch.channels_last)
     head = ArcMarginProduct(EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     if CENTRES_FROM_MEANS and not RESUME:
-        clean = [person for person in train_persons if person.name in train_set.label2idx]
-        means, labels = gallery.person_means(model, clean, transform, device, num_workers=NUM_WORKERS)
+        means, labels = gallery.person_means(model, trained_on, transform, device, num_workers=NUM_WORKERS)
         head.start_at(means, labels)
     head = head.to(device)
     groups = [

@@ -46,10 +46,11 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
-from gallery import check_template, embed
+from gallery import embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet
 from samplers import PersonBatches
+from scores import check_template
 from transforms import RandomDistortion, Transform, eval_transform, train_transform
 
 # --- files ---
@@ -119,6 +120,8 @@ def main() -> None:
     device = common.pick_device()
     training.start_run(RUN_DIR, RESUME, globals())
     check_template(TEMPLATE)
+    if COMPILE:
+        common.check_compiler(device, setting="COMPILE = True", way_out="COMPILE = False")
 
     # Model: the network of stage 1, its teacher, and what else the checkpoint stores.
     model, teacher, stage1 = load_networks(device)
@@ -205,7 +208,10 @@ def load_networks(device: torch.device) -> tuple[FaceNet, FaceNet, dict]:
     )
     if stage1["stage"] != 1:
         raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {stage1['stage']}, expected one of stage 1")
-    teacher = copy.deepcopy(model) if TEACHER is None else FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR).to(device)
+    if TEACHER is None:
+        teacher = copy.deepcopy(model)
+    else:
+        teacher = FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR, constant="TEACHER").to(device)
     if WIDE_WEIGHT:
         model.widen(Crops(stage1["face_crop"], WIDE_SIZE, WIDE_WEIGHT))
     return model, teacher.to(memory_format=torch.channels_last), stage1
@@ -291,8 +297,11 @@ class Losses:
         The anchor is frozen: the distorted photo is pulled to it and pushed from the nearest other person.
         """
         anchor = self.bank[source]
-        negative = self.bank[hardest_negatives(face, self.labels[source], self.bank, self.labels)]
-        contrastive = self.contrastive(face, anchor, negative, gate)
+        nearest = hardest_negatives(
+            embeddings=face, labels=self.labels[source], candidates=self.bank, candidate_labels=self.labels
+        )
+        negative = self.bank[nearest]
+        contrastive = self.contrastive(anchor=anchor, positive=face, negative=negative, weight=gate)
         with torch.no_grad():
             to_anchor, to_negative = euclidean(face, anchor), euclidean(face, negative)
             values = {

@@ -1,20 +1,33 @@
 """From an image file to a tensor: decoding, the face crop, augmentation."""
 
 import contextlib
+import functools
 import math
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 
-from common import UserError
+from common import MAX_SIDE, UserError, first_line
 
-READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises on bad files
+# Pillow's formats that are opened, whatever a file's suffix says, and the suffixes of files that are taken for photos.
+# No others: each decoder is one more that a stranger's file can attack, and that of EPS starts another program.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),  # MPO, two JPEGs in one file, is opened as its first
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),  # the first frame, as of every format
+}
+HEIF = (".heic", ".heif", ".hif")  # photos of iPhones, where pillow-heif is installed
+MOST_PIXELS = 10**8  # decoded at once by the threads of a process; a larger photo is decoded alone. 400 MB in RGB
 Transform = Callable[[Image.Image], Tensor]
 # fixed_image_standardization of facenet: (x - 127.5) / 128 on 0..255, here on 0..1.
 _TO_TENSOR = (
@@ -22,6 +35,63 @@ _TO_TENSOR = (
     v2.ToDtype(torch.float32, scale=True),
     v2.Normalize(mean=[127.5 / 255] * 3, std=[128 / 255] * 3),
 )
+
+
+@functools.cache
+def formats() -> dict[str, tuple[str, ...]]:
+    """FORMATS, and HEIF where pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return FORMATS
+    pillow_heif.register_heif_opener()
+    return FORMATS | {"HEIF": HEIF}
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Of the files that are taken for photos, in lower case."""
+    return frozenset(suffix for of_format in formats().values() for suffix in of_format)
+
+
+class PixelsInFlight:
+    """Lets threads decode photos while these have `most` pixels together, a larger one alone: in the order they come,
+    so that no large photo waits for ever."""
+
+    def __init__(self, most: int):
+        self.most, self._held = most, 0
+        self._turn, self._change = threading.Lock(), threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self.most)
+        with self._turn, self._change:
+            self._change.wait_for(lambda: self._held + pixels <= self.most)
+            self._held += pixels
+        try:
+            yield
+        finally:
+            with self._change:
+                self._held -= pixels
+                self._change.notify()
+
+
+_in_flight = PixelsInFlight(MOST_PIXELS)
+
+
+@contextlib.contextmanager
+def _decoded(path: Path, quick: bool) -> Iterator[Image.Image]:
+    """The image in the file `path`. quick: a JPEG at 1/8 of its size, which fails all the same where it is damaged; and
+    the pixels are gone at the end, before the next photo's turn."""
+    with Image.open(path, formats=list(formats())) as image, _in_flight.hold(image.width * image.height):
+        try:
+            if quick:
+                image.draft("RGB", (64, 64))
+            image.load()
+            yield image
+        finally:
+            if quick:
+                image.close()
 
 
 def load_image(path: Path) -> Image.Image:
@@ -32,21 +102,48 @@ def load_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                image.load()
+            with _decoded(path, quick=False) as image:
                 with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the photo
-                    image = ImageOps.exif_transpose(image)
-                if image.mode == "I;16":  # 16-bit grayscale: convert() would clip at 255
-                    image = image.point(lambda value: value / 256).convert("L")
-                if image.has_transparency_data:
-                    rgba = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-                return image.convert("RGB")
-    except READ_ERRORS as error:
+                    ImageOps.exif_transpose(image, in_place=True)
+                return _to_rgb(image)
+    except Exception as error:  # damaged bytes raise anything in a decoder: IndexError, struct.error, ...
         raise UserError(
-            f"{path}: cannot be read as an image ({error}); replace or delete it, "
+            f"{path}: cannot be read as an image ({_reason(error)}); replace or delete it, "
             "or set CHECK_IMAGES = True to leave such files out"
         ) from error
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why `load_image` cannot read `path`, or None. Faster than that."""
+    try:
+        with _decoded(path, quick=True) as image:
+            _to_rgb(image.crop((0, 0, 1, 1)))
+    except Exception as error:  # see load_image
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # its own text repeats the path
+        hint = "" if "HEIF" in formats() else "; pip install pillow-heif adds HEIF"
+        return f"cannot identify image file: none of {', '.join(formats())}{hint}"
+    return first_line(error)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # 16-bit grayscale: convert() would clip at 255
+        deep = image if image.mode == "I;16" else image.convert("I")  # of the other order of bytes
+        image = deep.point(lambda value: value / 256).convert("L")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits in a range of their own; save it with 8 bits per channel")
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, 512):  # in strips: copies of the whole of a huge photo fill the memory
+        strip = image.crop((0, top, image.width, min(top + 512, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        flat.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return flat
 
 
 class FaceCrop:
@@ -63,6 +160,8 @@ class FaceCrop:
             raise UserError(f"FACE_CROP = {fraction}: expected a share of the shorter side in (0, 1]")
         if size < 76:  # less does not survive InceptionResnetV1's strides of 2
             raise UserError(f"IMAGE_SIZE = {size}: expected at least 76 pixels; the pretrained network knows 160")
+        if size > MAX_SIDE:
+            raise UserError(f"{size} pixels a side: expected at most {MAX_SIDE}; lower IMAGE_SIZE, or raise FACE_CROP")
         if not 0 <= zoom < 1:
             raise UserError(f"CROP_ZOOM = {zoom}: expected a share in [0, 1), usually about 0.1")
         if not 0 <= shift <= 0.5:

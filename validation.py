@@ -9,6 +9,7 @@ from torch import nn
 from common import warn_once
 from datasets import Person, Split, distortion_kind, folder_of, persons_of
 from gallery import Gallery, NoQueries, Queries, embed_split, retrieve, score, select_queries
+from scores import TEMPLATES
 from transforms import Transform
 
 CHOICE = "mean of same and cross"  # of the best epoch, by `validate`; kept in checkpoints
@@ -32,8 +33,8 @@ def validate(
     query is left under "cross", it is top-1 under "same", with a warning.
     The row: `summary` of "same"; top1_cross and top1_clean where those protocols have queries; cosine_<kind>, see
     `copy_cosines`.
-    quick: only every QUICK_STRIDE-th distorted photo, and no mirror images: a fifth of the time. Such figures compare
-    epochs; those to report are `gallery.evaluate`'s.
+    quick: only every QUICK_STRIDE-th distorted photo, and no mirror images. Such figures compare epochs; those to
+    report are `gallery.evaluate`'s.
     Raises what `gallery.embed_split` raises.
     """
     persons = persons_of(root)
@@ -46,11 +47,11 @@ def validate(
             template=template,
             num_workers=num_workers,
         )
-    details = _answers(gallery, queries, "same")
+    details = _answers(gallery, queries, "same", TEMPLATES)
     same, row = details["top1"][template], summary(details)
     for protocol in ("cross", "clean"):
         with contextlib.suppress(NoQueries):
-            row[f"top1_{protocol}"] = _answers(gallery, queries, protocol)["top1"][template]
+            row[f"top1_{protocol}"] = _answers(gallery, queries, protocol, [template])["top1"][template]
     row |= copy_cosines(gallery, queries)
     if "top1_cross" in row:
         return (same + row["top1_cross"]) / 2, row
@@ -61,10 +62,10 @@ def validate(
     return same, row
 
 
-def _answers(gallery: Gallery, queries: Queries, protocol: str) -> dict:
-    """`retrieve`'s details under one protocol."""
+def _answers(gallery: Gallery, queries: Queries, protocol: str, templates: Sequence[str]) -> dict:
+    """`retrieve`'s details under one protocol and these templates."""
     chosen = select_queries(gallery, queries, protocol)
-    return retrieve(gallery, chosen, score(gallery, chosen))
+    return retrieve(gallery, chosen, score(gallery, chosen, templates))
 
 
 def thinned(persons: Sequence[Person], stride: int) -> list[Person]:

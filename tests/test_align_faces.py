@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,15 +123,28 @@ def test_the_tree_is_mirrored_and_photos_of_a_person_go_to_clean(script):
 def test_photos_that_no_other_script_reads_are_left_out_and_reported(script, capsys):
     for name in ("sheet.png", "ann/a.png", "ann/clean/b.png", "ann/clean/old/c.png", "bob/b.png"):
         write(script.IN_DIR / name)
-    assert script.main()["left out"] == 3
+    for name in (
+        "ann/distorted/a_foggy.png",
+        ".hidden/x.png",
+        "@eaDir/x/x.png",
+        "$RECYCLE.BIN/x.png",
+        "#recycle/x.png",
+    ):
+        write(script.IN_DIR / name)
+    (script.IN_DIR / "ann/film.MP4").write_text("")
+    assert script.main()["left out"] == 5
     assert crops_in(script.OUT_DIR) == ["ann/clean/b.png", "bob/clean/b.png"]
     reasons = {path: row["reason"] for path, row in rows_of(script).items() if row["done"] == "left out"}
     assert reasons == {
-        "sheet.png": "lies beside the folders of persons",
-        "ann/a.png": "lies beside clean/, which counts",
-        "ann/clean/old/c.png": "lies deeper than clean/, where no script reads",
+        "sheet.png": "beside the folders of persons",
+        "ann/a.png": "beside clean/, which counts",
+        "ann/clean/old/c.png": "deeper than clean/, where no script reads",
+        "ann/distorted/a_foggy.png": "in distorted/, to be named distortion/",
+        "ann/film.MP4": ".mp4",
     }
-    assert "3 left out: sheet.png (lies beside" in capsys.readouterr().out
+    assert (
+        f"{script.IN_DIR}: 5 files left out: 1 beside the folders of persons (sheet.png); " in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("names", [("a.png", "a.bmp"), ("a.jpg", "A.JPG")])
@@ -139,6 +154,35 @@ def test_two_photos_whose_crops_would_be_one_file_stop_the_run_before_it_starts(
     with pytest.raises(UserError, match=r"ann/.* and .*/ann/.* would both become .*; rename one of them"):
         script.main()
     assert not script.OUT_DIR.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights of their own")
+def test_links_in_circles_are_followed_once(script):
+    write(script.IN_DIR / "ann/a.png")
+    (script.IN_DIR / "ann/loop").symlink_to(script.IN_DIR, target_is_directory=True)
+    assert script.main()["cut"] == 1 and crops_in(script.OUT_DIR) == ["ann/clean/a.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf8_is_left_out_and_the_others_are_cut(script):
+    write(script.IN_DIR / "ann/a.png")
+    write(script.IN_DIR / "ann/b.png").rename(os.fsdecode(os.fsencode(script.IN_DIR / "ann") + b"/Jos\xe9.png"))
+    counts = script.main()
+    assert (counts["cut"], counts["left out"]) == (1, 1) and "not UTF-8" in rows_of(script)["ann/Jos\\udce9.png"][
+        "reason"
+    ]
+
+
+def test_a_copy_is_cut_at_the_box_of_the_clean_photo_with_its_own_suffix(script):
+    for suffix, box in (("jpg", FACE), ("png", (0, 0, 8, 8))):
+        write(script.IN_DIR / f"ann/a.{suffix}", box)
+        write(script.IN_DIR / f"ann/distortion/a_foggy.{suffix}", None)
+    script.main()
+    rows = rows_of(script)
+    assert [rows[f"ann/distortion/a_foggy.{suffix}"]["box_of"] for suffix in ("jpg", "png")] == [
+        "ann/a.jpg",
+        "ann/a.png",
+    ]
 
 
 # --- the crops --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ import pytest
 import torch
 from conftest import TinyNet
 
+import common
 import train_stage1
+from common import UserError
 from tools import benchmark, benchmark_search
 
 SETTINGS = benchmark.Settings(batch_size=4, image_size=76, steps=3, persons=4)
@@ -77,6 +79,8 @@ def pretended(monkeypatch):
     def measured(measure, *arguments):
         if measure is benchmark.gemm_rate:
             return 1e12
+        if measure is common.check_compiler:
+            return None
         frozen = getattr(measure, "keywords", {}).get("freeze_until")
         speed = [40.0] if frozen else speeds[getattr(measure, "func", measure)]
         return {"images_per_second": speed, "loading": 0.02, "peak": 3 * 2**20, "flops": 5e9}
@@ -113,6 +117,26 @@ def test_the_table_gives_medians_the_ratios_to_the_row_it_names_and_the_share_of
     line = next(line for line in lines if line.startswith("stage 1, frozen"))
     assert line.split()[-8:] == ["40.0", "4.00", "2.0%", "3", "20%", "plain", "training", "loop"]
     assert next(line for line in lines if line.startswith("our search")).endswith("plain search, image by image")
+
+
+@pytest.mark.parametrize(
+    "constant, value, device, message",
+    [
+        ("FAST_BACKEND", "tpu", "cpu", "FAST_BACKEND: 'tpu' is none of 'torch', 'fused', "),
+        ("FAST_BACKEND", "openvino-int8", "cpu", "FAST_BACKEND = 'openvino-int8': measured among RUNTIMES only; set "),
+        ("RUNTIMES", ("onnx",), "cpu", "RUNTIMES: 'onnx' is none of 'torch', 'fused', "),
+        ("RUNTIMES", ("openvino",), "cuda", "RUNTIMES: 'openvino' runs on the CPU only; set RUNTIMES = () and FAST_"),
+    ],
+)
+def test_a_backend_that_cannot_work_is_refused_by_its_constant_before_anything_is_measured(
+    pretended, monkeypatch, constant, value, device, message
+):
+    monkeypatch.setattr(benchmark, constant, value)
+    monkeypatch.setattr(benchmark, "plain_device", lambda: torch.device(device))
+    monkeypatch.setattr(benchmark, "write_photos", lambda folder: pytest.fail("it began"))
+    with pytest.raises(UserError) as error:
+        benchmark.main()
+    assert str(error.value).startswith(message)
 
 
 def test_without_onnxruntime_its_rows_say_so_and_the_others_are_measured(pretended, monkeypatch, capsys):

@@ -1,21 +1,25 @@
 """checkpoints.py: files written whole or not at all, and checkpoints that are read strictly."""
 
+import copy
+import math
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakesFolderWhenLoaded
+from conftest import MakesFolderWhenLoaded, TinyNet
 from torch import nn
 
 import checkpoints
 from common import UserError
 
 REPO = Path(__file__).parents[1]
-FACTS = {"stage": 1, "seed": 0, "image_size": 160, "face_crop": 0.52, "dropout": 0.4}
+FACTS = {"stage": 1, "seed": 0, "image_size": 160, "face_crop": 0.52, "dropout": 0.4, "pretrained": "None"}
 FACTS |= {"persons": ["ann", "bob"], "holdout": [], "epoch": 1, "selected_on": "val"}
 
 
@@ -150,10 +154,62 @@ def test_a_torch_file_that_is_not_a_checkpoint_of_this_version_is_refused(tmp_pa
     assert message in refusal(tmp_path / "best.pt", (tmp_path / "other.pt").read_bytes())
 
 
+def endless() -> list:
+    """A list of 60 lists whose text would have 2^60 numbers."""
+    content = [1]
+    for _ in range(60):
+        content = [content, content]
+    return content
+
+
+@pytest.mark.parametrize(
+    "change, fault",
+    [
+        ({"image_size": 10**6}, "image_size is 1000000"),
+        ({"image_size": 75}, "image_size is 75"),
+        ({"image_size": True}, "image_size is True"),
+        ({"face_crop": 0.0}, "face_crop is 0.0"),
+        ({"face_crop": math.nan}, "face_crop is nan"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"persons": ["ann", 2]}, "persons is ['ann', 2]"),
+        ({"holdout": None}, "holdout is None"),
+        ({"pretrained": None}, "pretrained is None"),
+        ({"epoch": endless()}, "epoch is [[[["),
+    ],
+)
+def test_a_fact_that_no_run_can_have_is_refused_before_it_is_used(tmp_path, change, fault):
+    torch.save(FACTS | {"format": 1, "model": {}} | change, tmp_path / "other.pt")
+    assert f"damaged, its {fault}" in refusal(tmp_path / "best.pt", (tmp_path / "other.pt").read_bytes())
+
+
+@pytest.mark.parametrize(
+    "crops", [{"face": 0.5, "wide_size": 10**6, "wide_weight": 0.3}, {"face": torch.zeros(2)}, {}, torch.zeros(2), [1]]
+)
+def test_crops_that_this_version_does_not_know_are_refused(tmp_path, crops):
+    torch.save(FACTS | {"format": 1, "model": {}, "crops": crops}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"best\.pt: its crops .* are none that this version knows"):
+        checkpoints.load_facenet(tmp_path / "best.pt", "cpu")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
+    torch.save(FACTS | {"format": 1, "model": {}}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match=r"its 'model' does not fit \(.*Missing key.*\); it is damaged, or of "):
+        checkpoints.load_facenet(tmp_path / "best.pt", "cpu")
+
+
 def test_a_missing_checkpoint_is_refused_with_the_way_out(tmp_path):
     message = f"^{tmp_path / 'best.pt'}: no checkpoint; run the stage that writes it, or correct the path"
     with pytest.raises(UserError, match=message):
         checkpoints.read_checkpoint(tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("content", [5, [1], {1: torch.zeros(1)}, {"weight": "none"}, torch.zeros(2)])
+def test_a_part_of_something_else_is_refused_in_a_sentence(content):
+    optimizer = torch.optim.SGD(linear(1.0).parameters(), 0.1)
+    for part in (linear(1.0), optimizer):
+        with pytest.raises(UserError, match=r"^last\.pt: its 'part' does not fit \("):
+            checkpoints.restore(Path("last.pt"), {"part": content}, {"part": part})
 
 
 def test_restore_names_the_part_that_is_missing_or_does_not_fit():
@@ -165,3 +221,58 @@ def test_restore_names_the_part_that_is_missing_or_does_not_fit():
             UserError, match=r"^last\.pt: its 'model' does not fit \(.*a constant differs from that run"
         ):
             checkpoints.restore(Path("last.pt"), saved, {"model": part})
+
+
+# --- files that are larger than they look -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unread(monkeypatch) -> None:
+    """Fails a test in which torch unpacks a file."""
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("the file was unpacked"))
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path, unread):
+    path = tmp_path / "best.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("best/data.pkl", bytes(2**26))
+    assert path.stat().st_size < 2**17  # of 64 MiB
+    sentence = refusal(path, path.read_bytes())
+    assert "(it is compressed, which torch.save never does); run the stage that writes it again" in sentence
+
+
+def test_a_file_with_one_part_under_many_names_is_refused_before_it_is_unpacked(tmp_path, unread):
+    path = tmp_path / "best.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("best/data/0", bytes(2**16))
+        for number in range(1, 100):
+            archive.filelist.append(copy.copy(archive.filelist[0]))
+            archive.filelist[-1].filename = f"best/data/{number}"
+    assert path.stat().st_size < 2**17  # of 6 MiB
+    assert "(its parts overlap)" in refusal(path, path.read_bytes())
+
+
+def test_a_torchscript_program_is_called_one_and_torchs_advice_to_run_its_code_is_not_given(tmp_path):
+    with zipfile.ZipFile(tmp_path / "program.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("program/constants.pkl", b"")
+    assert "(a TorchScript program; " in refusal(tmp_path / "best.pt", (tmp_path / "program.pt").read_bytes())
+    tarfile.open(tmp_path / "old.tar", "w").close()
+    assert "weights_only" not in refusal(tmp_path / "best.pt", (tmp_path / "old.tar").read_bytes())
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, while such tensors are made
+@pytest.mark.parametrize(
+    "make, fault",
+    [
+        (lambda: torch.eye(3).to_sparse(), "its tensor 'weight' is sparse, expected a dense one"),
+        (lambda: torch.eye(3).to_sparse_csr(), "its tensor 'weight' is sparse, expected a dense one"),
+        (lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8), "its tensor 'weight' is quantized"),
+        (lambda: torch.zeros(3, device="meta"), "its tensor 'weight' is without values, on the meta device"),
+        (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "its tensor 'weight' is nested"),
+        (lambda: torch.zeros(()).expand(10**6, 10**6), "its tensors would take 3725.3 GiB, more than the file holds"),
+    ],
+)
+def test_a_tensor_that_is_not_dense_or_larger_than_its_file_is_refused(tmp_path, make, fault):
+    torch.save(FACTS | {"format": 1, "model": {"weight": make()}}, tmp_path / "other.pt")
+    sentence = refusal(tmp_path / "best.pt", (tmp_path / "other.pt").read_bytes())
+    assert f"damaged, or not a checkpoint ({fault}" in sentence

@@ -27,7 +27,6 @@ from datasets import (
     folder_of,
     persons_of,
     scan_persons,
-    source_photo,
     split_holdout,
     split_persons,
     warn_duplicate_photos,
@@ -35,7 +34,7 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
-from transforms import RandomDistortion, load_image
+from transforms import RandomDistortion, load_image, suffixes
 
 
 def write_all(root: Path, *files: str) -> list[Path]:
@@ -45,6 +44,11 @@ def write_all(root: Path, *files: str) -> list[Path]:
 # --- scanner ----------------------------------------------------------------------------------------------------------
 
 EACH_SUFFIX = ["a.jpg", "b.jpeg", "c.png", "d.bmp", "e.webp", "f.JPG", "g.Jpeg", "h.PNG", "i.BMP", "j.WebP"]
+EACH_SUFFIX += ["k.tif", "l.TIFF", "m.gif", "n.jfif", "o.jpe", "p.mpo"]
+HIDDEN = ["ann/.1.png", ".cache/4.png", "__MACOSX/ann/1.png", "$RECYCLE.BIN/1.png", "@eaDir/1.png", "#recycle/1.png"]
+STRAY = ["5.png", "ann/distorted/1_foggy.png", "ann/distorted/1_rainy.png", "ann/new/2.jpg", "ann/clean/old/3.jpg"]
+STRAY += ["list", "ann/x.csv", "ann/1.mp4"]
+HIDDEN += ["ann/clean/@eaDir/1.png", "ann/@1.png", "ann/Thumbs.db", "ann/desktop.ini", "ann/.DS_Store"]
 TREES = {  # files (a folder ends in /) -> clean and distorted photos of each person, and the warning
     "clean photos in clean/": (
         ["bob/clean/1.png", "ann/distortion/1_rainy.png", "ann/clean/2.png", "ann/clean/1.png"],
@@ -59,14 +63,27 @@ TREES = {  # files (a folder ends in /) -> clean and distorted photos of each pe
     "clean photos in both": (
         ["ann/clean/1.png", "ann/2.png"],
         {"ann": (["clean/1.png"], [])},
-        "1 persons hold photos beside their clean/ folder, ignored (ann)",
+        "1 file left out: 1 beside clean/, which counts (ann/2.png)",
     ),
-    "any image suffix, hidden, other and loose files": (
-        [*(f"ann/{name}" for name in EACH_SUFFIX), "ann/.1.png", "ann/2.png/", "ann/3.tiff", ".cache/4.png", "5.png"],
+    "any image suffix, and hidden files and folders": (
+        [f"ann/{name}" for name in EACH_SUFFIX] + HIDDEN,
         {"ann": (EACH_SUFFIX, [])},
         None,
     ),
-    "no photo": (["ann/1.png", "bob/"], {"ann": (["1.png"], [])}, "1 folders without a photo, ignored (bob)"),
+    "clean/ and distortion/ in another case": (
+        ["ann/CLEAN/1.png", "ann/Distortion/1_rainy.png"],
+        {"ann": (["CLEAN/1.png"], ["Distortion/1_rainy.png"])},
+        None,
+    ),
+    "other files, and photos where none is expected": (
+        ["ann/clean/1.png", *STRAY, *(f"ann/clean/{number}.HEIC" for number in range(4))],
+        {"ann": (["clean/1.png"], [])},
+        "12 files left out: 4 .heic (pip install pillow-heif); 2 too deep, expected in <person>/, <person>/clean/ or "
+        "<person>/distortion/ (ann/clean/old/3.jpg, ann/new/2.jpg); 2 in distorted/, to be named distortion/ "
+        "(ann/distorted/1_foggy.png, ann/distorted/1_rainy.png); 1 outside the folders of persons (5.png); "
+        "1 without a suffix (list); 1 .mp4; 1 .csv",
+    ),
+    "no photo": (["ann/1.png", "bob/2.png/"], {"ann": (["1.png"], [])}, "1 folders without a photo, ignored (bob)"),
     "no clean photo": (
         [f"p{number}/distortion/a_foggy.png" for number in range(7)],
         {f"p{number}": ([], ["distortion/a_foggy.png"]) for number in range(7)},
@@ -79,7 +96,14 @@ TREES = {  # files (a folder ends in /) -> clean and distorted photos of each pe
 @pytest.mark.parametrize("files, expected, warning", TREES.values(), ids=TREES)
 def test_a_scan_finds_the_photos_of_each_person_and_warns_once(tmp_path, caplog, files, expected, warning):
     for name in files:
-        (tmp_path / name).mkdir(parents=True) if name.endswith("/") else write_plain(tmp_path / name)
+        path = tmp_path / name
+        if name.endswith("/"):
+            path.mkdir(parents=True)
+        elif path.suffix.lower() in suffixes():
+            write_plain(path)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
     persons = scan_persons(tmp_path)
     assert scan_persons(str(tmp_path)) == persons and [person.name for person in persons] == list(expected)
     for person, (clean, distorted) in zip(persons, expected.values(), strict=True):
@@ -175,21 +199,6 @@ def test_the_kind_of_distortion_is_what_follows_the_last_underscore():
     kinds = {"a_0001_blurred": "blurred", "001_frontal_SUNNY": "sunny", "a_1.v2_noisy": "noisy"}
     kinds |= dict.fromkeys(("portrait", "portrait_", "portrait_7"), "unknown")
     assert {stem: distortion_kind(Path(f"train/ann_lee/distortion/{stem}.jpg")) for stem in kinds} == kinds
-
-
-def test_the_source_of_a_distorted_photo_is_the_clean_photo_it_is_named_after():
-    clean = [Path("c") / name for name in ("a_1.jpg", "a_10.jpg", "b.png", "b_smiling.jpg")]
-    sources = {
-        "a_1_blurred.jpg": "a_1.jpg",
-        "a_10_blurred.jpg": "a_10.jpg",
-        "a_1_very_foggy.png": "a_1.jpg",
-        "b.jpg": "b.png",
-        "b_smiling_left_foggy.jpg": "b_smiling.jpg",  # not b.png: the longest name
-        **dict.fromkeys(("a_100_blurred.jpg", "a.jpg", "bb_foggy.jpg")),  # None
-    }
-    for photos in (clean, clean[::-1]):
-        found = {name: source_photo(Path("d") / name, photos) for name in sources}
-        assert {name: photo and photo.name for name, photo in found.items()} == sources
 
 
 def test_a_split_is_given_as_a_folder_or_as_the_persons_scanned_there(task_b):
@@ -401,6 +410,13 @@ def test_a_validation_split_that_does_not_fit_the_training_set_is_refused(tree):
     no_clean_photo = [Person("bob", (), (tree / "bob/distortion/bob_1_foggy.png",))]
     with pytest.raises(UserError, match=f"^{tree}: no clean photo; expected"):
         FaceCleanValDataset(no_clean_photo, ["bob"], {"bob": 0}, pil_to_tensor)
+
+
+def test_persons_without_distorted_photos_are_named_before_training(tmp_path, caplog):
+    write_all(tmp_path, "ann/1.png", "bob/1.png", "bob/distortion/1_foggy.png")
+    FaceClassificationDataset(tmp_path, pil_to_tensor)
+    expected = "1 of 2 persons have no distorted photo to train on (ann); expected "
+    assert caplog.messages == [f"{tmp_path}: {expected}{tmp_path}/<person>/distortion/*.jpg"]
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------

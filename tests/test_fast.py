@@ -11,6 +11,8 @@ from conftest import FRAME, TinyNet, noise_frames, same_tensors, tell_apart, wri
 from torch import nn
 
 import checkpoints
+import common
+import evaluate
 import fast
 from common import UserError
 from gallery import embed
@@ -110,10 +112,26 @@ def test_the_compiled_backend_compiles_the_embedding_and_the_quality_of_the_fuse
         return compile_function(function, backend="eager")
 
     monkeypatch.setattr(torch, "compile", without_a_compiler)
+    common._try_compiler.cache_clear()
     network = fast.accelerated(tiny, "compiled", FRAME, "cpu")
-    assert compiled == ["forward", "rated"]
+    assert compiled == ["_double", "forward", "rated"]  # the first to see whether it works
     check_same(network(frames), tiny, frames)
     check_same(network.rated(frames)[0], tiny, frames)
+
+
+def test_without_a_compiler_the_compiled_backend_is_refused_at_once(monkeypatch, facenet):
+    def without_a_compiler(function):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    common._try_compiler.cache_clear()
+    with pytest.raises(UserError) as error:
+        fast.accelerated(facenet, "compiled", SIZE, "cpu")
+    assert str(error.value).startswith(
+        "BACKEND = 'compiled': torch.compile does not work here (InvalidCxxCompiler: No working C++ compiler found); "
+        "install a C++ compiler (Linux: g++"
+    )
+    assert str(error.value).endswith("or set BACKEND = 'fused'") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("backend, device", [("tensorrt", "cpu"), *((backend, "cuda:1") for backend in fast.PACKAGES)])
@@ -125,6 +143,14 @@ def test_a_backend_that_is_unknown_or_not_for_this_device_is_refused(facenet, ba
         fast.accelerated(facenet, backend, SIZE, device)
 
 
+def test_evaluate_refuses_a_backend_before_it_reads_a_photo(monkeypatch):
+    monkeypatch.setattr(evaluate, "BACKEND", "onnxruntime")
+    monkeypatch.setattr(evaluate, "scan_persons", lambda *_, **__: pytest.fail("photos were read"))
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"package onnx is not installed"):
+        evaluate.main()
+
+
 @pytest.mark.parametrize(
     "package, backend", [(package, backend) for backend, packages in fast.PACKAGES.items() for package in packages]
 )
@@ -132,8 +158,26 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch, facenet, packa
     for needed in fast.PACKAGES[backend]:
         monkeypatch.setitem(sys.modules, needed, sys)  # none has to be installed
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"package {package} is not installed .*pip install onnx .*BACKEND = 'fused'"):
+    wanted = f"pip install {' '.join(fast.PACKAGES[backend])}, or set BACKEND = 'fused'"
+    with pytest.raises(UserError, match=rf"^the package {package} is not installed \(.*\): {wanted}$"):
         fast.accelerated(facenet, backend, SIZE, "cpu")
+
+
+def test_a_package_that_is_there_and_broken_is_named_too(monkeypatch, facenet):
+    def broken(name):
+        raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file")
+
+    monkeypatch.setattr(fast.importlib, "import_module", broken)
+    message = "the package onnx cannot be imported (Descriptors cannot be created directly.): pip install --upgrade"
+    with pytest.raises(UserError) as error:
+        fast.accelerated(facenet, "onnxruntime", SIZE, "cpu")
+    assert str(error.value) == f"{message} onnx onnxruntime, or set BACKEND = 'fused'"
+
+
+def test_the_export_script_names_no_constant_that_it_does_not_have(monkeypatch, tiny):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"^the package onnx is not installed \(.*\): pip install onnx onnxruntime$"):
+        fast.to_onnx(tiny, FRAME, {})
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------
@@ -255,7 +299,9 @@ def test_the_script_writes_a_file_that_it_has_compared_with_torch(script, capsys
 def test_the_script_exports_a_checkpoint_with_its_own_size_and_crop(script, tmp_path):
     model, facts = TinyNet(), {"stage": 1, "epoch": 3, "image_size": 76, "face_crop": 0.7, "dropout": 0.0}
     path = tmp_path / "best.pt"
-    checkpoints.save_checkpoint(path, facts | {"selected_on": "val", "persons": ["ann"]}, {"model": model})
+    checkpoints.save_checkpoint(
+        path, facts | {"selected_on": "val", "persons": ["ann"], "holdout": [], "pretrained": "None"}, {"model": model}
+    )
     script.CHECKPOINT = path
     script.main()
     metadata = metadata_of(script.OUT.read_bytes())

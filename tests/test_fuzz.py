@@ -52,7 +52,11 @@ def encoded(suffix: str, mode: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "suffix, mode", [(".jpg", "RGB"), (".jpg", "L"), (".png", "RGBA"), (".png", "P"), (".bmp", "RGB"), (".webp", "RGB")]
+    "suffix, mode",
+    [
+        *((".jpg", "RGB"), (".jpg", "CMYK"), (".png", "RGBA"), (".png", "P"), (".bmp", "RGB"), (".webp", "RGB")),
+        *((".tif", "RGB"), (".gif", "P")),
+    ],
 )
 def test_a_damaged_photo_is_listed_or_it_loads(tmp_path, suffix, mode):
     whole, transform = encoded(suffix, mode), eval_transform(76, 0.52)
@@ -72,6 +76,16 @@ def test_a_damaged_photo_is_listed_or_it_loads(tmp_path, suffix, mode):
                 image = load_image(path)
                 assert image.mode == "RGB" and transform(image).isfinite().all()
     assert 0 < len(unreadable) < 100  # both happen
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "DDS", "EPS"])
+def test_a_damaged_photo_of_a_format_that_is_not_read_is_listed(tmp_path, kind):
+    file = io.BytesIO()
+    Image.new("RGB", (60, 70), (200, 100, 50)).save(file, kind)
+    paths = [tmp_path / f"{seed}.jpg" for seed in range(100)]
+    for seed, path in enumerate(paths):
+        path.write_bytes(damaged(file.getvalue(), seed))
+    assert find_unreadable(paths).keys() == set(paths)
 
 
 def read_or_refused(path: Path, content: bytes, read: Callable[[Path], object]) -> bool:

@@ -287,7 +287,7 @@ def test_image_size_and_crop_come_from_the_checkpoint(here, monkeypatch):
     monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     torch.manual_seed(0)
     facts = {"stage": 1, "image_size": 80, "face_crop": 0.7, "dropout": 0.0}
-    facts |= {"epoch": 1, "selected_on": "val", "persons": ["ann", "bob"]}
+    facts |= {"epoch": 1, "selected_on": "val", "persons": ["ann", "bob"], "holdout": [], "pretrained": "None"}
     checkpoints.save_checkpoint(Path("best.pt"), facts, {"model": TinyNet()})
     identify.CHECKPOINT, identify.CALIBRATE_ON = Path("best.pt"), None
     answers = by_name(identify.main())
@@ -320,7 +320,7 @@ def test_a_photo_of_too_low_a_quality_is_not_usable_and_gets_no_name(rated, caps
     assert a.status == "named" and a.quality == pytest.approx(quality(shade(ANN, 3)), abs=1e-5)
     out = capsys.readouterr().out
     assert "(not usable)" in out and "2 named, 1 unknown, 1 not usable\n" in out
-    assert f"usable from quality {bound:.2f} up: all but 1 % of the clean photos there" in out
+    assert f"usable at quality >= {bound:.2f}: all but 1 % of the clean photos there" in out
     assert len(list(Path("annotated").glob("*_grey.jpg"))) == 1
     identify.CALIBRATE_ON = identify.ENROLL = None  # the bound is kept in the gallery
     assert by_name(identify.main())["grey.png"] == grey

@@ -135,16 +135,16 @@ WEIGHT = torch.tensor([1.0, 0.0, 0.25, 1.0, 0.5]).double()
 def test_contrastive_loss_equals_the_formula_of_the_paper_as_a_mean_by_weight(weight):
     total, of_rows = 0.0, [1.0] * 5 if weight is None else weight.tolist()
     for w, a, p, n in zip(of_rows, *triplets().tolist(), strict=True):
-        total += w * (math.dist(a, p) ** 2 + max(0.0, 1.1 - math.dist(a, n)) ** 2)
+        total += w * (math.dist(a, p) ** 2 + max(0.0, 1.1 - math.dist(p, n)) ** 2)
     loss = ContrastiveLoss(1.1)(*triplets(), weight)
     assert loss.item() == pytest.approx(total / sum(of_rows), rel=1e-12)
 
 
 def test_contrastive_loss_gives_the_number_worked_out_by_hand():
-    """The triplets cost 25 + 0.16 (positive at distance 5, negative at 0.6 of margin 1), 0 and 4."""
+    """The triplets cost 25 + 0.16 (positive at distance 5 of the anchor, negative at 0.6 of it, margin 1), 0 and 4."""
     anchor = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     positive = torch.tensor([[3.0, 4.0], [1.0, 1.0], [2.0, 0.0]])
-    negative = torch.tensor([[0.6, 0.0], [9.0, 9.0], [9.0, 9.0]])
+    negative = torch.tensor([[3.6, 4.0], [9.0, 9.0], [9.0, 9.0]])
     loss = ContrastiveLoss(1.0)(anchor, positive, negative, weight=torch.tensor([1.0, 0.5, 0.5]))
     assert loss.item() == pytest.approx((25.16 + 0.5 * 4) / 2, rel=1e-6)
 
@@ -156,13 +156,26 @@ def test_contrastive_gradient_equals_the_numerical_one(weight):
 
 
 def test_a_negative_beyond_the_margin_gives_no_gradient_and_one_within_does():
-    anchor = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    positive = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
     negative = torch.tensor([[0.0, 1.0], [0.8, 0.6]], requires_grad=True)  # distances sqrt(2) and sqrt(0.4)
-    ContrastiveLoss(1.0)(anchor, anchor.detach(), negative).backward()
-    assert anchor.grad[0].tolist() == [0, 0] and negative.grad[0].tolist() == [0, 0]
+    ContrastiveLoss(1.0)(positive.detach(), positive, negative).backward()
+    assert positive.grad[0].tolist() == [0, 0] and negative.grad[0].tolist() == [0, 0]
     distance = math.sqrt(0.4)
     away = -2 * (1 - distance) / distance / 2  # d/dn of (1 - d)^2, halved by the mean over two triplets
     assert negative.grad[1].tolist() == pytest.approx([away * -0.2, away * 0.6], rel=1e-5)
+    assert positive.grad[1].tolist() == (-negative.grad[1]).tolist()
+
+
+def test_the_positive_moves_and_the_anchor_only_feels_the_pull():
+    """The negative is within the margin of the positive and beyond that of the anchor."""
+    anchor = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    positive = torch.tensor([[0.0, 1.0]], requires_grad=True)
+    negative = torch.tensor([[-0.6, 0.8]])  # at sqrt(0.4) of the positive
+    ContrastiveLoss(1.0)(anchor=anchor, positive=positive, negative=negative).backward()
+    distance = math.sqrt(0.4)
+    push = 2 * (1 - distance) / distance
+    assert anchor.grad[0].tolist() == [2, -2]
+    assert positive.grad[0].tolist() == pytest.approx([-2 - push * 0.6, 2 - push * 0.2], rel=1e-5)
 
 
 def test_contrastive_gradient_is_zero_where_all_three_embeddings_coincide():
@@ -234,9 +247,9 @@ def test_a_tie_goes_to_the_lower_index():
     assert hardest_negatives(anchors, torch.tensor([0]), candidates, torch.tensor([1, 2, 3, 4])).tolist() == [1]
 
 
-def test_an_anchor_without_another_person_is_an_error():
+def test_an_embedding_without_another_person_is_an_error():
     anchors = unit_vectors(2, 4, seed=8)
-    with pytest.raises(UserError, match=r"an anchor has no negative; raise BATCH_SIZE"):
+    with pytest.raises(UserError, match=r"one person, so there is no negative; train on two persons or more"):
         hardest_negatives(anchors, torch.tensor([5, 5]), anchors, torch.tensor([5, 5]))
 
 

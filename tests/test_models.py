@@ -21,11 +21,12 @@ from PIL import Image
 from torch import nn
 
 import models
+import train_stage2
 from common import UserError
 from distortions import DISTORTIONS
 from gallery import embed
 from losses import ArcMarginProduct
-from models import BLOCKS, EMBEDDING_DIM, PRETRAINED_URLS, Crops, FaceNet, load_pretrained
+from models import BLOCKS, EMBEDDING_DIM, PRETRAINED_URLS, Crops, FaceNet, load_pretrained, source_fingerprint
 from transforms import eval_transform
 
 URL = PRETRAINED_URLS["vggface2"]
@@ -106,6 +107,9 @@ def test_random_weights_follow_torch_manual_seed():
     assert same_tensors(weights[0], weights[1]) and not same_tensors(weights[0], weights[2])
 
 
+NO_FRAME = "WIDE_WEIGHT: a wide crop needs photos with more than the face in them, but stage 1's FACE_CROP is"
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -113,10 +117,11 @@ def test_random_weights_follow_torch_manual_seed():
         (lambda: FaceNet(None, dropout=math.nan), "DROPOUT = nan: expected a probability in [0, 1)"),
         (lambda: frozen_until("Mixed_6a"), "FREEZE_UNTIL = 'Mixed_6a': expected None or one of 'conv2d_1a', "),
         (lambda: frozen_until("last_linear"), "FREEZE_UNTIL = 'last_linear': expected None or one of 'conv2d_1a'"),
-        (lambda: Crops(0.0, 112, 0.3), "FACE_CROP = 0.0: a wide crop needs photos with more than the face in them"),
-        (lambda: Crops(1.0, 112, 0.3), "FACE_CROP = 1.0: a wide crop needs photos with more than the face in them"),
-        (lambda: Crops(0.52, 75, 0.3), "WIDE_SIZE = 75: expected a whole number of pixels, 76 or more"),
-        (lambda: Crops(0.52, 76.5, 0.3), "WIDE_SIZE = 76.5: expected a whole number of pixels, 76 or more"),
+        (lambda: Crops(0.0, 112, 0.3), f"{NO_FRAME} 0.0; set WIDE_WEIGHT = 0, or train stage 1 with FACE_CROP < 1"),
+        (lambda: Crops(1.0, 112, 0.3), f"{NO_FRAME} 1.0; set WIDE_WEIGHT = 0, or train stage 1 with FACE_CROP < 1"),
+        (lambda: Crops(0.52, 75, 0.3), "WIDE_SIZE = 75: expected a whole number of pixels, 76..2048"),
+        (lambda: Crops(0.52, 76.5, 0.3), "WIDE_SIZE = 76.5: expected a whole number of pixels, 76..2048"),
+        (lambda: Crops(0.52, 10**6, 0.3), "WIDE_SIZE = 1000000: expected a whole number of pixels, 76..2048"),
         (lambda: Crops(0.52, 112, 0.0), "WIDE_WEIGHT = 0.0: expected a positive number"),
         (lambda: Crops(0.52, 112, math.inf), "WIDE_WEIGHT = inf: expected a positive number"),
     ],
@@ -168,6 +173,62 @@ def test_a_misspelt_name_or_path_is_refused_with_the_choices(name):
         FaceNet(name, dropout=0.0)
 
 
+def test_stage_2_calls_a_missing_teacher_by_its_own_constant(monkeypatch):
+    monkeypatch.setattr(train_stage2.checkpoints, "load_facenet", lambda *_, **__: (None, {"stage": 1}))
+    monkeypatch.setattr(train_stage2, "TEACHER", "nobody.pt")
+    with pytest.raises(UserError, match=r"^TEACHER = 'nobody\.pt': no such file"):
+        train_stage2.load_networks("cpu")
+
+
+@pytest.mark.parametrize("under", [None, "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.backbone.", "_orig_mod."])
+def test_names_with_a_prefix_and_a_state_dict_beside_other_things_load_as_the_bare_one(
+    slim_state, tmp_path, prefix, under
+):
+    state = slim_state | {"logits.weight": torch.zeros(9, 512)}
+    state = {prefix + name: value for name, value in state.items()}
+    path = save({under: state, "epoch": 3, "optimizer": {"state": {}}} if under else state, tmp_path / "wrapped.pt")
+    assert same_tensors(load_pretrained(path), slim_state)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda state: {f"{part}.{name}": value for part in ("backbone", "wide") for name, value in state.items()},
+            "holds several networks, 'backbone.', 'wide.'; save the state_dict() of one alone",
+        ),
+        (
+            lambda state: {f"model.{name}": value for name, value in state.items()} | {"loss.weight": torch.zeros(2)},
+            "not a state dict of InceptionResnetV1: 1 unknown: loss.weight",
+        ),
+        (
+            lambda state: state | {"last_linear.weight": torch.zeros((), dtype=torch.int8).expand(512, 1792)},
+            "not a state dict of InceptionResnetV1: 1 of another type: last_linear.weight torch.int8, expected torch.f",
+        ),
+    ],
+)
+def test_what_is_left_after_the_prefix_is_named(slim_state, tmp_path, change, message):
+    path = save(change(slim_state), tmp_path / "other.pt")
+    with pytest.raises(UserError, match="^" + re.escape(f"{path}: {message}")):
+        load_pretrained(path)
+
+
+def test_the_fingerprint_of_a_source_is_that_of_its_weights_wherever_and_however_they_lie(slim_state, tmp_path):
+    backwards = {f"module.{name}": slim_state[name] for name in reversed(slim_state)}
+    older = tmp_path / "older.pt"
+    torch.save(slim_state, older, _use_new_zipfile_serialization=False)
+    same = [save(slim_state, tmp_path / "a" / "b.pt"), save({"state_dict": backwards}, tmp_path / "c.pt"), older]
+    of_one_number = slim_state | {"last_bn.bias": torch.eye(512)[7]}
+    of_another_type = slim_state | {"last_bn.bias": torch.zeros(512, dtype=torch.bfloat16)}
+    others = [save(state, tmp_path / f"{i}.pt") for i, state in enumerate((of_one_number, of_another_type))]
+    prints = [source_fingerprint(source) for source in (same[0], *others, None)]
+    assert len(set(prints)) == 4 and prints[-1] == "random"
+    assert all(source_fingerprint(str(path)) == prints[0] for path in same)
+    with pytest.raises(UserError, match=r"^TEACHER = 'nobody': no such file"):
+        source_fingerprint("nobody", "TEACHER")
+
+
 UNREADABLE = "not a state dict that torch can read ("
 NO_STATE_DICT = "expected a state dict (parameter name -> tensor)"
 
@@ -182,7 +243,12 @@ NO_STATE_DICT = "expected a state dict (parameter name -> tensor)"
         ({"a": 1}, NO_STATE_DICT),
         ({0: torch.zeros(3)}, NO_STATE_DICT),
         ({}, "not a state dict of InceptionResnetV1: "),
-        ({"model": {}, "stage": 1}, NO_STATE_DICT + "; this is a checkpoint, which belongs into CHECKPOINT or STAGE1"),
+        (
+            {"model": {}, "stage": 1},
+            NO_STATE_DICT + "; this is a checkpoint, which evaluate.py and identify.py",
+        ),
+        ({"state_dict": [torch.zeros(3)], "epoch": 1}, NO_STATE_DICT),
+        ({"state_dict": {"a": 1}}, NO_STATE_DICT),
     ],
 )
 def test_a_file_of_something_else_is_refused_by_name_in_one_line(content, message, tmp_path):
@@ -250,9 +316,9 @@ def cache(monkeypatch, tmp_path) -> Path:
 def test_a_failed_download_leaves_no_file_and_names_the_address_and_where_the_file_belongs(cache, monkeypatch, kind):
     monkeypatch.setattr(torch.hub, "urlopen", lambda request: Response(kind("no route to host")))
     before = socket.getdefaulttimeout()
-    with pytest.raises(UserError, match="the weights could not be downloaded") as error:
-        FaceNet("vggface2", dropout=0.0)
-    assert all(part in str(error.value) for part in ("no route to host", URL, str(cache)))
+    with pytest.raises(UserError, match=r"^TEACHER = 'vggface2': the weights could not be downloaded") as error:
+        FaceNet("vggface2", dropout=0.0, constant="TEACHER")
+    assert all(part in str(error.value) for part in ("no route to host", URL, str(cache), "set TEACHER to its path"))
     assert list(cache.iterdir()) == [] and socket.getdefaulttimeout() == before
 
 

@@ -6,8 +6,9 @@ import pytest
 from conftest import files_in, made_with_seeds, write_photo
 
 from common import UserError
-from datasets import distortion_kind, scan_persons, source_photo
+from datasets import distortion_kind, scan_persons
 from distortions import DISTORTIONS
+from folders import source_photo
 from tools import task_b_from_lfw
 
 LIST = """# a comment

@@ -121,9 +121,9 @@ def banks(monkeypatch, stages) -> list[SimpleNamespace]:
         made.append(SimpleNamespace(bank=bank, labels=labels, calls=[]))
         losses(self, bank, labels)
 
-    def watched_loss(self, *args):
-        made[-1].calls.append([arg.detach() for arg in args])
-        return forward(self, *args)
+    def watched_loss(self, anchor, positive, negative, weight):
+        made[-1].calls.append([part.detach() for part in (anchor, positive, negative, weight)])
+        return forward(self, anchor=anchor, positive=positive, negative=negative, weight=weight)
 
     monkeypatch.setattr(stages[1].Losses, "__init__", watched_bank)
     monkeypatch.setattr(stages[1].ContrastiveLoss, "forward", watched_loss)
@@ -140,7 +140,7 @@ def test_the_bank_is_every_clean_face_as_the_teacher_sees_it(
     if teacher:
         expected, sources = TinyNet(), []
 
-        def loaded(source, dropout, mirror):
+        def loaded(source, dropout, mirror, constant):
             sources.append(source)
             network = copy.deepcopy(expected)
             network.mirror = mirror
@@ -164,7 +164,7 @@ def test_stage_2_pulls_to_the_photos_row_of_the_bank_and_pushes_the_nearest_row_
     trained = train(stages[1], "stage2", {"BACKBONE_LR": 1e-2, "WIDE_LR": 1e-2})
     (made,), steps = banks, trained.rows("steps.csv")
     assert len(steps) == len(made.calls) == 2
-    for (face, anchor, negative, gate), row in zip(made.calls, steps, strict=True):
+    for (anchor, face, negative, gate), row in zip(made.calls, steps, strict=True):
         assert gate.tolist() == [1.0] * 3
         to_bank = torch.cdist(face, made.bank)
         sources, negatives = (torch.cdist(rows, made.bank).argmin(1) for rows in (anchor, negative))

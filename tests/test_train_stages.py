@@ -282,6 +282,7 @@ def test_compile_is_called_once_and_trains_the_same_under_the_usual_names(stages
         nn.Module.compile(self, backend="eager")
 
     monkeypatch.setattr(TinyNet, "compile", compile_eagerly)
+    monkeypatch.setattr(common, "_try_compiler", lambda device: None)  # which takes seconds, and a compiler
     for script in stages:
         usual = train(script, f"{script.__name__}_usual", {"EMA_DECAY": 0.9}).last
         assert not compiled
@@ -290,6 +291,19 @@ def test_compile_is_called_once_and_trains_the_same_under_the_usual_names(stages
         for part in ("model", "ema"):
             torch.testing.assert_close(trained.last[part], usual[part], rtol=0, atol=1e-5)
         compiled.clear()
+
+
+def test_without_a_compiler_compile_is_refused_before_anything_is_read(stages, monkeypatch):
+    def no_compiler(device):
+        raise RuntimeError("no C++ compiler found")
+
+    monkeypatch.setattr(common, "_try_compiler", no_compiler)
+    for script in stages:
+        monkeypatch.setattr(script, "COMPILE", True)
+        monkeypatch.setattr(script, "scan_persons", lambda *_, **__: pytest.fail("photos were read"))
+        message = r"^COMPILE = True: torch\.compile does not work here \(no C\+\+ compiler found\); .* COMPILE = False$"
+        with pytest.raises(UserError, match=message):
+            script.main()
 
 
 def test_both_stages_use_a_fused_optimizer_and_images_in_channels_last(stages, train, forwards):
@@ -314,7 +328,7 @@ def test_a_nan_loss_lists_the_photos_of_its_batch(stages, train, monkeypatch, ca
 
     monkeypatch.setattr(stages[0], "F", SimpleNamespace(cross_entropy=lambda *args: spoiled(F.cross_entropy(*args))))
     forward = stages[1].ContrastiveLoss.forward
-    monkeypatch.setattr(stages[1].ContrastiveLoss, "forward", lambda *args: spoiled(forward(*args)))
+    monkeypatch.setattr(stages[1].ContrastiveLoss, "forward", lambda *args, **named: spoiled(forward(*args, **named)))
     constants = {"EPOCHS": 2} | ({"CLEAN": 0.0, "DISTORT": 0.0} if stage == 2 else {})
     trained = train(stages[stage - 1], "run", constants)
     (listed,) = [record.getMessage() for record in caplog.records if "the step is skipped" in record.getMessage()]

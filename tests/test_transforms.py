@@ -1,17 +1,35 @@
 """Decoding, crop, augmentation and random distortions, against pixels that can be worked out by hand."""
 
 import math
+import struct
+import subprocess
+import sys
+import threading
+import time
+import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from facenet_pytorch import fixed_image_standardization
-from PIL import Image
+from PIL import Image, ImageFile
 
+import transforms
 from common import UserError
 from distortions import DISTORTIONS
-from transforms import FaceCrop, RandomDistortion, eval_transform, load_image, train_transform
+from transforms import (
+    FORMATS,
+    FaceCrop,
+    RandomDistortion,
+    eval_transform,
+    formats,
+    load_image,
+    suffixes,
+    train_transform,
+    why_unreadable,
+)
 
 
 def noise(width: int, height: int) -> np.ndarray:
@@ -73,6 +91,123 @@ def test_a_cmyk_jpeg_becomes_rgb(tmp_path):
     Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.jpg", quality=95)  # cyan ink alone
     loaded = load_image(tmp_path / "a.jpg")
     assert loaded.mode == "RGB" and loaded.getpixel((8, 8)) == pytest.approx((0, 255, 255), abs=8)
+
+
+def test_16_bit_greys_of_either_order_of_bytes_are_read_alike(tmp_path):
+    for order in "<>":
+        Image.fromarray(np.full((8, 8), 32768, f"{order}u2")).save(tmp_path / f"{'be'[order == '<']}.tif")
+    assert {load_image(path).getpixel((0, 0)) for path in tmp_path.iterdir()} == {(128, 128, 128)}
+
+
+def test_pixels_of_32_bits_are_refused_when_checked_and_when_loaded(tmp_path):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "a.tif")
+    assert "save it with 8 bits per channel" in why_unreadable(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=r"a.tif: cannot be read .*8 bits per channel"):
+        load_image(tmp_path / "a.tif")
+
+
+def test_a_tall_transparent_photo_is_white_behind_in_every_row(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (1100, 3, 4), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    alpha = pixels[..., 3:] / 255
+    expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(load_image(tmp_path / "a.png"), float) - expected).max() <= 1
+
+
+# --- formats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [suffix for of_format in FORMATS.values() for suffix in of_format])
+def test_the_first_frame_of_each_format_is_read(tmp_path, suffix):
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
+    kind = Image.registered_extensions().get(suffix, "JPEG")
+    frames = {"save_all": True, "append_images": [blue]} if kind in ("TIFF", "GIF", "WEBP", "PNG", "MPO") else {}
+    red.save(tmp_path / f"a{suffix}", kind, **frames)
+    assert load_image(tmp_path / f"a{suffix}").getpixel((8, 8)) == pytest.approx((255, 0, 0), abs=3)
+    assert why_unreadable(tmp_path / f"a{suffix}") is None
+
+
+def test_a_tiff_is_turned_upright_once(tmp_path):
+    image, tags = Image.new("RGB", (64, 32)), Image.Exif()
+    image.paste("red", (0, 0, 16, 16))
+    tags[0x112] = 6
+    image.save(tmp_path / "a.tif", exif=tags)
+    upright = load_image(tmp_path / "a.tif")
+    assert upright.size == (32, 64) and upright.getpixel((28, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PPM", "DDS", "ICO", "PCX", "TGA", "JPEG2000"])
+def test_a_file_of_another_format_is_opened_by_no_decoder_whatever_its_suffix(tmp_path, kind, monkeypatch):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.jpg", kind)
+    monkeypatch.setattr(subprocess, "check_call", lambda command, **settings: pytest.fail(f"{command} was started"))
+    expected = "cannot identify image file: none of JPEG, PNG, BMP, WEBP, TIFF, GIF"
+    assert why_unreadable(tmp_path / "a.jpg").startswith(expected)
+    with pytest.raises(UserError, match=f"a.jpg: cannot be read as an image .{expected}"):
+        load_image(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, IndexError, KeyError, struct.error, NotImplementedError, MemoryError])
+def test_whatever_a_decoder_raises_the_photo_is_unreadable(tmp_path, monkeypatch, fault):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+
+    def fail(image):
+        raise fault("the decoder's reason\nand more")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    reason = why_unreadable(path)
+    assert "the decoder's reason" in reason and "\n" not in reason
+    with pytest.raises(UserError, match=r"a.png: cannot be read as an image \(.?the decoder's reason"):
+        load_image(path)
+
+
+@pytest.fixture
+def fresh_formats():
+    """The formats are looked for once a process: forgotten before and after the test."""
+    for function in (formats, suffixes):
+        function.cache_clear()
+    yield
+    for function in (formats, suffixes):
+        function.cache_clear()
+
+
+def test_photos_of_iphones_are_read_where_pillow_heif_is_installed(tmp_path, monkeypatch, fresh_formats):
+    path = tmp_path / "IMG_1.HEIC"
+    Image.new("RGB", (16, 16), "red").save(path, "PPM")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    assert ".heic" not in suffixes() and why_unreadable(path).endswith("; pip install pillow-heif adds HEIF")
+    for function in (formats, suffixes):
+        function.cache_clear()
+    heif = types.ModuleType("pillow_heif")  # registers another decoder under the name that the real one takes
+    heif.register_heif_opener = lambda: monkeypatch.setitem(Image.OPEN, "HEIF", Image.OPEN["PPM"])
+    monkeypatch.setitem(sys.modules, "pillow_heif", heif)
+    assert {".heic", ".heif", ".jpg"} <= suffixes()
+    assert why_unreadable(path) is None and load_image(path).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_threads_decode_no_more_pixels_at_once_than_the_bound_and_finish(tmp_path, monkeypatch):
+    paths = [tmp_path / f"{number}.png" for number in range(30)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (100, (20, 40, 300)[number % 3])).save(path)  # a third of them is larger than the bound
+    held, most, lock, load = [], [], threading.Lock(), ImageFile.ImageFile.load
+
+    def slow_load(image):
+        pixels = image.width * image.height
+        with lock:
+            held.append(pixels)
+            most.append(sum(held))
+        time.sleep(0.002)
+        loaded = load(image)
+        with lock:
+            held.remove(pixels)
+        return loaded
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", slow_load)
+    monkeypatch.setattr(transforms, "_in_flight", transforms.PixelsInFlight(10_000))
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(why_unreadable, paths)) == {None}
+    assert max(most) == 30_000  # a large one alone
+    assert 6_000 <= max(pixels for pixels in most if pixels < 30_000) <= 10_000  # small ones together
 
 
 # --- crop and transforms ----------------------------------------------------------------------------------------------

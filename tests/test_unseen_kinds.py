@@ -6,8 +6,9 @@ from conftest import made_with_seeds, write_photo
 from PIL import Image
 
 from common import UserError
-from datasets import scan_persons, source_photo
+from datasets import scan_persons
 from distortions import UNSEEN
+from folders import source_photo
 from tools import unseen_kinds
 
 

@@ -28,9 +28,23 @@ from tqdm import tqdm
 import checkpoints
 import common
 from common import UserError
-from datasets import CLEAN, DISTORTION, find_photos, source_photo
 from faces import NO_FACE, UNREADABLE, FaceDetector, choose, crop_face
 from faces import WHICH as CHOICES
+from folders import (
+    CLEAN,
+    DISTORTION,
+    MISNAMED,
+    NO_TEXT,
+    describe_left_out,
+    find_photos,
+    is_text,
+    photos_of_person,
+    shown,
+    source_photos,
+    visible_files,
+    walk,
+    why_no_photo,
+)
 from transforms import load_image
 
 IN_DIR = Path("photos")  # loose photos, a folder per person at any depth
@@ -88,7 +102,9 @@ def main() -> dict[str, int]:
                 note(row)
                 processed += 1
             rows[photo.path] = row
-    rows |= {path: blank(path) | {"done": LEFT_OUT, "reason": reason} for path, reason in left_out.items()}
+    for path, reason in left_out.items():
+        relative = Path(shown(path.relative_to(IN_DIR)))
+        rows[relative] = blank(relative) | {"done": LEFT_OUT, "reason": reason}
     rows |= gone_rows(earlier, rows)
     return report(list(rows.values()), processed)
 
@@ -127,51 +143,55 @@ def check_constants() -> None:
 
 
 def find_all(root: Path) -> tuple[list[Photo], dict[Path, str]]:
-    """Every photo below `root`, clean photos before their distorted ones, and path -> reason of those left out.
+    """Every photo below `root`, clean photos before their distorted ones, and path -> reason of the files left out.
 
     By the rules of datasets.scan_persons: photos directly in a person's folder are clean photos, unless there are some
     in clean/. Raises UserError if there is no photo.
     """
     photos: list[Photo] = []
     left_out: dict[Path, str] = {}
-
-    def visit(folder: Path) -> None:
-        below = [path for path in subfolders(folder) if path.name not in (CLEAN, DISTORTION)]
-        direct, in_clean, distorted = (find_photos(path) for path in (folder, folder / CLEAN, folder / DISTORTION))
+    for folder in walk(root):
+        person = folder.relative_to(root)
+        left_out |= {path: why_no_photo(path) for path in visible_files(folder) if why_no_photo(path)}
+        misplaced = why_misplaced(person)
+        if misplaced is not None:
+            left_out |= dict.fromkeys(find_photos(folder) if misplaced else (), misplaced)
+            continue
+        direct, in_clean, distorted = photos_of_person(folder)
         clean = in_clean or direct
         if in_clean:
-            left_out.update((path.relative_to(root), "lies beside clean/, which counts") for path in direct)
-        elif direct and not distorted and any(find_photos(path) or photos_below(path) for path in below):
+            left_out |= dict.fromkeys(direct, "beside clean/, which counts")
+        elif direct and not distorted and holds_persons(folder):
             clean = []
-            left_out.update((path.relative_to(root), "lies beside the folders of persons") for path in direct)
-        person = folder.relative_to(root)
-        photos.extend(Photo(p.relative_to(root), person / CLEAN / target_name(p), None) for p in clean)
-        for path in distorted:
-            source = source_photo(path, clean)
+            left_out |= dict.fromkeys(direct, "beside the folders of persons")
+        photos += [Photo(path.relative_to(root), person / CLEAN / target_name(path), None) for path in clean]
+        for path, source in zip(distorted, source_photos(distorted, clean), strict=True):
             target = person / DISTORTION / target_name(path)
             photos.append(Photo(path.relative_to(root), target, source and source.relative_to(root)))
-        for part in (folder / CLEAN, folder / DISTORTION):
-            reason = f"lies deeper than {part.name}/, where no script reads"
-            left_out.update((path.relative_to(root), reason) for path in photos_below(part))
-        for path in below:
-            visit(path)
-
-    visit(root)
+    left_out |= {root / photo.path: NO_TEXT for photo in photos if not is_text(str(photo.path))}
+    photos = [photo for photo in photos if root / photo.path not in left_out]
     if not photos:
-        raise UserError(f"{root}: no photo, expected {root}/<person>/*.jpg or {root}/<person>/clean/*.jpg")
+        found = f"; {describe_left_out(root, left_out)}" if left_out else ""
+        raise UserError(f"{root}: no photo, expected {root}/<person>/*.jpg or {root}/<person>/clean/*.jpg{found}")
     return photos, left_out
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """Sorted visible folders directly in `folder`; [] if there is no such folder."""
-    inside = folder.iterdir() if folder.is_dir() else ()
-    folders = [path for path in inside if path.is_dir() and not path.name.startswith(".")]
-    return sorted(folders, key=lambda path: path.name)
+def why_misplaced(folder: Path) -> str | None:
+    """Why the photos directly in `folder`, relative to IN_DIR, are no person's; "" for clean/ and distortion/, whose
+    photos are found with their person, None for a folder that may be a person's."""
+    names = [name.lower() for name in folder.parts]
+    for depth, name in enumerate(names):
+        if name in (CLEAN, DISTORTION):
+            return f"deeper than {name}/, where no script reads" if depth < len(names) - 1 else ""
+        if name in MISNAMED:
+            return f"in {folder.parts[depth]}/, to be named {MISNAMED[name]}/"
+    return None
 
 
-def photos_below(folder: Path) -> list[Path]:
-    """The photos in the subfolders of `folder`, at any depth."""
-    return [photo for path in subfolders(folder) for photo in find_photos(path) + photos_below(path)]
+def holds_persons(folder: Path) -> bool:
+    """Whether there are photos below `folder`, in folders of persons."""
+    below = [path for path in walk(folder) if path != folder]
+    return any(why_misplaced(path.relative_to(folder)) is None and any(photos_of_person(path)) for path in below)
 
 
 def target_name(photo: Path) -> str:
@@ -180,10 +200,11 @@ def target_name(photo: Path) -> str:
 
 
 def check_targets(photos: Sequence[Photo]) -> None:
-    """Raise UserError if the crops of two photos would be one file, also on a disk that ignores case."""
+    """Raise UserError if the crops of two photos would be one file, also on a disk that ignores case or the way in
+    which accents are written."""
     by_target: dict[str, Photo] = {}
     for photo in photos:
-        other = by_target.setdefault(photo.target.as_posix().casefold(), photo)
+        other = by_target.setdefault(common.plain_name(photo.target.as_posix().casefold()), photo)
         if other is not photo:
             raise UserError(
                 f"{IN_DIR / other.path} and {IN_DIR / photo.path} would both become {OUT_DIR / photo.target}; "
@@ -337,14 +358,16 @@ def report(rows: Sequence[Row], processed: int) -> dict[str, int]:
         with checkpoints.atomic_file(OUT_DIR / "align_faces.png") as file:
             contact_sheet(shown, SHEET_CELL).save(file, "PNG")
 
-    print(f"{OUT_DIR}: {len(of[CUT])} of {len(rows) - len(of[GONE])} photos cut; {processed} processed in this run")
+    photos = len(rows) - len(of[GONE]) - len(of[LEFT_OUT])
+    print(f"{OUT_DIR}: {len(of[CUT])} of {photos} photos cut; {processed} processed in this run")
     several = [row for row in of[CUT] if row["box_of"] == row["path"] and int(row["faces"]) > 1]
     borrowed = [row for row in of[CUT] if row["box_of"] != row["path"]]
     print_rows(several, f"with several faces, of which the {WHICH} one was cut")
     print_rows(borrowed, "cut at the face of their clean photo")
     print_rows(of[NO_FACE], f"without a face, all listed in {OUT_DIR / 'no_face.txt'}")
     print_rows(of[UNREADABLE], "unreadable")
-    print_rows(of[LEFT_OUT], "left out")
+    if of[LEFT_OUT]:
+        print("  " + describe_left_out(IN_DIR, {IN_DIR / row["path"]: row["reason"] for row in of[LEFT_OUT]}))
     print_rows(of[GONE], f"no longer in {IN_DIR}, with crops still in {OUT_DIR}")
     examples = f"; examples: {OUT_DIR / 'align_faces.png'}" if sheet else ""
     print(f"a row per photo: {OUT_DIR / 'align_faces.csv'}{examples}")

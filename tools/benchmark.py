@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import train_stage1
-from common import set_constants
-from fast import INPUT, PACKAGES, accelerated, to_onnx
+from common import UserError, set_constants
+from fast import BACKENDS, INPUT, PACKAGES, accelerated, to_onnx
 from gallery import embed
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
@@ -79,6 +79,7 @@ class Case:
 
 def main() -> dict[str, dict]:
     """Measure, print the table and return the figures of each row."""
+    check_backends(plain_device())
     kinds = cases()
     absent = {name: [p for p in case.needs if importlib.util.find_spec(p) is None] for name, case in kinds.items()}
     found: dict[str, list[dict]] = {name: [] for name in kinds if not absent[name]}
@@ -146,6 +147,26 @@ def cases() -> dict[str, Case]:
     measure = functools.partial(our_search, backend=FAST_BACKEND, persons=GALLERY_PERSONS)
     rows[f"our search, {FAST_BACKEND}"] = Case(measure=measure, base=search, needs=PACKAGES.get(FAST_BACKEND, ()))
     return rows
+
+
+def check_backends(device: torch.device) -> None:
+    """Raises UserError for a backend that is unknown or cannot work on `device`, before anything is measured."""
+    for constant, backends in {"RUNTIMES": RUNTIMES, "FAST_BACKEND": (FAST_BACKEND,)}.items():
+        for backend in backends:
+            if backend not in BACKENDS:
+                raise UserError(f"{constant}: {backend!r} is none of {', '.join(map(repr, BACKENDS))}")
+            if backend in PACKAGES and device.type != "cpu":
+                raise UserError(
+                    f"{constant}: {backend!r} runs on the CPU only; set RUNTIMES = () and FAST_BACKEND = 'fused'"
+                )
+    if FAST_BACKEND == "openvino-int8":
+        raise UserError("FAST_BACKEND = 'openvino-int8': measured among RUNTIMES only; set 'openvino' or another one")
+    for setting, chosen, way_out in (
+        ("COMPILED = True", COMPILED, "COMPILED = False"),
+        ("FAST_BACKEND = 'compiled'", FAST_BACKEND == "compiled", "FAST_BACKEND = 'fused'"),
+    ):
+        if chosen:
+            in_own_process(common.check_compiler, device, setting, way_out)
 
 
 def current_settings() -> Settings:

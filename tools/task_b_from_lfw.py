@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import common
 from common import UserError, derived_seed, in_range, list_names
-from datasets import CLEAN, DISTORTION
 from distortions import DISTORTIONS
+from folders import CLEAN, DISTORTION
 from transforms import load_image
 
 LFW_DIR = None  # folder that holds <Person_Name>/<Person_Name>_0001.jpg; None: scikit-learn downloads LFW (200 MB)

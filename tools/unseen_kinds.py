@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 import common
 from common import UserError, derived_seed
-from datasets import CLEAN, DISTORTION, distortion_kind, scan_persons
+from datasets import distortion_kind, scan_persons
 from distortions import UNSEEN
+from folders import CLEAN, DISTORTION
 from transforms import load_image
 
 SOURCE_DIR = Path("Task_B/val")  # one folder per person
