@@ -1,6 +1,5 @@
 """Retrieval: a gallery of clean embeddings, every distorted photo a query, cosine similarity, top-1."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,14 +8,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
 import metrics
 from common import UserError, rank_and_world, warn_once
 from datasets import Person, PhotoList, Split, distortion_kind, folder_of, persons_of
 from folders import source_photos
-from loading import worth_workers
+from loading import PhotoLoader
 from models import fingerprint
 from scores import TEMPLATES, Scores, check_template, mean_templates, person_scores, templates
 from transforms import Transform
@@ -88,13 +87,13 @@ def embed(
     """Embed the photos at `paths`, in their order; `model` is in eval mode meanwhile.
 
     Under torchrun each process embeds its share of the photos, and all of them get all embeddings.
-    Raises OSError for an unreadable photo, UserError with the path if an embedding is not finite.
+    Raises UserError with the path if a photo cannot be read or its embedding is not finite.
     """
     device = torch.device(device)
     rank, world = rank_and_world()
     photos = PhotoList(paths[rank::world], transform)
-    num_workers = worth_workers(num_workers, batches=math.ceil(len(photos) / batch_size))
-    loader = DataLoader(photos, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    in_order = BatchSampler(SequentialSampler(photos), batch_size, drop_last=False)
+    loader = PhotoLoader(photos, in_order, num_workers, device)
     memory_format = getattr(model, "memory_format", torch.channels_last)  # fast.OnnxFaceNet has another
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()

@@ -139,7 +139,7 @@ def main() -> None:
     train_set = pair_dataset(train_persons, augment, side=frame_size(stage1))
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
-    loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
+    loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
 
     # The bank: the clean photos as the teacher sees them, without augmentation.
     paths = [path for path, _ in train_set.anchors]
