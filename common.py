@@ -18,6 +18,8 @@ from typing import NoReturn, TextIO
 import torch
 import torch.distributed as dist
 
+import machine
+
 # Without any set-up, logging prints a warning as the bare sentence on stderr: what a script's user should see.
 log = logging.getLogger(__name__)
 MAX_SIDE = 2048  # pixels of the square images that a network sees: a side read from a file could fill the memory
@@ -184,17 +186,19 @@ def _safe_output() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call `main()`. A UserError ends the script with its sentence alone, anything else with a traceback.
+    """Call `main()`. A UserError, or what the machine ran out of, ends it with a sentence; all else with a traceback.
 
     Output ends nothing: what is printed or logged is made safe to show, and a closed pipe is no error.
     """
     try:
         with _safe_output():
             main()
-    except UserError as error:
-        if os.environ.get("TRACEBACK"):
+    except Exception as error:
+        constants = getattr(main, "__globals__", {})
+        sentence = str(error) if isinstance(error, UserError) else machine.shortage(error, constants)
+        if sentence is None or os.environ.get("TRACEBACK"):
             raise
-        _exit(f"error: {error}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
+        _exit(f"error: {sentence}\n(TRACEBACK=1 python {Path(sys.argv[0]).name} shows where)")
     except KeyboardInterrupt as interrupt:
         way_on = "; RESUME = True goes on from the last checkpoint, if there is one"
         resumes = "RESUME" in getattr(main, "__globals__", {})

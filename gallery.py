@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
 import metrics
 from common import UserError, list_names, rank_and_world, safe_text, warn_once
 from datasets import Person, PhotoList, Split, folder_of, kinds_of, persons_of
 from folders import source_photos
+from loading import PhotoLoader
 from models import fingerprint
 from scores import TEMPLATES, Scores, check_template, mean_templates, person_scores, templates
 from transforms import Transform
@@ -92,12 +93,13 @@ def embed(
     """Embed the photos at `paths`, in their order; `model` is in eval mode meanwhile.
 
     Under torchrun each process embeds its share of the photos, and all of them get all embeddings.
-    Raises OSError for an unreadable photo, UserError with the path if an embedding is not finite.
+    Raises UserError with the path if a photo cannot be read or its embedding is not finite.
     """
     device = torch.device(device)
     rank, world = rank_and_world()
     photos = PhotoList(paths[rank::world], transform)
-    loader = DataLoader(photos, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    in_order = BatchSampler(SequentialSampler(photos), batch_size, drop_last=False)
+    loader = PhotoLoader(photos, in_order, num_workers, device)
     memory_format = getattr(model, "memory_format", torch.channels_last)  # fast.OnnxFaceNet has another
     modes = [(module, module.training) for module in model.modules()]  # a frozen BatchNorm has its own
     model.eval()

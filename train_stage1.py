@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.optim import AdamW
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, SequentialSampler
 
 import common
 import distributed
@@ -45,6 +45,7 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
+from loading import PhotoLoader
 from losses import ArcMarginProduct
 from models import FaceNet, fingerprint
 from samplers import ShuffledBatches
@@ -127,9 +128,9 @@ def main() -> None:
     train_set = FaceClassificationDataset(trained_on, augmentation(), seed=SEED)
     check_data(train_set, train_persons, val_persons)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
-    loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
+    loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP)
-    clean_val = clean_val_loader(val_persons, train_set, transform)
+    clean_val = clean_val_loader(val_persons, train_set, transform, device)
 
     # Model, head and optimizer.
     torch.manual_seed(SEED)
@@ -273,17 +274,18 @@ def train_one_epoch(run: training.Run, model, ddp_head, head: ArcMarginProduct, 
 
 
 def clean_val_loader(
-    val_persons: list[Person], train_set: FaceClassificationDataset, transform: Transform
-) -> DataLoader | None:
+    val_persons: list[Person], train_set: FaceClassificationDataset, transform: Transform, device: torch.device
+) -> PhotoLoader | None:
     """Batches of the clean val photos if every val person is one of the head's classes, else None."""
     if not {person.name for person in val_persons} <= set(train_set.persons):
         return None
     clean = FaceCleanValDataset(val_persons, train_set.persons, train_set.label2idx, transform)
-    return DataLoader(clean, BATCH_SIZE, num_workers=NUM_WORKERS)
+    in_order = BatchSampler(SequentialSampler(clean), BATCH_SIZE, drop_last=False)
+    return PhotoLoader(clean, in_order, NUM_WORKERS, device, passes=EPOCHS)
 
 
 @torch.inference_mode()
-def accuracy(model, head, loader: DataLoader, device: torch.device) -> float:
+def accuracy(model, head, loader: PhotoLoader, device: torch.device) -> float:
     """Fraction (0..1) of the photos whose nearest class centre is their person's."""
     model.eval()
     right = 0

@@ -137,7 +137,7 @@ def main() -> None:
     check_data(train_set, train_persons, val_persons)
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
-    loader = training.train_loader(train_set, batches, NUM_WORKERS, device)
+    loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
 
     # Optimizer.
     groups = [{"name": "backbone", "params": optimisation.trainable(model.backbone), "lr": BACKBONE_LR}]

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoints import check_disk, check_facts, check_writable, locked, read_checkpoint, save_checkpoint
@@ -36,6 +35,7 @@ from common import (
 from constants import check_constants, constants_then, course, note_constants, plain_constants
 from distributed import any_process, stop_requests
 from journal import Journal, Meter, time_shares
+from loading import PhotoLoader
 from optimisation import Learner, Update
 from scores import check_template
 
@@ -134,16 +134,16 @@ def selected_on(holdout: list[str]) -> str:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def train_loader(dataset, batches, num_workers: int, device: torch.device) -> DataLoader:
-    """The batches of `batches` (see samplers.ShuffledBatches), from workers that live on between epochs."""
+def train_loader(dataset, batches, num_workers: int, device: torch.device, *, epochs: int) -> PhotoLoader:
+    """The batches of `batches` (see samplers.ShuffledBatches), from workers that live on between the `epochs`."""
     ending = multiprocessing.Event()
-    loader = DataLoader(
+    loader = PhotoLoader(
         dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=num_workers > 0,
-        prefetch_factor=PREFETCH if num_workers else None,
+        batches,
+        num_workers,
+        device,
+        passes=epochs,
+        prefetch=PREFETCH,
         worker_init_fn=functools.partial(_outlive_signals, ending),
         # The loader draws a base seed for its workers; from a generator of its own it leaves dropout's stream alone.
         generator=torch.Generator(),
@@ -251,7 +251,7 @@ class Run:
         networks: dict[str, nn.Module],
         optimizer: Optimizer,
         scheduler: LambdaLR,
-        loader: DataLoader,
+        loader: PhotoLoader,
         *,
         device: torch.device,
         settings: RunSettings,

@@ -106,6 +106,10 @@ def load_image(path: Path) -> Image.Image:
                 with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the photo
                     ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: no such file; if it was there when the folder was read, put it back, or start again without it"
+        ) from error
     except Exception as error:  # damaged bytes raise anything in a decoder: IndexError, struct.error, ...
         raise UserError(
             f"{path}: cannot be read as an image ({_reason(error)}); replace or delete it, "
@@ -127,6 +131,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):  # its own text repeats the path
         hint = "" if "HEIF" in formats() else "; pip install pillow-heif adds HEIF"
         return f"cannot identify image file: none of {', '.join(formats())}{hint}"
+    if isinstance(error, OSError) and error.strerror:  # without the path
+        return error.strerror
     return first_line(error)
 
 

@@ -18,7 +18,9 @@ from samplers import ShuffledBatches
 def main(status: int) -> None:
     # A spawned process would spawn its workers, too.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-    loader = training.train_loader(small_items(4), ShuffledBatches([0, 0, 1, 1], 2, 0), 1, torch.device("cpu"))
+    batches = ShuffledBatches([0, 0, 1, 1], 2, seed=0)
+    loader = training.train_loader(small_items(4), batches, 1, torch.device("cpu"), epochs=99)
+    assert loader.num_workers == 1
     loader.itself = loader  # a reference cycle: only Python's exit ends it
     for _ in loader:
         if status:

@@ -81,7 +81,7 @@ def make_run(run_dir, model, optimizer, items, batches, settings, facts=FACTS) -
         {"model": model},
         optimizer,
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0),
-        training.train_loader(items, Listed(batches), 0, CPU),
+        training.train_loader(items, Listed(batches), 0, CPU, epochs=settings.epochs),
         device=CPU,
         settings=settings,
     )

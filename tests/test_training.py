@@ -480,12 +480,12 @@ class Numbers(Dataset):
 
 def test_workers_stay_and_fetch_ahead_and_memory_is_pinned_for_a_gpu_only():
     batches = Listed([[0, 1], [2, 3]])
-    alone, with_worker = (training.train_loader(Numbers(), batches, workers, CPU) for workers in (0, 1))
+    alone, with_worker = (training.train_loader(Numbers(), batches, workers, CPU, epochs=99) for workers in (0, 1))
     assert with_worker.num_workers == 1 and with_worker.persistent_workers
     assert with_worker.prefetch_factor == training.PREFETCH > 2
     assert alone.num_workers == 0 and not alone.persistent_workers and alone.prefetch_factor is None
     assert not alone.pin_memory and not with_worker.pin_memory
-    assert training.train_loader(Numbers(), batches, 0, torch.device("cuda")).pin_memory
+    assert training.train_loader(Numbers(), batches, 0, torch.device("cuda"), epochs=1).pin_memory
 
 
 def test_an_epoch_draws_the_same_batches_whether_or_not_one_went_before_and_for_any_workers():
@@ -493,7 +493,7 @@ def test_an_epoch_draws_the_same_batches_whether_or_not_one_went_before_and_for_
 
     def second_epoch(num_workers: int, first: bool) -> list:
         batches = samplers.ShuffledBatches([0] * 12, 4, seed=0)
-        loader = training.train_loader(Numbers(), batches, num_workers, CPU)
+        loader = training.train_loader(Numbers(), batches, num_workers, CPU, epochs=99)
         torch.manual_seed(0)
         for epoch in (1, 2) if first else (2,):
             batches.set_epoch(epoch)
