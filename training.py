@@ -1,6 +1,7 @@
 """A training run of either stage: its epochs and steps, its best epoch, its files, and how it stops and resumes."""
 
 import atexit
+import ctypes
 import functools
 import logging
 import math
@@ -9,7 +10,6 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -136,7 +136,7 @@ def selected_on(holdout: list[str]) -> str:
 
 def train_loader(dataset, batches, num_workers: int, device: torch.device, *, epochs: int) -> PhotoLoader:
     """The batches of `batches` (see samplers.ShuffledBatches), from workers that live on between the `epochs`."""
-    ending = multiprocessing.Event()
+    ending = multiprocessing.RawValue(ctypes.c_bool, False)  # without a lock, which a signal would find held
     loader = PhotoLoader(
         dataset,
         batches,
@@ -155,21 +155,21 @@ def train_loader(dataset, batches, num_workers: int, device: torch.device, *, ep
     return loader
 
 
-def _outlive_signals(ending: Event, worker: int) -> None:
+def _outlive_signals(ending: ctypes.c_bool, worker: int) -> None:
     """A terminal, or a cluster, signals all processes of a job, but the main one needs its workers to end the step:
     they ignore SIGINT, and SIGTERM until `ending` is set."""
 
     def terminate(number: int, frame) -> None:
-        if ending.is_set():
+        if ending.value:
             os._exit(0)  # as torch's own handler does, which this one replaces
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
 
 
-def _end_workers(ending: Event) -> None:
+def _end_workers(ending: ctypes.c_bool) -> None:
     """End the workers of a loader that still lives when Python exits, as one in a reference cycle may."""
-    ending.set()
+    ending.value = True
     for child in multiprocessing.active_children():
         if child.daemon:  # Python terminates these, too, a moment later
             child.terminate()
