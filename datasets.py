@@ -233,15 +233,17 @@ def warn_duplicate_photos(persons: Sequence[Person]) -> None:
 
 
 def equal_files(paths: Sequence[Path]) -> list[list[Path]]:
-    """Groups of two and more files with the same bytes."""
+    """Groups of two and more files with the same bytes. Whoever loads a file that cannot be read will report it."""
     by_size: dict[int, list[Path]] = {}
     for path in paths:
-        by_size.setdefault(path.stat().st_size, []).append(path)
+        with contextlib.suppress(OSError):
+            by_size.setdefault(path.stat().st_size, []).append(path)
     by_content: dict[bytes, list[Path]] = {}
     for of_size in by_size.values():
         if len(of_size) > 1:  # only files of one size can be equal: few need to be read
             for path in of_size:
-                by_content.setdefault(hashlib.sha256(path.read_bytes()).digest(), []).append(path)
+                with contextlib.suppress(OSError):
+                    by_content.setdefault(hashlib.sha256(path.read_bytes()).digest(), []).append(path)
     return [equal for equal in by_content.values() if len(equal) > 1]
 
 
