@@ -1,5 +1,7 @@
 """loading.py: workers only where they pay and where /dev/shm has room; their errors arrive as one sentence."""
 
+import gc
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -87,10 +89,12 @@ FAULTS = {
 
 
 @pytest.fixture
-def at_once(monkeypatch) -> None:
+def at_once(monkeypatch) -> Iterator[None]:
     """Workers start for any number of batches, and torch waits for their end in steps of 0.2 s, not of 5."""
     monkeypatch.setattr(loading, "FEW_BATCHES", {loading.multiprocessing.get_start_method(): 0})
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    yield
+    gc.collect()  # the workers end here, not within a later test
 
 
 def harm(path, keep: int | None) -> None:
