@@ -37,7 +37,7 @@ def shortage(error: BaseException, constants: Mapping[str, object]) -> str | Non
         "GPU": f"the memory of the GPU is full; lower {' or '.join(sizes) or 'what other programs take of it'}",
         "memory": f"the memory is full; {lower}",
         "disk": "the disk is full, and a file could not be written to its end; make room"
-        + (f", or let {place} lie on another disk" if place else ""),
+        + (f", or move {place} = {str(constants[place])!r} to another disk" if place else ""),
     }
     return sentences.get(_kind(error))
 

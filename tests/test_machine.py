@@ -56,8 +56,8 @@ DISK = "the disk is full, and a file could not be written to its end; make room"
         (OSError(errno.ENOMEM, "Cannot allocate memory"), TRAINING, "the memory is full"),  # from fork
         (OSError(errno.EMFILE, "Too many open files"), TRAINING, "too many files are open; set NUM_WORKERS = 0"),
         (RuntimeError("received 0 items of ancdata"), TRAINING, "too many files are open"),
-        (OSError(errno.ENOSPC, "No space left on device"), TRAINING, f"{DISK}, or set RUN_DIR = 'runs/a' to another"),
-        (RuntimeError(WRITER), {"RESULTS_DIR": "results"}, f"{DISK}, or set RESULTS_DIR = 'results' to another disk"),
+        (OSError(errno.ENOSPC, "No space left on device"), TRAINING, f"{DISK}, or move RUN_DIR = 'runs/a' to another"),
+        (RuntimeError(WRITER), {"RESULTS_DIR": "results"}, f"{DISK}, or move RESULTS_DIR = 'results' to another disk"),
         (OSError(errno.ENOSPC, "No space left on device"), {}, DISK),
     ],
 )
