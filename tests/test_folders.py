@@ -68,10 +68,10 @@ def test_the_sources_of_a_person_with_1500_photos_take_less_than_a_second():
     kinds = ("blurred", "foggy", "lowlight", "noisy", "rainy", "resized", "sunny")
     distorted = [Path(f"ann/distortion/{photo.stem}_{kind}.jpg") for photo in clean for kind in kinds]
     persons = [Person(name, tuple(clean), tuple(distorted)) for name in ("ann", "bob")]
-    start = time.perf_counter()
+    start = time.process_time()
     assert source_photos(distorted, clean) == [photo for photo in clean for _ in kinds]
     pairs = FacePairDataset(persons, transform=None)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert pairs._positives[1] == tuple(distorted[7:14])
 
 

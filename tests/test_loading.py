@@ -50,6 +50,7 @@ def test_workers_count_all_passes_and_live_on_between_them(monkeypatch, passes, 
     assert (loader.num_workers, loader.persistent_workers) == (workers, stay)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize(
     "free, processes, workers, prefetch, said",
     [
