@@ -127,6 +127,9 @@ def hardest_negatives(embeddings: Tensor, candidates: Tensor, same_person: Tenso
     Raises UserError if an embedding has no candidate of another person.
     """
     if same_person.all(1).any():
-        raise UserError("all photos may be of one person, so there is no negative; train on two persons or more")
+        raise UserError(
+            "all photos may be of one person, so there is no negative; train on two persons or more, "
+            "or raise MAYBE_SAME"
+        )
     cosine = embeddings @ candidates.T  # on unit rows the nearest is the one of highest cosine
     return cosine.masked_fill(same_person, -torch.inf).argmax(1)
