@@ -48,12 +48,14 @@ RANGES = {
     "WIDE_WEIGHT": (float, 0, math.inf),
     "CONTRASTIVE_WEIGHT": (float, 0, math.inf),
     "INSTANCE_WEIGHT": (float, 0, math.inf),
+    "MAYBE_SAME": (float, -1, 1),
 }
 
 
 # The scripts' constants that are paths of files and folders, and those of them that may be None.
 PATHS = ("DATA_DIR", "RUN_DIR", "STAGE1_CHECKPOINT", "RESULTS_DIR", "GALLERY", "IN_DIR", "OUT_DIR", "OUT", "SOURCE_DIR")
 PATHS_OR_NONE = ("CHECKPOINT", "COMPARE_WITH", "ENROLL", "CALIBRATE_ON", "JSON_LINES", "ANNOTATED", "LFW_DIR")
+PATHS_OR_NONE += ("EXTRA_FACES",)
 
 
 class UserError(ValueError):

@@ -10,7 +10,7 @@ from common import UserError
 MUST_EQUAL = (
     *("SEED", "BATCH_SIZE", "PERSONS_PER_BATCH", "PHOTOS_PER_PERSON", "ACCUMULATE", "EMA_DECAY"),  # its course
     *("MARGIN", "SCALE", "EASY_MARGIN", "CENTRES_FROM_MEANS"),  # stage 1's loss
-    *("CONTRASTIVE_WEIGHT", "CONTRASTIVE_MARGIN", "INSTANCE_WEIGHT", "TEMPERATURE"),  # stage 2's losses
+    *("CONTRASTIVE_WEIGHT", "CONTRASTIVE_MARGIN", "INSTANCE_WEIGHT", "TEMPERATURE", "MAYBE_SAME"),  # stage 2's losses
     *("IMAGE_SIZE", "FACE_CROP", "WIDE_WEIGHT", "WIDE_SIZE", "MIRROR"),  # the network ...
     *("FREEZE_UNTIL", "FREEZE_BATCHNORM", "DROPOUT"),  # ... and how it learns
     *("HOLDOUT_PERSONS", "SKIP_KINDS", "OFTEN", "BALANCE"),  # what it is trained on ...
@@ -25,7 +25,7 @@ MAY_CHANGE = (
 )
 # ... and these do not matter: of files not the place counts but what is in them, which the run's facts identify.
 DOES_NOT_MATTER = (
-    *("DATA_DIR", "PRETRAINED", "TEACHER", "STAGE1_CHECKPOINT", "RUN_DIR"),
+    *("DATA_DIR", "EXTRA_FACES", "PRETRAINED", "TEACHER", "STAGE1_CHECKPOINT", "RUN_DIR"),
     *("RESUME", "SAVE_EVERY", "CHECK_IMAGES", "NUM_WORKERS", "COMPILE"),
 )
 PLAIN = (bool, int, float, str, Path, tuple, type(None))  # a constant's value; not torch.nn.functional as F

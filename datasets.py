@@ -392,6 +392,8 @@ class FacePairDataset(_SeededDataset):
     The positive is a distorted copy of the anchor (see source_photos), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
     `distort(anchor)`, for example a RandomDistortion. Kinds in `often` are drawn twice as often as others.
+    Anchors without a person follow those with one: each photo of `extra` has a label of its own, len(persons) and up.
+    For them, and for persons without distorted photos, all positives but the clean ones are distorted on the fly.
     Each item is mirrored with probability 0.5, both photos alike: `transform` would mirror each on its own.
     Index i + n * len(self) is anchor i again, with random draws of its own (see PersonBatches).
     root as in FaceClassificationDataset; persons without clean or without distorted photos are counted in a warning.
@@ -403,6 +405,7 @@ class FacePairDataset(_SeededDataset):
         root: Split,
         transform: Transform,
         *,
+        extra: Sequence[Path] = (),
         clean: float = 0.0,
         on_the_fly: float = 0.0,
         distort: Callable[[Image.Image], Image.Image] | None = None,
@@ -412,7 +415,7 @@ class FacePairDataset(_SeededDataset):
         super().__init__(transform, seed)
         if not (clean >= 0 and on_the_fly >= 0 and clean + on_the_fly <= 1):
             raise UserError(f"CLEAN = {clean}, DISTORT = {on_the_fly}: expected shares in 0..1 whose sum is at most 1")
-        if on_the_fly and distort is None:
+        if (on_the_fly or extra) and distort is None:
             raise UserError(f"DISTORT = {on_the_fly}: photos are to be distorted on the fly, but `distort` is None")
         self.clean, self.on_the_fly, self.distort = clean, on_the_fly, distort
         scanned = persons_of(root)
@@ -420,10 +423,8 @@ class FacePairDataset(_SeededDataset):
         often = _known_kinds("OFTEN", often, scanned)
         self.anchors: list[tuple[Path, int]] = []  # (path, label)
         self._positives: list[tuple[Path, ...]] = []  # of each anchor
-        unpaired = []
         for label, person in enumerate(scanned):
-            if not (person.clean and person.distorted):
-                unpaired.append(person.name)
+            if distort is None and not person.distorted:
                 continue
             # What is listed twice is drawn twice as often.
             kinds = zip(person.distorted, kinds_of(person), strict=True)
@@ -434,15 +435,33 @@ class FacePairDataset(_SeededDataset):
             for photo in person.clean:
                 self.anchors.append((photo, label))
                 self._positives.append(tuple(copies.get(photo, distorted)))
-        if len(unpaired) > len(scanned) - 2:
+        self._check_pairs(scanned)
+        for label, photo in enumerate(extra, start=len(scanned)):
+            self.anchors.append((photo, label))
+            self._positives.append(())
+
+    def _check_pairs(self, scanned: Sequence[Person]) -> None:
+        """Raises UserError for fewer than two persons with pairs; warns of those without, or without a file of one."""
+        paired = {label for _, label in self.anchors}
+        unpaired = [person.name for label, person in enumerate(scanned) if label not in paired]
+        on_the_fly = [scanned[label].name for label in sorted(paired) if not scanned[label].distorted]
+        needed, lacked = "clean", "clean"
+        if self.distort is None:
+            needed, lacked = "both clean and distorted", "clean or distorted"
+        if len(paired) < 2:
             raise UserError(
-                f"{folder_of(scanned)}: training on pairs needs two persons with both clean and distorted photos, "
-                f"found {len(scanned) - len(unpaired)} among {len(scanned)}"
+                f"{folder_of(scanned)}: training on pairs needs two persons with {needed} photos, "
+                f"found {len(paired)} among {len(scanned)}"
             )
         if unpaired:
             warn_once(
-                f"{folder_of(scanned)}: {len(unpaired)} of {len(scanned)} persons lack clean or distorted photos "
+                f"{folder_of(scanned)}: {len(unpaired)} of {len(scanned)} persons lack {lacked} photos "
                 f"and give no pair ({list_names(unpaired)})"
+            )
+        if on_the_fly:
+            warn_once(
+                f"{folder_of(scanned)}: {len(on_the_fly)} of {len(scanned)} persons have no distorted photo; their "
+                f"clean photos are distorted on the fly instead ({list_names(on_the_fly)})"
             )
 
     def __len__(self) -> int:
@@ -451,7 +470,8 @@ class FacePairDataset(_SeededDataset):
     def _draw(self, index: int, generator: torch.Generator) -> tuple[Path, Path | None, bool]:
         """The anchor's path; the positive's, or None for the anchor distorted on the fly; whether both are mirrored."""
         anchor, positives = self.anchors[index % len(self)][0], self._positives[index % len(self)]
-        positive = positives[int(torch.randint(len(positives), (), generator=generator))]
+        place = int(torch.randint(max(1, len(positives)), (), generator=generator))
+        positive = positives[place] if positives else None
         which = torch.rand((), generator=generator).item()
         if which < self.clean:
             positive = anchor

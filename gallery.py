@@ -294,7 +294,10 @@ def _distorted_photos(root: Split) -> tuple[list[Person], list[Path]]:
     paths = [path for person in persons for path in person.distorted]
     if not paths:
         folder = folder_of(persons)
-        raise UserError(f"{folder}: no distorted photo to query with; expected {folder}/<person>/distortion/*.jpg")
+        raise UserError(
+            f"{folder}: no distorted photo to query with; expected {folder}/<person>/distortion/*.jpg "
+            "(python -m tools.unseen_kinds makes such copies of clean photos)"
+        )
     return persons, paths
 
 

@@ -87,8 +87,8 @@ class SourceLoss(nn.Module):
     The cross-entropy of finding, in the bank, the clean photo that a distorted one was made from. j runs over the bank
     without the other photos of the same person, which are not wrong answers. t: temperature, no unit; the lower, the
     more the nearest wrong answers count.
-    Shapes: embeddings z (B, D) and bank b (N, D), rows of norm 1; source (B,) int64 in 0..N-1; bank_labels (N,), the
-    persons -> scalar.
+    Shapes: embeddings z (B, D) and bank b (N, D), rows of norm 1; source (B,) int64 in 0..N-1; same_person (B, N) bool,
+    the bank's photos that show, or may show, the person of z -> scalar.
     Raises UserError if the temperature is not positive.
     """
 
@@ -98,10 +98,9 @@ class SourceLoss(nn.Module):
             raise UserError(f"TEMPERATURE = {temperature}: expected a positive number, usually 0.02..0.2")
         self.temperature = temperature
 
-    def forward(self, embeddings: Tensor, bank: Tensor, source: Tensor, bank_labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, bank: Tensor, source: Tensor, same_person: Tensor) -> Tensor:
         logits = embeddings @ bank.T / self.temperature  # (B, N)
-        others = bank_labels[source][:, None] == bank_labels[None, :]
-        others = others.scatter(1, source[:, None], False)
+        others = same_person.scatter(1, source[:, None], False)
         return F.cross_entropy(logits.masked_fill(others, -torch.inf), source)
 
 
@@ -118,16 +117,19 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def hardest_negatives(embeddings: Tensor, labels: Tensor, candidates: Tensor, candidate_labels: Tensor) -> Tensor:
+def hardest_negatives(embeddings: Tensor, candidates: Tensor, same_person: Tensor) -> Tensor:
     """For each embedding the index of the nearest candidate of another person: "batch hard", Hermans et al. 2017,
     arXiv:1703.07737, sec. 2.
 
     Two random faces are about 1.41 apart, beyond a margin of 1: only mined negatives push.
-    Shapes: (B, D), (B,), (N, D), (N,) -> (B,) int64; rows of norm 1. A tie goes to the lower index.
+    Shapes: (B, D), (N, D), rows of norm 1; same_person (B, N) bool, candidates that show, or may show, the person of
+    the embedding -> (B,) int64. A tie goes to the lower index.
     Raises UserError if an embedding has no candidate of another person.
     """
-    same_person = labels[:, None] == candidate_labels[None, :]  # (B, N)
     if same_person.all(1).any():
-        raise UserError("all photos are of one person, so there is no negative; train on two persons or more")
+        raise UserError(
+            "all photos may be of one person, so there is no negative; train on two persons or more, "
+            "or raise MAYBE_SAME"
+        )
     cosine = embeddings @ candidates.T  # on unit rows the nearest is the one of highest cosine
     return cosine.masked_fill(same_person, -torch.inf).argmax(1)

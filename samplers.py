@@ -75,10 +75,10 @@ class PersonBatches(EpochBatches):
     """P x K (Hermans et al. 2017, arXiv:1703.07737, sec. 2): `persons` different persons (P) in each batch, each with
     `pairs` pairs of a clean and a distorted photo (K = 2 pairs photos), for FacePairDataset.
 
-    labels: the person of each anchor. An epoch shows each anchor once; a person whose anchors run out fills its last
-    group with some of them again, as indices beyond len(labels), which stand for other positives. A person of very many
-    photos cannot fill more than one place of a batch, and persons left over at the end make no batch: those anchors
-    miss the epoch, others each time.
+    labels: the person of each anchor; a photo without a name is a person of its own. An epoch shows each anchor once; a
+    person whose anchors run out fills its last group with some of them again, as indices beyond len(labels), which
+    stand for other positives. A person of very many photos cannot fill more than one place of a batch, and persons left
+    over at the end make no batch: those anchors miss the epoch, others each time.
     Raises UserError if there are fewer persons, or fewer pairs in a batch than processes.
     """
 

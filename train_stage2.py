@@ -9,6 +9,8 @@ that never change. For each distorted photo with embedding f, anchor a and n, th
     loss = CONTRASTIVE_WEIGHT * mean( |f - a|^2 + max(0, CONTRASTIVE_MARGIN - |f - n|)^2 )
 
 over the photos that show a face at all (the gate is 1 for these, 0 where glare has whited out the face crop).
+That needs no names: photos of EXTRA_FACES and of persons without files in distortion/ are distorted on the fly, and
+of them, n is only a photo that the teacher finds unlike enough to be another person's (MAYBE_SAME).
 A second network v of the same form sees the whole frame. It learns to find a distorted frame's clean original among the
 clean frames of the batch (InfoNCE, INSTANCE_WEIGHT), for photos that show no face. Both make the final embedding,
 [gate f, WIDE_WEIGHT v] scaled to norm 1; WIDE_WEIGHT = 0 leaves the face alone.
@@ -47,6 +49,7 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
+from extra_faces import find_extra_faces
 from gallery import embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
@@ -55,6 +58,8 @@ from transforms import RandomDistortion, Transform, eval_transform, train_transf
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
+# A folder of more photos of faces, at any depth and without names, framed as those of train/; None: no more photos.
+EXTRA_FACES = None
 STAGE1_CHECKPOINT = Path("runs/stage1/best.pt")  # stage 1's; stores image size, crop and held-out persons
 RUN_DIR = Path("runs/stage2")  # checkpoints and log; use a new name for each run that you want to keep
 RESUME = False  # True: go on from RUN_DIR/last.pt, as if the run had never stopped
@@ -86,9 +91,14 @@ CONTRASTIVE_WEIGHT = 2.0  # pull to the anchor, push from the nearest other pers
 CONTRASTIVE_MARGIN = 1.0  # distance of unit embeddings, above 0 and at most 2: farther negatives give no gradient
 INSTANCE_WEIGHT = 1.0  # find a distorted frame's original among the clean frames of the batch, 0..10
 TEMPERATURE = 0.07  # of the latter, no unit, 0.02..0.2: the lower, the more the nearest rivals count
+# A photo of EXTRA_FACES and another one may show the same person from this cosine on, as the teacher sees them; then
+# they are not pushed apart. 0.3..0.6: of LFW's pairs, 97 % of the same person's are above 0.4, and 1 % of others'.
+MAYBE_SAME = 0.4
 
 # --- pairs ---
-PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs together, >= 2
+# P, different persons in each step, on all GPUs together, >= 2. Each photo of EXTRA_FACES counts as a person, so that
+# steps hold them in proportion to their number.
+PERSONS_PER_BATCH = 24
 PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
 SKIP_KINDS = ()  # kinds of distortion to leave out of training, such as ("sunny",); all are evaluated
 OFTEN = ("sunny", "rainy")  # the hard kinds, drawn twice as often as the others; (): none
@@ -131,10 +141,11 @@ def main() -> None:
     train_persons, val_persons = split_persons(everybody, holdout)
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
+    check_data(train_persons, val_persons)
+    extra = [] if EXTRA_FACES is None else find_extra_faces(EXTRA_FACES, DATA_DIR, stage1["face_crop"], device)
     # The dataset mirrors both photos of a pair together, so the transform must not.
     augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False)
-    train_set = pair_dataset(train_persons, augment, side=frame_size(stage1))
-    check_data(train_set, train_persons, val_persons)
+    train_set = pair_dataset(train_persons, extra, augment, side=frame_size(stage1))
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
@@ -158,7 +169,7 @@ def main() -> None:
             crops=model.crops,
             image_size=image_size,
             face_crop=crop,
-            data=files_digest(everybody),
+            data=files_digest([*everybody, Person("", tuple(extra), ())]),
             steps=len(loader),
             teacher_weights=fingerprint(teacher),
         ),
@@ -183,13 +194,16 @@ def main() -> None:
     if saved:
         run.resume()
     else:
-        print(f"train: {len(train_set.persons)} persons, {len(train_set)} anchors, {len(loader)} steps per epoch")
+        of_extra = f" ({len(extra)} of EXTRA_FACES)" if extra else ""
+        people, anchors = f"{len(train_set.persons)} persons", f"{len(train_set)} anchors{of_extra}"
+        print(f"train: {people}, {anchors}, {len(loader)} steps per epoch")
 
     # The bank: the clean photos as the teacher sees them, without augmentation.
     paths = [path for path, _ in train_set.anchors]
     bank = embed(teacher, paths, face_transform, device, num_workers=NUM_WORKERS).embeddings
     del teacher
-    losses = Losses(bank.clone().to(device), torch.tensor(labels, device=device))  # autograd refuses inference tensors
+    bank = bank.clone().to(device)  # autograd refuses inference tensors
+    losses = Losses(bank, torch.tensor(labels, device=device), persons=len(train_set.persons))
 
     if not run.history:
         run.finish_epoch(validate)
@@ -231,25 +245,26 @@ def frame_size(stage1: dict) -> int:
     return round(stage1["image_size"] / stage1["face_crop"])
 
 
-def check_data(train_set: FacePairDataset, train_persons: list[Person], val_persons: list[Person]) -> None:
+def check_data(train_persons: list[Person], val_persons: list[Person]) -> None:
     """Raises UserError for data that cannot be trained or validated on; warns of what makes figures misleading."""
     if PHOTOS_PER_PERSON % 2:
         raise UserError(f"PHOTOS_PER_PERSON = {PHOTOS_PER_PERSON}: expected an even number, half clean, half distorted")
     warn_shared_persons(train_persons, val_persons)
     validation.check_data(
-        train_set.persons,
+        [person.name for person in train_persons],
         val_persons,
         quick=QUICK_VALIDATION,
         max_clean_drop=MAX_CLEAN_DROP,
     )
 
 
-def pair_dataset(train_persons: list[Person], transform: Transform, side: int) -> FacePairDataset:
+def pair_dataset(train_persons: list[Person], extra: list[Path], transform: Transform, side: int) -> FacePairDataset:
     """Pairs of a clean photo and its distorted copy; photos distorted on the fly are shrunk to `side` pixels first."""
     kinds = {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS}
     return FacePairDataset(
         without_kinds(train_persons, SKIP_KINDS),
         transform,
+        extra=extra,
         clean=CLEAN,
         on_the_fly=DISTORT,
         distort=RandomDistortion(kinds, 1.0, DISTORT_MOST, side=side),
@@ -297,9 +312,13 @@ def checkpoint_facts(
 class Losses:
     """The terms of the loss, on the embeddings of a whole batch."""
 
-    def __init__(self, bank: Tensor, labels: Tensor):
-        """bank: (N, 512), the teacher's embeddings of the clean photos; labels: (N,) int64, their persons."""
-        self.bank, self.labels = bank, labels
+    def __init__(self, bank: Tensor, labels: Tensor, persons: int):
+        """bank: (N, 512), the teacher's embeddings of the clean photos; labels: (N,) int64, their persons.
+
+        Labels from `persons` on are of single photos, whose person is not known.
+        """
+        self.bank, self.labels, self.unknown = bank, labels, labels >= persons
+        self.any_unknown = bool(self.unknown.any())
         self.contrastive, self.source = ContrastiveLoss(CONTRASTIVE_MARGIN), SourceLoss(TEMPERATURE)
 
     def of_faces(self, face: Tensor, gate: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -308,9 +327,7 @@ class Losses:
         The anchor is frozen: the distorted photo is pulled to it and pushed from the nearest other person.
         """
         anchor = self.bank[source]
-        nearest = hardest_negatives(
-            embeddings=face, labels=self.labels[source], candidates=self.bank, candidate_labels=self.labels
-        )
+        nearest = hardest_negatives(face, candidates=self.bank, same_person=self.same_person(source))
         negative = self.bank[nearest]
         contrastive = self.contrastive(anchor=anchor, positive=face, negative=negative, weight=gate)
         with torch.no_grad():
@@ -329,8 +346,21 @@ class Losses:
     def of_frames(self, clean: Tensor, distorted: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """clean, distorted: (B, 512) of whole frames, which find each other within the batch."""
         places = torch.arange(len(source), device=source.device)
-        instance = self.source(distorted, clean, places, self.labels[source])
+        instance = self.source(distorted, clean, source=places, same_person=self.same_person(source, among=source))
         return INSTANCE_WEIGHT * instance, {"instance_loss": instance.detach()}
+
+    def same_person(self, source: Tensor, among: Tensor | slice = slice(None)) -> Tensor:
+        """source: (B,), among: (N,), rows of the bank, all by default -> (B, N) bool: whether two of them show, or may
+        show, the same person.
+
+        Of two rows with persons, their labels say it. A person may occur in several photos of EXTRA_FACES, and among
+        the persons too: if one of two rows has no person, they may show the same one from a cosine of MAYBE_SAME on.
+        """
+        same = self.labels[source][:, None] == self.labels[among]
+        if not self.any_unknown:
+            return same
+        alike = self.bank[source] @ self.bank[among].T >= MAYBE_SAME
+        return same | (alike & (self.unknown[source][:, None] | self.unknown[among]))
 
 
 def train_one_epoch(run: training.Run, model: FaceNet, ddp_model, losses: Losses, device: torch.device) -> None:

@@ -296,7 +296,7 @@ def test_different_persons_and_different_files_of_equal_size_are_not_reported(tm
 
 # Colours are (person, photo, 0) for a clean photo and (person, source photo, number of the copy) for a distorted one.
 PHOTOS = {
-    "abe/clean/abe_1.png": (0, 1, 0),  # no copy: no pair
+    "abe/distortion/abe_1_foggy.png": (0, 1, 1),  # no clean photo: no pair
     "bob/clean/bob_1.png": (1, 1, 0),
     "bob/clean/bob_1_10.png": (1, 10, 0),
     "bob/distortion/bob_1_foggy.png": (1, 1, 1),
@@ -311,6 +311,7 @@ PHOTOS = {
     "dee/distortion/photo_7_foggy.png": (3, 99, 1),  # copies of a photo that is not there
     "dee/distortion/photo_7_rainy.png": (3, 99, 2),
 }
+EXTRA = [(9, 1, 0), (9, 2, 0)]  # of nobody, in another folder
 ANCHORS = [(1, 1, 0), (1, 10, 0), (2, 0, 0), (2, 1, 0), (3, 0, 0)]
 
 
@@ -431,7 +432,7 @@ def positives(dataset: FacePairDataset, epochs: int) -> list[set[tuple]]:
 def test_an_item_is_anchor_positive_label_and_index_of_the_anchor(tree, caplog):
     dataset = pairs(tree, pil_to_tensor)
     assert dataset.persons == ["abe", "bob", "cy", "dee"] and len(dataset) == 5
-    assert caplog.messages == [f"{tree}: 1 of 4 persons lack clean or distorted photos and give no pair (abe)"]
+    assert caplog.messages[1:] == [f"{tree}: 1 of 4 persons lack clean photos and give no pair (abe)"]
     for number, (anchor, positive, label, index) in enumerate(items(dataset, 2, range(40))):  # beyond len: again
         assert index == number % 5 and anchor == ANCHORS[index] and anchor[0] == positive[0] == label
         files = dataset.files(number)
@@ -459,7 +460,10 @@ def test_a_kind_in_often_is_drawn_twice_as_often_as_the_others(tree, caplog):
     count = Counter(distortion_kind(dataset.files(1 + n * len(dataset))[1]) for n in range(2000))
     assert count == pytest.approx({"sunny": 1000, "blurred": 500, "foggy": 500}, abs=80)
     FacePairDataset(tree, pil_to_tensor, often=("suny",))
-    assert caplog.messages[1:] == ["OFTEN: no train photo is of kind 'suny'; there are blurred, foggy, rainy, sunny"]
+    assert caplog.messages[1:] == [
+        f"{tree}: 1 of 4 persons lack clean or distorted photos and give no pair (abe)",
+        "OFTEN: no train photo is of kind 'suny'; there are blurred, foggy, rainy, sunny",
+    ]
 
 
 def origin(anchor: tuple, positive: tuple) -> str:
@@ -512,5 +516,40 @@ def test_shares_outside_0_to_1_and_a_share_without_a_distortion_are_refused(tree
 
 @pytest.mark.parametrize("names, found", [(["abe"], "found 0 among 1"), (["abe", "cy"], "found 1 among 2")])
 def test_pairs_need_two_persons_that_have_some(tree, names, found):
-    with pytest.raises(UserError, match=f"^{tree}: training on pairs needs two persons .* photos, {found}"):
-        FacePairDataset(split_persons(scan_persons(tree), names)[1], pil_to_tensor)
+    persons = split_persons(scan_persons(tree), names)[1]
+    for distort, needed in ((None, "both clean and distorted"), (marked, "clean")):
+        with pytest.raises(
+            UserError, match=f"^{tree}: training on pairs needs two persons with {needed} photos, {found}"
+        ):
+            FacePairDataset(persons, pil_to_tensor, distort=distort)
+
+
+def test_photos_without_copies_or_without_persons_are_anchors_distorted_on_the_fly(tree, tmp_path, caplog):
+    shutil.rmtree(tree / "cy" / "distortion")
+    extra = [write_plain(tmp_path / f"extra/{number}.png", (9, number, 0)) for number in (1, 2)]
+    dataset = FacePairDataset(tree, pil_to_tensor, extra=extra, clean=0.25, distort=marked)
+    assert caplog.messages[-1] == (
+        f"{tree}: 1 of 4 persons have no distorted photo; their clean photos are distorted on the fly instead (cy)"
+    )
+    assert dataset.persons == ["abe", "bob", "cy", "dee"]
+    assert [label for _, label in dataset.anchors] == [1, 1, 2, 2, 3, 4, 5]  # each extra photo has a label of its own
+    count = Counter()
+    for number, (anchor, positive, label, index) in enumerate(items(dataset, 1, range(1400))):
+        assert index == number % 7 and label == dataset.anchors[index][1] and anchor == (*ANCHORS, *EXTRA)[index]
+        count[label, origin(anchor, positive)] += 1
+        if origin(anchor, positive) == "on the fly":
+            assert dataset.files(number) == 2 * [dataset.anchors[index][0]]
+    assert {kind for _, kind in count} == {"clean", "file", "on the fly"}
+    for label, kind in ((1, "file"), (2, "on the fly"), (3, "file"), (4, "on the fly"), (5, "on the fly")):
+        photos = 200 * [anchor[0] for anchor in (*ANCHORS, *EXTRA)].count(label) if label < 4 else 200
+        assert count[label, kind] + count[label, "clean"] == photos
+        assert count[label, "clean"] == pytest.approx(photos / 4, abs=4 * (photos * 3 / 16) ** 0.5)
+
+
+def test_extra_photos_change_nothing_of_the_photos_with_persons(tree, tmp_path):
+    extra = [write_plain(tmp_path / "extra/1.png", (9, 1, 0))]
+    alone = pairs(tree, jittered)
+    more = FacePairDataset(tree, jittered, extra=extra, clean=0.3, on_the_fly=0.4, distort=marked)
+    assert items(more, 3, range(5)) == items(alone, 3, range(5))
+    with pytest.raises(UserError, match="photos are to be distorted on the fly, but `distort` is None"):
+        FacePairDataset(tree, pil_to_tensor, extra=extra)

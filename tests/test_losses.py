@@ -221,7 +221,7 @@ def test_random_negatives_in_512_dims_never_push_but_the_hardest_finds_the_plant
     planted = torch.randperm(32, generator=torch.Generator().manual_seed(7))  # the look-alike of anchor i is planted[i]
     candidates = negative.clone()
     candidates[planted] = F.normalize(anchor + 0.02 * negative)
-    index = hardest_negatives(anchor, torch.arange(32), candidates, 100 + torch.arange(32))
+    index = hardest_negatives(anchor, candidates, same_person=torch.zeros(32, 32, dtype=torch.bool))
     assert index.tolist() == planted.tolist()
     mined = candidates[index].requires_grad_()
     ContrastiveLoss(1.0)(anchor, anchor, mined).backward()
@@ -235,7 +235,7 @@ def test_the_hardest_negative_is_the_nearest_candidate_of_another_person(seed):
     anchor_labels = torch.randint(4, (10,), generator=generator)
     candidate_labels = torch.randint(4, (40,), generator=generator)
     candidates[::8], candidate_labels[::8] = anchors[::2], anchor_labels[::2]  # however near, never of the same person
-    chosen = hardest_negatives(anchors, anchor_labels, candidates, candidate_labels)
+    chosen = hardest_negatives(anchors, candidates, anchor_labels[:, None] == candidate_labels)
     for i in range(10):
         others = [j for j in range(40) if candidate_labels[j] != anchor_labels[i]]
         assert chosen[i].item() == min(others, key=lambda j: math.dist(anchors[i].tolist(), candidates[j].tolist()))
@@ -244,19 +244,19 @@ def test_the_hardest_negative_is_the_nearest_candidate_of_another_person(seed):
 def test_a_tie_goes_to_the_lower_index():
     anchors = torch.tensor([[1.0, 0.0]])
     candidates = torch.tensor([[0.0, 1.0], [0.6, 0.8], [0.6, -0.8], [0.6, 0.8]])
-    assert hardest_negatives(anchors, torch.tensor([0]), candidates, torch.tensor([1, 2, 3, 4])).tolist() == [1]
+    assert hardest_negatives(anchors, candidates, torch.zeros(1, 4, dtype=torch.bool)).tolist() == [1]
 
 
 def test_an_embedding_without_another_person_is_an_error():
     anchors = unit_vectors(2, 4, seed=8)
     with pytest.raises(UserError, match=r"one person, so there is no negative; train on two persons or more"):
-        hardest_negatives(anchors, torch.tensor([5, 5]), anchors, torch.tensor([5, 5]))
+        hardest_negatives(anchors, anchors, same_person=torch.tensor([[False, True], [True, True]]))
 
 
 def test_no_gradient_flows_through_the_choice():
     embeddings, kept = unit_vectors(4, 8, seed=9).requires_grad_(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        index = hardest_negatives(embeddings, torch.arange(4), embeddings, torch.arange(4))
+        index = hardest_negatives(embeddings, embeddings, same_person=torch.eye(4, dtype=torch.bool))
     assert index.dtype == torch.int64 and kept == []  # nothing is stored for a backward pass
 
 
@@ -264,6 +264,7 @@ def test_no_gradient_flows_through_the_choice():
 
 BANK_LABELS = torch.tensor([0, 0, 1, 1, 1, 2, 3])  # persons 0 and 1 have other photos, 2 and 3 have none
 SOURCE = torch.tensor([1, 2, 5, 1, 6])  # two copies of one photo among them
+SAME_PERSON = BANK_LABELS[SOURCE][:, None] == BANK_LABELS
 
 
 def bank_and_copies(dims: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,13 +280,13 @@ def test_source_loss_equals_the_formula(temperature):
     for z, s in zip(embeddings.tolist(), SOURCE.tolist(), strict=True):
         scores = [math.exp(sum(x * y for x, y in zip(z, b, strict=True)) / temperature) for b in bank.tolist()]
         total -= math.log(scores[s] / sum(scores[j] for j in range(7) if j == s or labels[j] != labels[s]))
-    loss = SourceLoss(temperature)(embeddings, bank, SOURCE, BANK_LABELS)
+    loss = SourceLoss(temperature)(embeddings, bank, SOURCE, SAME_PERSON)
     assert loss.shape == () and loss.item() == pytest.approx(total / 5, rel=1e-12)
 
 
 def test_source_loss_gradient_equals_the_numerical_one():
     embeddings, bank = (part.requires_grad_() for part in bank_and_copies(dims=4))
-    assert torch.autograd.gradcheck(lambda z, b: SourceLoss(0.3)(z, b, SOURCE, BANK_LABELS), (embeddings, bank))
+    assert torch.autograd.gradcheck(lambda z, b: SourceLoss(0.3)(z, b, SOURCE, SAME_PERSON), (embeddings, bank))
 
 
 def test_other_photos_of_the_person_change_nothing_and_get_no_gradient():
@@ -293,7 +294,7 @@ def test_other_photos_of_the_person_change_nothing_and_get_no_gradient():
     losses = []
     for row_3, row_4 in ((bank[3], bank[4]), (bank[2], bank[2])):  # as drawn, and as near as can be to the source
         changed = torch.cat([bank[:3], row_3[None], row_4[None], bank[5:]]).requires_grad_()
-        losses.append(SourceLoss(0.1)(embeddings[[1]], changed, torch.tensor([2]), BANK_LABELS))
+        losses.append(SourceLoss(0.1)(embeddings[[1]], changed, torch.tensor([2]), SAME_PERSON[[1]]))
         (gradient,) = torch.autograd.grad(losses[-1], changed)
         assert (gradient[[3, 4]] == 0).all() and (gradient[[0, 1, 2, 5, 6]] != 0).any(1).all()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12) and losses[0] > 0
@@ -302,7 +303,7 @@ def test_other_photos_of_the_person_change_nothing_and_get_no_gradient():
 def test_a_bank_of_one_person_costs_nothing():
     embeddings, bank = bank_and_copies()
     embeddings.requires_grad_()
-    loss = SourceLoss(0.07)(embeddings, bank, SOURCE, torch.zeros(7, dtype=torch.int64))
+    loss = SourceLoss(0.07)(embeddings, bank, SOURCE, torch.ones(5, 7, dtype=torch.bool))
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-12) and embeddings.grad.abs().max() < 1e-12
 
@@ -310,7 +311,7 @@ def test_a_bank_of_one_person_costs_nothing():
 def test_source_loss_is_finite_where_the_softmax_alone_would_overflow():
     bank = unit_vectors(4, 8, seed=22)
     embeddings = (-bank).requires_grad_()  # as wrong as can be
-    loss = SourceLoss(1e-3)(embeddings, bank, torch.arange(4), torch.arange(4))  # e^1000
+    loss = SourceLoss(1e-3)(embeddings, bank, torch.arange(4), torch.eye(4, dtype=torch.bool))  # e^1000
     loss.backward()
     assert loss.isfinite() and loss > 100 and embeddings.grad.isfinite().all()
 

@@ -13,10 +13,12 @@ from conftest import (
     embedded,
     same_weights,
     widened,
+    write_photo,
 )
 from PIL import Image
 
 import checkpoints
+import extra_faces
 from common import UserError
 
 
@@ -117,9 +119,9 @@ def banks(monkeypatch, stages) -> list[SimpleNamespace]:
     """Fills up with the banks that stage 2 makes, and the arguments of its contrastive loss: calls."""
     made, losses, forward = [], stages[1].Losses.__init__, stages[1].ContrastiveLoss.forward
 
-    def watched_bank(self, bank, labels):
+    def watched_bank(self, bank, labels, persons):
         made.append(SimpleNamespace(bank=bank, labels=labels, calls=[]))
-        losses(self, bank, labels)
+        losses(self, bank, labels, persons)
 
     def watched_loss(self, anchor, positive, negative, weight):
         made[-1].calls.append([part.detach() for part in (anchor, positive, negative, weight)])
@@ -196,3 +198,98 @@ def test_faces_that_do_not_show_are_out_of_the_loss_on_faces_and_stay_in_that_on
 @pytest.mark.parametrize("margin, active", [(1e-6, 0), (2.0, 1)])
 def test_active_negatives_are_those_within_the_margin(stages, train, margin, active):
     assert train(stages[1], "run", {"CONTRASTIVE_MARGIN": margin}).last["history"][1]["active_negatives"] == active
+
+
+# --- photos without names or without distorted copies -----------------------------------------------------------------
+
+
+@pytest.fixture
+def extra(stages, monkeypatch):
+    """A folder of 5 photos of nobody in particular, in each of which a face is found."""
+    monkeypatch.setattr(extra_faces, "FaceDetector", lambda device, min_face: SimpleNamespace(find=lambda image: [1]))
+    folder = stages[1].DATA_DIR.parent / "extra"
+    for number in range(5):
+        write_photo(folder / f"sub{number % 2}" / f"{number}.png", (200, 50 * number, 90), seed=500 + number, side=60)
+    return folder
+
+
+def test_extra_faces_are_anchors_of_their_own_at_the_end_of_the_bank(stages, train, extra, banks, distorted, capsys):
+    constants = {"EXTRA_FACES": extra, "MAYBE_SAME": 1.0, "PERSONS_PER_BATCH": 4, "CLEAN": 0.0, "DISTORT_MOST": 1}
+    trained = train(stages[1], "run", constants)
+    (made,) = banks
+    assert made.labels.tolist() == [0, 1, 1, 2, 2, 2, 3, 4, 5, 6, 7, 8]
+    paths = [path for path, _ in trained.run.loader.dataset.anchors]
+    assert paths[7:] == sorted(extra.glob("*/*.png")) and trained.last["photos"] == 12
+    assert trained.last["persons"] == ["ann", "bob", "cy", "di"]
+    assert [len(batch) for batch in trained.run.loader.batch_sampler.batches()] == [4, 4, 4]
+    assert sum(distorted.values()) == 5  # each once in the epoch
+    printed = capsys.readouterr().out
+    assert f"{extra}: 5 of 5 photos are used\n" in printed
+    assert "train: 4 persons, 12 anchors (5 of EXTRA_FACES), 3 steps per epoch\n" in printed
+
+
+def rows_of(*angles: int) -> torch.Tensor:
+    """Unit vectors in the plane, at these degrees."""
+    radians = torch.tensor(angles).deg2rad()
+    return torch.stack([radians.cos(), radians.sin()], dim=1)
+
+
+# Persons 0, 0, 1, and three photos without a person: 3 looks like person 0, 4 like 3 and person 1, 5 like nobody.
+BANK, LABELS = rows_of(0, 100, 80, 10, 45, 200), torch.tensor([0, 0, 1, 2, 3, 4])
+SAME = [{0, 1, 3, 4}, {0, 1, 4}, {2, 4}, {0, 3, 4}, {0, 1, 2, 3, 4}, {5}]
+
+
+def test_photos_without_a_person_are_no_negatives_of_what_looks_like_them(stages, monkeypatch):
+    monkeypatch.setattr(stages[1], "MAYBE_SAME", 0.5)  # 60 degrees
+    losses = stages[1].Losses(BANK, LABELS, persons=2)
+    every = torch.arange(6)
+    assert [set(row.nonzero()[:, 0].tolist()) for row in losses.same_person(every)] == SAME
+    some = torch.tensor([4, 2, 5])
+    assert torch.equal(losses.same_person(some, among=some), losses.same_person(every)[some][:, some])
+    # Nearest to 3's own row is 0's, then 4's: both may be the same person, so that 2 is the negative. It is 70 degrees
+    # away, more than a margin of 1: nothing pushes.
+    _, values = losses.of_faces(BANK[[3]], torch.ones(1), torch.tensor([3]))
+    assert values["negative_distance"].item() == pytest.approx(2 * torch.tensor(35.0).deg2rad().sin().item(), abs=1e-5)
+    assert values["contrastive_loss"].item() == pytest.approx(0, abs=1e-6)
+    # In a batch of the two that look alike, neither frame is a wrong answer for the other.
+    _, values = losses.of_frames(BANK[[0, 3]], BANK[[0, 3]], torch.tensor([0, 3]))
+    assert values["instance_loss"].item() == 0
+
+
+def test_where_all_photos_have_a_person_the_labels_alone_say_who_is_the_same(stages, monkeypatch):
+    for maybe_same in (-1.0, 1.0):
+        monkeypatch.setattr(stages[1], "MAYBE_SAME", maybe_same)
+        same = stages[1].Losses(BANK, LABELS, persons=5).same_person(torch.arange(6))
+        assert torch.equal(same, LABELS[:, None] == LABELS[None, :])
+
+
+def test_without_extra_faces_maybe_same_changes_nothing_of_a_run(stages, train):
+    runs = [train(stages[1], str(value), {"MAYBE_SAME": value}) for value in (-1.0, 1.0)]
+    first, second = (run.state() | {"constants": None} for run in runs)
+    assert first == second
+
+
+def test_extra_faces_may_move_but_a_resumed_run_needs_the_same_ones(stages, train, extra):
+    constants = {"EXTRA_FACES": extra, "MAYBE_SAME": 1.0}
+    train(stages[1], "run", constants)
+    moved = extra.rename(extra.with_name("moved"))
+    resumed = train(stages[1], "run", constants | {"EXTRA_FACES": moved, "RESUME": True, "EPOCHS": 2})
+    assert resumed.last["epoch"] == 2
+    photo = moved / "sub0" / "0.png"
+    photo.rename(photo.with_name("00.png"))
+    for other in (moved, None):
+        with pytest.raises(UserError, match=r"last\.pt: "):
+            train(stages[1], "run", constants | {"EXTRA_FACES": other, "RESUME": True, "EPOCHS": 3})
+
+
+@pytest.mark.parametrize("extra_too", [False, True])
+def test_clean_photos_alone_are_enough_to_train_on(stages, train, extra, distorted, caplog, extra_too):
+    train_dir = stages[1].DATA_DIR / "train"
+    for path in train_dir.glob("*/distortion/*.png"):
+        path.unlink()
+    constants = {"CLEAN": 0.0, "DISTORT": 0.0, "DISTORT_MOST": 1, "MAYBE_SAME": 1.0}
+    trained = train(stages[1], "run", constants | {"EXTRA_FACES": extra if extra_too else None})
+    assert sum(distorted.values()) == pairs_of_an_epoch(trained)
+    assert any(
+        message.startswith(f"{train_dir}: 4 of 4 persons have no distorted photo") for message in caplog.messages
+    )
