@@ -391,7 +391,7 @@ class FacePairDataset(_SeededDataset):
     are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
     The positive is a distorted copy of the anchor (see source_photos), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
-    `distort(anchor)`, for example a RandomDistortion. Kinds in `often` are drawn twice as often as others.
+    `distort(anchor)`, for example a RandomDegradation. Kinds in `often` are drawn twice as often as others.
     Anchors without a person follow those with one: each photo of `extra` has a label of its own, len(persons) and up.
     For them, and for persons without distorted photos, all positives but the clean ones are distorted on the fly.
     Each item is mirrored with probability 0.5, both photos alike: `transform` would mirror each on its own.
