@@ -47,6 +47,13 @@ def test_photos_of_a_kind_are_distorted_instead_of_the_clean_ones(script, monkey
     assert sorted(queries) == sorted(f"eve_0009_{kind}" for kind in UNSEEN)
 
 
+def test_other_kinds_are_made_too(script, monkeypatch):
+    monkeypatch.setattr(script, "KINDS", ("glare", "sunny"))
+    script.main()
+    persons = scan_persons(script.OUT_DIR / "val")
+    assert {path.stem.rpartition("_")[2] for person in persons for path in person.distorted} == {"glare", "sunny"}
+
+
 def test_the_same_seed_writes_the_same_files_and_another_one_others(script, monkeypatch, tmp_path):
     first, again, other = made_with_seeds(script, monkeypatch, tmp_path / "runs", seeds=(0, 0, 1))
     assert first == again != other
@@ -56,6 +63,8 @@ def test_the_same_seed_writes_the_same_files_and_another_one_others(script, monk
     ("constant", "value", "message"),
     [
         ("SOURCE_KIND", "misty", "no photo of kind 'misty'; correct SOURCE_KIND"),
+        ("KINDS", ("glare", "misty"), r"KINDS = \('glare', 'misty'\): expected a tuple of one or more of motionblur, "),
+        ("KINDS", "glare", "KINDS = 'glare': expected a tuple"),
         ("SEVERITY", 1.1, "SEVERITY = 1.1: expected a number, 0..1"),
         ("SEVERITY", "mild", "SEVERITY = 'mild': expected a number, 0..1"),
     ],
