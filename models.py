@@ -59,7 +59,7 @@ CONNECT_TIMEOUT = 30  # seconds without a response after which a download is giv
 # --- the model --------------------------------------------------------------------------------------------------------
 
 BURNT = (250 - 127.5) / 128  # standardized pixel from which a channel counts as burnt out: 250 of 255
-BURNT_SHARE = 0.3  # share of burnt-out pixels (in all channels) above which a face crop shows no face
+BURNT_SHARE = 0.8  # share of burnt-out pixels (in all channels) above which a face crop shows no face
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Crops:
                 f"WIDE_SIZE = {self.wide_size}: expected a whole number of pixels, 76..{MAX_SIDE}; the network needs 76"
             )
         if not (in_range(self.wide_weight, float, 0, math.inf) and 0 < self.wide_weight < math.inf):
-            raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.1..1")
+            raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.01..0.3")
 
 
 class FaceNet(nn.Module):
@@ -98,7 +98,8 @@ class FaceNet(nn.Module):
         z = [g f, w v] / norm
     f: embedding of the face, the frame's centre; v: embedding of the whole frame; w: wide_weight; g: the gate, 0 where
     the face is burnt out, else 1. In the cosine of two such embeddings hair, clothes and background have a share of
-    w^2 / (1 + w^2), and where a photo shows no face they are all that counts. f recognises persons, v photos.
+    w^2 / (1 + w^2), a thousandth at 0.03, and where a photo shows no face they are all that counts. f recognises
+    persons, v photos.
     mirror: in eval mode, f and v are each the mean over an image and its mirror image, normalized again.
 
     Raises UserError for a dropout or a block out of range, and what load_pretrained raises, under the name that the

@@ -79,9 +79,10 @@ FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (se
 # The frozen network whose embeddings of clean photos are the targets: "vggface2", "casia-webface", the path of a state
 # dict, or None: the network of stage 1.
 TEACHER = "vggface2"
-# Weight of the whole frame's embedding, where the face has 1: 0.1..1, or 0 for the face alone. The frame matches photos
-# (hair, clothes, background), not people; photos that are cropped to the face need 0.
-WIDE_WEIGHT = 0.3
+# Weight of the whole frame's embedding, where the face has 1: 0.01..0.3, or 0 for the face alone. The frame matches
+# photos (hair, clothes, background), not people. At 0.03 it decides where no face shows, and nothing else; photos that
+# are cropped to the face need 0.
+WIDE_WEIGHT = 0.03
 WIDE_SIZE = 112  # pixels that the whole frame is shrunk to, 76..160
 DROPOUT = 0.0  # before the last linear layer, 0..0.8; with fixed targets there is little to memorise
 MIRROR = True  # at inference average each photo with its mirror image, the teacher too: better, and twice as slow

@@ -556,8 +556,8 @@ def test_the_gate_closes_on_average_and_heavy_glare_and_on_no_other_bright_disto
 @pytest.mark.parametrize(
     "face, columns, elsewhere, gate",
     [
-        (255, 24, 0, 1),  # exactly 0.3 of the face's 80 columns
-        (255, 25, 0, 0),
+        (255, 64, 0, 1),  # exactly 0.8 of the face's 80 columns
+        (255, 65, 0, 0),
         (250, 80, 0, 0),
         (249, 80, 0, 1),
         ((200, 255, 255), 80, 255, 1),  # all three channels must be burnt out
@@ -565,7 +565,7 @@ def test_the_gate_closes_on_average_and_heavy_glare_and_on_no_other_bright_disto
         (100, 80, 255, 1),  # what lies around the face does not count
     ],
 )
-def test_the_gate_closes_where_over_0_3_of_the_face_have_250_of_255_in_all_channels(face, columns, elsewhere, gate):
+def test_the_gate_closes_where_over_0_8_of_the_face_have_250_of_255_in_all_channels(face, columns, elsewhere, gate):
     pixels = np.full((FRAME, FRAME, 3), elsewhere, np.uint8)
     pixels[37:117, 37 : 37 + columns] = face
     assert gate_of(Image.fromarray(pixels), FRAME) == gate
