@@ -51,7 +51,16 @@ RANGES = {
 
 # The scripts' constants that are paths of files and folders, and those of them that may be None.
 PATHS = ("DATA_DIR", "RUN_DIR", "STAGE1_CHECKPOINT", "RESULTS_DIR", "GALLERY", "IN_DIR", "OUT_DIR", "OUT", "SOURCE_DIR")
-PATHS_OR_NONE = ("CHECKPOINT", "COMPARE_WITH", "ENROLL", "CALIBRATE_ON", "JSON_LINES", "ANNOTATED", "LFW_DIR")
+PATHS_OR_NONE = (
+    "CHECKPOINT",
+    "COMPARE_WITH",
+    "ENROLL",
+    "CALIBRATE_ON",
+    "JSON_LINES",
+    "ANNOTATED",
+    "LFW_DIR",
+    "PHOTOS_DIR",
+)
 
 
 class UserError(ValueError):

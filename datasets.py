@@ -389,7 +389,7 @@ class FacePairDataset(_SeededDataset):
     are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
     The positive is a distorted copy of the anchor (see source_photos), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
-    `distort(anchor)`, for example a RandomDistortion. Kinds in `often` are drawn twice as often as others.
+    `distort(anchor)`, for example a RandomDegradation. Kinds in `often` are drawn twice as often as others.
     Each item is mirrored with probability 0.5, both photos alike: `transform` would mirror each on its own.
     Index i + n * len(self) is anchor i again, with random draws of its own (see PersonBatches).
     root as in FaceClassificationDataset; persons without clean or without distorted photos are counted in a warning.

@@ -44,11 +44,11 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
-from distortions import DISTORTIONS
+from degradations import RandomDegradation, families_without
 from losses import ArcMarginProduct
 from models import FaceNet, fingerprint
 from samplers import ShuffledBatches
-from transforms import RandomDistortion, Transform, eval_transform, train_transform
+from transforms import Transform, eval_transform, train_transform
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -74,14 +74,15 @@ FACE_CROP = 0.52  # side of the centre square that is kept, over the shorter sid
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
 
 # --- what is trained on ---
-# Kinds of distortion to leave out of training; all are evaluated. FACECOM's sunny whites out the whole face crop, so
-# the head could only memorise these photos. (): leave out none, for other data.
+# Kinds of distorted files to leave out of training; all are evaluated. FACECOM's sunny whites out the whole face crop,
+# so the head could only memorise these photos. (): leave out none, for other data.
 SKIP_KINDS = ("sunny",)
 BALANCE = 0.0  # 0: each photo once per epoch; 1: each person equally often, however many photos; or between
 CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
 DISTORT = 0.0  # fraction of the photos that are distorted on the fly, besides the files on disk, 0..1
-DISTORT_MOST = 2  # kinds on one such photo, >= 1
+DISTORT_MOST = 4  # families of degradations on one such photo, 1..8; see docs/degradations.md
+WITHOUT_FAMILIES = ()  # families that are not drawn, such as ("glare",), to see what becomes of them without training
 
 # --- ArcFace ---
 MARGIN = 0.5  # m, radians, 0 or more and below pi/2
@@ -198,8 +199,8 @@ def main() -> None:
 
 def augmentation() -> Transform:
     """From a training photo to a tensor: distortion, crop, a mirror image every second time, standardization."""
-    distort = RandomDistortion(
-        kinds={name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS},
+    distort = RandomDegradation(
+        families=families_without(WITHOUT_FAMILIES),
         probability=DISTORT,
         most=DISTORT_MOST,
         side=round(IMAGE_SIZE / FACE_CROP),

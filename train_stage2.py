@@ -46,12 +46,12 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
-from distortions import DISTORTIONS
+from degradations import RandomDegradation, families_without
 from gallery import embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
-from transforms import RandomDistortion, Transform, eval_transform, train_transform
+from transforms import Transform, eval_transform, train_transform
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -90,11 +90,12 @@ TEMPERATURE = 0.07  # of the latter, no unit, 0.02..0.2: the lower, the more the
 # --- pairs ---
 PERSONS_PER_BATCH = 24  # P, different persons in each step, on all GPUs together, >= 2
 PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
-SKIP_KINDS = ()  # kinds of distortion to leave out of training, such as ("sunny",); all are evaluated
+SKIP_KINDS = ()  # kinds of distorted files to leave out of training, such as ("sunny",); all are evaluated
 OFTEN = ("sunny", "rainy")  # the hard kinds, drawn twice as often as the others; (): none
 CLEAN = 0.1  # fraction of the positives that are the clean photo itself, 0..0.5
 DISTORT = 0.0  # fraction of the positives that are the clean photo distorted on the fly, not a file on disk, 0..1
-DISTORT_MOST = 2  # kinds on one such photo, >= 1
+DISTORT_MOST = 4  # families of degradations on one such photo, 1..8; see docs/degradations.md
+WITHOUT_FAMILIES = ()  # families that are not drawn, such as ("glare",), to see what becomes of them without training
 CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
 
@@ -246,13 +247,13 @@ def check_data(train_set: FacePairDataset, train_persons: list[Person], val_pers
 
 def pair_dataset(train_persons: list[Person], transform: Transform, side: int) -> FacePairDataset:
     """Pairs of a clean photo and its distorted copy; photos distorted on the fly are shrunk to `side` pixels first."""
-    kinds = {name: kind for name, kind in DISTORTIONS.items() if name not in SKIP_KINDS}
+    families = families_without(WITHOUT_FAMILIES)
     return FacePairDataset(
         without_kinds(train_persons, SKIP_KINDS),
         transform,
         clean=CLEAN,
         on_the_fly=DISTORT,
-        distort=RandomDistortion(kinds, 1.0, DISTORT_MOST, side=side),
+        distort=RandomDegradation(families, 1.0, DISTORT_MOST, side=side),
         often=OFTEN,
         seed=SEED,
     )

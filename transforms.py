@@ -202,39 +202,9 @@ def train_transform(
 ) -> Transform:
     """`eval_transform` with random jitter of the crop (see FaceCrop).
 
-    mirror: mirror each image with probability 0.5. distort: applied to the whole photo, such as RandomDistortion.
+    mirror: mirror each image with probability 0.5. distort: applied to the whole photo, such as a RandomDegradation.
     """
     before = [distort] if distort else []
     after = [v2.RandomHorizontalFlip()] if mirror else []
     crop = FaceCrop(image_size, face_crop, zoom=zoom, shift=shift)
     return v2.Compose([*before, crop, *after, *_TO_TENSOR])
-
-
-class RandomDistortion:
-    """With `probability` (0..1), 1..`most` distortions in turn, severities uniform in 0..1: PIL image -> PIL image.
-
-    kinds: name -> (image, severity, generator) -> image, as in distortions.DISTORTIONS; drawn without repeats. So the
-    network sees mixtures, such as fog in the dark, that no file on disk shows. side: photos whose shorter side has more
-    pixels are shrunk to it first, which saves time: distortions scale with the photo, and the crop is small.
-    Drawn from torch's generator. Raises UserError if a number is out of range.
-    """
-
-    def __init__(self, kinds: dict[str, Callable], probability: float, most: int, side: int):
-        if not 0 <= probability <= 1:
-            raise UserError(f"DISTORT = {probability}: expected a probability, 0..1")
-        if not 1 <= most <= len(kinds):
-            raise UserError(f"DISTORT_MOST = {most}: expected 1..{len(kinds)} kinds on one photo")
-        self.kinds, self.probability, self.most, self.side = dict(kinds), probability, most, side
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if torch.rand(()).item() >= self.probability:
-            return image
-        shrink = self.side / min(image.size)
-        if shrink < 1:
-            size = tuple(max(1, round(length * shrink)) for length in image.size)
-            image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        generator = np.random.default_rng(int(torch.randint(2**62, ())))
-        count = generator.integers(1, self.most, endpoint=True)
-        for name in generator.permutation(sorted(self.kinds))[:count]:
-            image = self.kinds[name](image, float(generator.random()), generator)
-        return image

@@ -17,6 +17,7 @@ from torch import nn
 import checkpoints
 import common
 import datasets
+import degradations
 import journal
 import plots
 import train_stage1
@@ -251,7 +252,7 @@ def stages(tiny_runs, stage1_best, monkeypatch) -> tuple:
 def train(stages, monkeypatch):
     """train(script, run name, {CONSTANT: value}) runs one epoch, or EPOCHS; its other constants are as in `stages`."""
     root, runs, init = stages[0].RUN_DIR.parent, [], training.Run.__init__
-    others = ("F", "DISTORTIONS")  # capitals that are no constants, for tests to replace
+    others = ("F",)  # capitals that are no constants, for tests to replace
     usual = {s: {n: value for n, value in vars(s).items() if n.isupper() and n not in others} for s in stages}
     monkeypatch.setattr(training.Run, "__init__", lambda run, *args, **kw: runs.append(run) or init(run, *args, **kw))
 
@@ -301,14 +302,13 @@ def widened(weights: dict) -> dict:
 
 
 @pytest.fixture
-def distorted(monkeypatch, stages) -> Counter:
-    """Counts the random distortions, of two kinds, by kind."""
+def distorted(monkeypatch) -> Counter:
+    """Counts the random degradations, of two families, by family."""
     count = Counter()
-    kinds = {
+    families = {
         name: lambda image, severity, generator, name=name: count.update([name]) or image for name in ("fog", "sunny")
     }
-    for script in stages:
-        monkeypatch.setattr(script, "DISTORTIONS", kinds)
+    monkeypatch.setattr(degradations, "FAMILIES", families)
     return count
 
 

@@ -33,8 +33,9 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
+from degradations import RandomDegradation
 from distortions import DISTORTIONS
-from transforms import RandomDistortion, load_image, suffixes
+from transforms import load_image, suffixes
 
 
 def write_all(root: Path, *files: str) -> list[Path]:
@@ -493,7 +494,7 @@ def test_both_photos_of_every_second_item_are_mirrored_whatever_the_positive(tmp
     lopsided.paste((200, 200, 200), (0, 0, 4, 8))  # the left half is bright
     for path in write_all(tmp_path, *(f"{name}/{file}.png" for name in "ab" for file in ("1", "distortion/1_foggy"))):
         lopsided.save(path)
-    dim = RandomDistortion({"lowlight": DISTORTIONS["lowlight"]}, probability=1.0, most=1, side=8)
+    dim = RandomDegradation({"lowlight": DISTORTIONS["lowlight"]}, probability=1.0, most=1, side=8)
     dataset = FacePairDataset(tmp_path, pil_to_tensor, clean=0.3, on_the_fly=0.3, distort=dim)
     mirrored = [[bool(image[0, 0, 7] > image[0, 0, 0]) for image in dataset[index][:2]] for index in range(400)]
     assert all(anchor == positive for anchor, positive in mirrored)

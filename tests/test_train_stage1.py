@@ -82,12 +82,12 @@ def test_balance_reaches_the_batches_of_stage_1(stages, train, opened, balance):
         assert seen == {"ann": 3, "bob": 6, "cy": 9, "di": 3}
 
 
-def test_distort_reaches_the_photos_of_stage_1_without_the_kinds_that_are_skipped(stages, train, distorted):
-    train(stages[0], "never", {"DISTORT": 0.0})
+def test_distort_reaches_the_photos_of_stage_1_without_the_families_left_out(stages, train, distorted):
+    train(stages[0], "never", {"DISTORT": 0.0, "DISTORT_MOST": 1})
     assert not distorted
-    last = train(stages[0], "fog", {"DISTORT": 1.0, "DISTORT_MOST": 1, "SKIP_KINDS": ("sunny",)}).last
+    last = train(stages[0], "fog", {"DISTORT": 1.0, "DISTORT_MOST": 1, "WITHOUT_FAMILIES": ("sunny",)}).last
     assert distorted == {"fog": 21} and last["constants"]["DISTORT"] == 1.0
-    train(stages[0], "both", {"DISTORT": 1.0, "DISTORT_MOST": 1, "SKIP_KINDS": ()})
+    train(stages[0], "both", {"DISTORT": 1.0, "DISTORT_MOST": 1, "WITHOUT_FAMILIES": ()})
     assert distorted.total() == 2 * 21 and distorted["sunny"]
 
 

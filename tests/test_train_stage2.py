@@ -25,12 +25,12 @@ def pairs_of_an_epoch(trained: Trained) -> int:
 
 
 def test_distort_reaches_the_positives_of_stage_2_alone(stages, train, distorted):
-    constants = {"CLEAN": 0.0, "DISTORT_MOST": 1, "SKIP_KINDS": ("sunny",)}
+    constants = {"CLEAN": 0.0, "DISTORT_MOST": 1, "WITHOUT_FAMILIES": ("sunny",)}
     train(stages[1], "never", constants | {"DISTORT": 0.0})
     assert not distorted
     trained = train(stages[1], "always", constants | {"DISTORT": 1.0})
     assert distorted == {"fog": pairs_of_an_epoch(trained)}
-    assert [trained.last["constants"][name] for name in ("DISTORT", "SKIP_KINDS")] == [1.0, ["sunny"]]
+    assert [trained.last["constants"][name] for name in ("DISTORT", "WITHOUT_FAMILIES")] == [1.0, ["sunny"]]
 
 
 def test_clean_positives_and_those_distorted_on_the_fly_open_no_distorted_file(stages, train, opened):

@@ -1,4 +1,4 @@
-"""Decoding, crop, augmentation and random distortions, against pixels that can be worked out by hand."""
+"""Decoding, crop and augmentation, against pixels that can be worked out by hand."""
 
 import math
 import struct
@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import types
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -18,11 +17,9 @@ from PIL import Image, ImageFile
 
 import transforms
 from common import UserError
-from distortions import DISTORTIONS
 from transforms import (
     FORMATS,
     FaceCrop,
-    RandomDistortion,
     eval_transform,
     formats,
     load_image,
@@ -317,119 +314,3 @@ def test_train_transform_distorts_the_whole_photo_before_the_crop():
     image = train_transform(76, 0.5, zoom=0, shift=0, distort=black)(Image.new("RGB", (200, 300), "white"))
     assert sizes == [(200, 300)] and image.shape == (3, 76, 76)
     torch.testing.assert_close(image, torch.full_like(image, -127.5 / 128))
-
-
-# --- random distortions -----------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Kinds of distortion that change nothing and record (name, size, severity) of what they are given."""
-
-    def __init__(self, names: str):
-        self.seen: list[tuple[str, tuple[int, int], float]] = []
-        self.kinds = {name: self.kind(name) for name in names}
-
-    def kind(self, name: str):
-        def distort(image: Image.Image, severity: float, generator: np.random.Generator) -> Image.Image:
-            assert isinstance(severity, float) and isinstance(generator, np.random.Generator)
-            self.seen.append((name, image.size, severity))
-            return image.copy()
-
-        return distort
-
-    def calls(self, times: int, *, probability=1.0, most=1, size=(8, 8), seed=0) -> list[list[tuple]]:
-        """What each of `times` calls passed to the kinds."""
-        distort = RandomDistortion(self.kinds, probability, most, side=100)
-        torch.manual_seed(seed)
-        calls = []
-        for _ in range(times):
-            self.seen = []
-            distort(Image.new("RGB", size))
-            calls.append(self.seen)
-        return calls
-
-
-def test_a_distortion_of_probability_0_returns_the_image_itself_in_its_size():
-    image = Image.fromarray(noise(300, 200))
-    distort = RandomDistortion(DISTORTIONS, probability=0, most=7, side=100)
-    assert all(distort(image) is image for _ in range(200)) and image.size == (300, 200)
-
-
-@pytest.mark.parametrize("kind", DISTORTIONS)
-def test_a_distortion_of_probability_1_changes_a_copy_of_the_image(kind):
-    pixels = noise(100, 100)
-    image = Image.fromarray(pixels)
-    distort = RandomDistortion({kind: DISTORTIONS[kind]}, probability=1, most=1, side=100)
-    torch.manual_seed(0)
-    for _ in range(20):
-        distorted = distort(image)
-        assert distorted.size == image.size and distorted.mode == "RGB"
-        assert not np.array_equal(np.asarray(distorted), pixels)
-    assert np.array_equal(np.asarray(image), pixels)
-
-
-@pytest.mark.parametrize("probability", [0.1, 0.5])
-def test_photos_are_distorted_with_the_given_probability(probability):
-    calls = Recorder("ab").calls(1000, probability=probability)
-    assert sum(map(bool, calls)) == pytest.approx(1000 * probability, abs=64)  # 4 standard deviations of at most 16
-
-
-def test_severities_are_uniform_in_0_to_1_for_each_kind_of_a_mixture():
-    calls = Recorder("abc").calls(600, most=3)
-    for place in range(3):
-        severities = [call[place][2] for call in calls if len(call) > place]
-        found, _ = np.histogram(severities, bins=4, range=(0, 1))
-        assert found.sum() == len(severities) > 150  # none outside
-        assert found.min() > 0.17 * len(severities)  # a quarter each
-        assert min(severities) < 0.03 and max(severities) > 0.97
-    assert all(len({severity for *_, severity in call}) == len(call) for call in calls)  # each kind its own
-
-
-@pytest.mark.parametrize("most", [1, 4])
-def test_1_to_most_different_kinds_are_mixed_in_any_order_each_number_equally_often(most):
-    calls = [[name for name, *_ in call] for call in Recorder("abcd").calls(800, most=most)]
-    assert all(len(set(call)) == len(call) for call in calls)
-    numbers = Counter(map(len, calls))
-    assert numbers == {number: pytest.approx(800 / most, abs=60) for number in range(1, most + 1)}
-    for place in range(most):
-        kinds = Counter(call[place] for call in calls if len(call) > place)
-        assert set(kinds) == set("abcd") and min(kinds.values()) > 0.17 * kinds.total()  # a quarter each
-
-
-def test_each_kind_acts_on_the_result_of_the_one_before():
-    def add(image, severity, generator):
-        return image.point(lambda value: value + 1)
-
-    torch.manual_seed(0)
-    distort = RandomDistortion(dict.fromkeys("abcd", add), probability=1, most=4, side=100)
-    black = Image.new("RGB", (8, 8))
-    assert {distort(black).getpixel((3, 3)) for _ in range(100)} == {(n, n, n) for n in (1, 2, 3, 4)}
-
-
-@pytest.mark.parametrize(
-    "size, seen",
-    [((300, 600), (100, 200)), ((5000, 120), (4167, 100)), ((100, 300), (100, 300)), ((99, 3000), (99, 3000))],
-)
-def test_a_photo_is_shrunk_until_its_shorter_side_has_no_more_than_side_pixels(size, seen):
-    recorder = Recorder("ab")
-    assert {shape for call in recorder.calls(5, size=size, most=2) for _, shape, _ in call} == {seen}
-    assert RandomDistortion(recorder.kinds, 1, 1, side=100)(Image.new("RGB", size)).size == seen
-
-
-def test_a_shrunk_photo_shows_the_same_scene():
-    ramp = np.tile(np.linspace(0, 250, 400).astype(np.uint8)[None, :, None], (400, 1, 3))
-    small = RandomDistortion(Recorder("a").kinds, 1, 1, side=50)(Image.fromarray(ramp))
-    assert np.asarray(small)[25, ::10, 0] == pytest.approx(ramp[200, 4::80, 0], abs=4)
-
-
-def test_distortions_follow_torchs_seed_and_neither_numpys_nor_the_order_of_the_kinds():
-    first = Recorder("abc").calls(20, most=3)
-    np.random.seed(1)
-    assert Recorder("cab").calls(20, most=3) == first != Recorder("abc").calls(20, most=3, seed=1)
-
-
-@pytest.mark.parametrize("probability, most", [(-0.1, 1), (1.1, 1), (math.nan, 1), (0.5, 0), (0.5, 8)])
-def test_a_distortion_out_of_range_is_refused_by_the_name_of_its_constant(probability, most):
-    probable = f"DISTORT = {probability}: expected a probability" if probability != 0.5 else f"DISTORT_MOST = {most}: "
-    with pytest.raises(UserError, match=probable):
-        RandomDistortion(DISTORTIONS, probability, most, side=100)
