@@ -62,7 +62,7 @@ PATHS_OR_NONE = (
     "JSON_LINES",
     "ANNOTATED",
     "LFW_DIR",
-    "PHOTO_DIR",
+    "PHOTOS_DIR",
 )
 PATHS_OR_NONE += ("EXTRA_FACES",)
 

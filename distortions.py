@@ -194,7 +194,7 @@ DISTORTIONS: dict[str, Distortion] = {
     "resized": resized,
     "sunny": sunny,
 }
-# For testing only, see tools/unseen_kinds.py: training draws from DISTORTIONS, so no network has seen these.
+# For testing only, see tools/unseen_kinds.py. What DISTORT > 0 draws is not these, but the like (degradations.py).
 UNSEEN: dict[str, Distortion] = {
     "motionblur": motionblur,
     "jpegblocks": jpegblocks,

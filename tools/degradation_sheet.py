@@ -3,7 +3,7 @@
     python -m tools.degradation_sheet
 
 A row for each family, from severity 0 on the left to 1 on the right, each cell another draw; the last rows are chains
-as training draws them. The photos are drawn faces (see tools/sample_faces.py), or those of PHOTO_DIR.
+as training draws them. The photos are drawn faces (see tools/sample_faces.py), or those of PHOTOS_DIR.
 """
 
 import time
@@ -22,7 +22,7 @@ from tools.face_drawing import draw_face
 from tools.face_identity import random_identity
 from transforms import load_image
 
-PHOTO_DIR = None  # folder of photos, at any depth; None: drawn faces
+PHOTOS_DIR = None  # folder of photos, at any depth; None: drawn faces
 OUT = Path("docs/degradations.jpg")
 SEED = 0  # 0, 1, 2, ...
 SIDE = 308  # px, shorter side of the photos, >= 16; in training IMAGE_SIZE / FACE_CROP
@@ -50,13 +50,13 @@ def main() -> None:
 
 
 def load_photos() -> list[Image.Image]:
-    """COLUMNS photos, or as many as PHOTO_DIR has, the shorter side SIDE px. Raises UserError if it has none."""
-    if PHOTO_DIR is None:
+    """COLUMNS photos, or as many as PHOTOS_DIR has, the shorter side SIDE px. Raises UserError if it has none."""
+    if PHOTOS_DIR is None:
         people = [random_identity(seeded(column)) for column in range(COLUMNS)]
         return [draw_face(person, seeded(column), SIDE) for column, person in enumerate(people)]
-    paths = photos_below(Path(PHOTO_DIR))[:COLUMNS]
+    paths = photos_below(PHOTOS_DIR)[:COLUMNS]
     if not paths:
-        raise UserError(f"PHOTO_DIR = {PHOTO_DIR}: no photo found; correct it, or set it to None for drawn faces")
+        raise UserError(f"PHOTOS_DIR = {PHOTOS_DIR}: no photo found; correct it, or set it to None for drawn faces")
     photos = [load_image(path) for path in paths]
     return [photo.resize([round(length * SIDE / min(photo.size)) for length in photo.size]) for photo in photos]
 
