@@ -58,7 +58,7 @@ def accelerated(
     network = fused(model).to(device)
     if backend == "compiled":
         network.forward = torch.compile(network.forward)
-        network.rated = torch.compile(network.rated)  # what gallery.embed calls
+        network.rated = torch.compile(network.rated)  # what embedding.embed calls
     return network
 
 

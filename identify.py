@@ -25,9 +25,10 @@ from answers import NAMED, UNKNOWN, UNUSABLE, Answer, annotate, counted, printab
 from changes import Changes, Photo, find_changes
 from common import UserError
 from datasets import Person, scan_persons
+from embedding import embed
 from faces import FaceDetector, Reading, read_faces
 from folders import photos_below
-from gallery import Gallery, embed, embed_split, made_by
+from gallery import Gallery, embed_split, made_by
 from scores import check_template
 from transforms import FaceCrop, eval_transform
 

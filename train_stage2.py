@@ -49,8 +49,8 @@ from datasets import (
     without_kinds,
 )
 from degradations import RandomDegradation, families_without
+from embedding import embed
 from extra_faces import find_extra_faces
-from gallery import embed
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches

@@ -20,7 +20,7 @@ import checkpoints
 import common
 import datasets
 import distributed
-import gallery
+import embedding
 import plots
 import train_stage1
 import train_stage2
@@ -120,7 +120,7 @@ def main():
             transform = transforms.eval_transform(76, 0.8)
             model = TinyNet()
             photos = [Path(p) for p in job["photos"]]
-            found = gallery.embed(model, photos, transform, device, batch_size=2)
+            found = embedding.embed(model, photos, transform, device, batch_size=2)
             results["embed"] = (found.embeddings, found.quality)
             alone = [transform(transforms.load_image(Path(p))) for p in job["photos"]]
             with torch.no_grad():

@@ -19,8 +19,9 @@ import checkpoints
 import enrolment
 import metrics
 from common import UserError
+from embedding import embed
 from enrolment import calibrate, empty_gallery, enroll, identify, load_gallery, names_of, remove, save_gallery
-from gallery import Gallery, Queries, build_gallery, embed
+from gallery import Gallery, Queries, build_gallery
 
 MODEL = {"fingerprint": "0123456789abcdef", "image_size": 160, "face_crop": 0.52}
 THRESHOLD = {"cosine": 0.43, "far": 0.01, "template": "mean", "strangers": 1000, "persons": 9, "source": "val"}

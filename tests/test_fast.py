@@ -15,7 +15,7 @@ import common
 import evaluate
 import fast
 from common import UserError
-from gallery import embed
+from embedding import embed
 from models import Crops, FaceNet, fingerprint
 from tools import export_onnx
 from transforms import eval_transform

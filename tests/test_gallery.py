@@ -15,13 +15,13 @@ from torchvision.transforms.functional import pil_to_tensor
 import metrics
 from common import UserError
 from datasets import scan_persons
+from embedding import embed
 from gallery import (
     Gallery,
     NoQueries,
     Queries,
     build_gallery,
     discard_curves,
-    embed,
     embed_queries,
     embed_split,
     evaluate,

@@ -24,7 +24,7 @@ import models
 import train_stage2
 from common import UserError
 from distortions import DISTORTIONS
-from gallery import embed
+from embedding import embed
 from losses import ArcMarginProduct
 from models import BLOCKS, EMBEDDING_DIM, PRETRAINED_URLS, Crops, FaceNet, fingerprint, load_pretrained
 from transforms import eval_transform

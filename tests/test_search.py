@@ -176,7 +176,7 @@ def test_a_wrong_input_is_refused_with_what_was_found(queries, rows, k, message)
 
 def test_every_kind_equals_brute_force_on_a_few_rows(kind):
     # faiss-ivf too: with CANDIDATES more than k, all 30 rows are compared.
-    with torch.inference_mode():  # as gallery.embed makes embeddings
+    with torch.inference_mode():  # as embedding.embed makes embeddings
         q, g = unit_rows(20, 16, seed=0).clone(), unit_rows(20, 16, seed=1).repeat(2, 1)[:30].clone()
     for k in (1, 5, 30):
         assert_is_brute_force(build_index(g, kind).search(q, k), q, g, k)

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import common
 import train_stage1
 from common import UserError, set_constants
+from embedding import embed
 from fast import BACKENDS, INPUT, PACKAGES, accelerated, to_onnx
-from gallery import embed
 from losses import ArcMarginProduct
 from models import EMBEDDING_DIM, FaceNet
 from search import nearest
@@ -53,7 +53,7 @@ GEMM_SIZE = 2048  # rows and columns of the matrices multiplied
 COMPILED = True  # False: leave out torch.compile, which takes a minute before its first batch
 RUNTIMES = ("onnxruntime", "openvino", "openvino-int8")  # backends outside torch, CPU only; (): none, for a GPU
 FAST_BACKEND = "onnxruntime"  # of the rows from files and of the search: "fused" or "compiled" on a GPU
-NUM_WORKERS = (0, 2)  # of gallery.embed's rows from files, each 0..CPU cores
+NUM_WORKERS = (0, 2)  # of embedding.embed's rows from files, each 0..CPU cores
 PHOTOS = 256  # embedded from files in those rows, BATCH_SIZE..(STEPS + 1) x BATCH_SIZE
 GALLERY_PERSONS = 10_000  # enrolled in the rows that search, >= 1
 
@@ -141,7 +141,7 @@ def cases() -> dict[str, Case]:
     for backend in dict.fromkeys(("torch", FAST_BACKEND)):
         for workers in NUM_WORKERS:
             measure = functools.partial(file_embedding, backend=backend, num_workers=workers, photos=PHOTOS)
-            name = f"gallery.embed, {backend}, {workers} workers"
+            name = f"embedding.embed, {backend}, {workers} workers"
             rows[name] = Case(measure=measure, base=memory, needs=PACKAGES.get(backend, ()))
     rows[search] = Case(measure=functools.partial(plain_search, persons=GALLERY_PERSONS), base=search)
     measure = functools.partial(our_search, backend=FAST_BACKEND, persons=GALLERY_PERSONS)
@@ -250,7 +250,7 @@ def plain_embedding(data_dir: Path, settings: Settings) -> dict:
 
 @torch.inference_mode()
 def our_embedding(data_dir: Path, settings: Settings, backend: str) -> dict:
-    """What gallery.embed does with a batch, images already in memory."""
+    """What embedding.embed does with a batch, images already in memory."""
     device, images = common.pick_device(), random_images(settings)
     # Calibrated on noise: its speed does not depend on the images.
     model = accelerated(facenet(device), backend, settings.image_size, device, photos=list(images))
@@ -272,7 +272,7 @@ def session_embedding(data_dir: Path, settings: Settings) -> dict:
 
 
 def file_embedding(data_dir: Path, settings: Settings, backend: str, num_workers: int, photos: int) -> dict:
-    """gallery.embed with files, and with the start of its loading processes."""
+    """embedding.embed with files, and with the start of its loading processes."""
     device = common.pick_device()
     model = accelerated(facenet(device), backend, settings.image_size, device)
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[:photos]
@@ -305,7 +305,7 @@ def plain_search(data_dir: Path, settings: Settings, persons: int) -> dict:
 
 
 def our_search(data_dir: Path, settings: Settings, backend: str, persons: int) -> dict:
-    """gallery.embed in batches, then one product with the whole gallery."""
+    """embedding.embed in batches, then one product with the whole gallery."""
     device = common.pick_device()
     model = accelerated(facenet(device), backend, settings.image_size, device)
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: settings.batch_size]
