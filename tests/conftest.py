@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
 import checkpoints
 import common
@@ -160,6 +161,17 @@ def noise_frames(count: int, burnt: int, seed: int) -> torch.Tensor:
     frames = 0.9 * (2 * torch.rand(count, 3, FRAME, FRAME, generator=torch.Generator().manual_seed(seed)) - 1)
     frames[burnt, :, 37:117, 37:117] = 127.5 / 128
     return frames
+
+
+class MeanColour(nn.Module):
+    """(B, 3, H, W) -> (B, 3), an image's mean colour: its embedding is that vector over its norm."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def as_float(image: Image.Image) -> torch.Tensor:
+    return pil_to_tensor(image).float()
 
 
 class MakesFolderWhenLoaded:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MakesFolderWhenLoaded
+from conftest import MakesFolderWhenLoaded, MeanColour, as_float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import checkpoints
 import enrolment
@@ -26,17 +26,6 @@ from gallery import Gallery, Queries, build_gallery
 MODEL = {"fingerprint": "0123456789abcdef", "image_size": 160, "face_crop": 0.52}
 THRESHOLD = {"cosine": 0.43, "far": 0.01, "template": "mean", "strangers": 1000, "persons": 9, "source": "val"}
 THRESHOLD |= {"quality": 9.5, "refuse": 0.01, "unusable": 7}
-
-
-class MeanColour(nn.Module):
-    """(B, 3, H, W) -> (B, 3), an image's mean colour: its embedding is that vector over its norm."""
-
-    def forward(self, images):
-        return images.mean((2, 3))
-
-
-def as_float(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
 def rows_at(*degrees: float) -> Tensor:
