@@ -273,7 +273,8 @@ def load_model(
 ) -> tuple[FaceNet, dict]:
     """The model of a checkpoint, or with None the `pretrained` network as it is, and what is known of it.
 
-    The facts hold stage (0: pretrained), image_size, face_crop, framing, pretrained and, of a checkpoint, all else it knows.
+    The facts hold stage (0: pretrained), image_size, face_crop, framing, pretrained and, of a checkpoint, all else it
+    knows.
     """
     if checkpoint is not None:
         return load_facenet(checkpoint, device)

@@ -191,11 +191,10 @@ class FaceReader:
             torch.backends.cudnn.benchmark = False  # the photos that the detector sees differ in shape
             self.detector, fraction = FaceDetector(device, min_face=MIN_FACE, min_probability=MIN_PROBABILITY), 1.0
         # FIND_FACES frames the faces itself.
-        self.framing = "centre" if FIND_FACES else facts.get("framing", "centre")
+        self.framing = "centre" if FIND_FACES else facts["framing"]
         self.crop = FaceCrop(size, fraction)
-        self.made_by = made_by(self.model, size, fraction, self.framing) | {
-            "find_faces": MARGIN if FIND_FACES else None
-        }
+        self.made_by = made_by(self.model, size, fraction, self.framing)
+        self.made_by["find_faces"] = MARGIN if FIND_FACES else None
 
     def transform(self, photos: Sequence[Path]) -> Transform:
         """From one of `photos` to what the network sees, framed as in training."""

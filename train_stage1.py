@@ -45,8 +45,8 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
-from loading import PhotoLoader
 from framing import Frames, check_framing, find_frames, sources_of
+from loading import PhotoLoader
 from losses import ArcMarginProduct
 from models import FaceNet, fingerprint
 from samplers import ShuffledBatches

@@ -37,6 +37,8 @@ def main() -> None:
     photos = find_photos_with_sources(IN_DIR)
     if not photos:
         raise UserError(f"IN_DIR = {IN_DIR}: no photo there; expected a folder per person at any depth")
+    if len({path.with_suffix("") for path in photos}) < len(photos):
+        raise UserError(f"IN_DIR = {IN_DIR}: photos of one folder differ in their suffix only; rename one of them")
     for path, source in tqdm(photos.items(), desc="moving", unit="photo", leave=False):
         seed = derived_seed(SEED, *(source or path).relative_to(IN_DIR).as_posix().encode())
         target = (OUT_DIR / path.relative_to(IN_DIR)).with_suffix(".png")
