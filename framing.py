@@ -24,7 +24,7 @@ FRAMINGS = ("centre", "detected")
 # and a margin of 0.06 do.
 FRAME = 1.06 / 0.52
 SEARCH_SIDE = 320  # px: a photo with a longer side than this is searched in a smaller copy
-LEAST_FACE = 30  # px in that copy, of the box's longer side: smaller ones are of people in the background, or no faces
+LEAST_FACE = 32  # px in that copy, of the box's longer side: smaller ones are of people in the background, or no faces
 LEAST_INSIDE = 0.8  # share of the box's area that lies in the photo
 
 
