@@ -27,8 +27,9 @@ def find_extra_faces(
     """The usable photos below `root`, sorted by folder and name; a printed line counts the others by their reasons.
 
     Left out are photos that cannot be read, whose crop (`face_crop`, see FaceCrop) is small or shows no face once the
-    photo is framed (`framing`, see framing.find_frames), and copies byte for byte of an earlier one or of a photo of `data_dir`, with a warning of the latter. Each photo is
-    searched for a face, in about 25 ms on a CPU core; under torchrun each process searches its share.
+    photo is framed (`framing`, see framing.find_frames), and copies byte for byte of an earlier one or of a photo of
+    `data_dir`, with a warning of the latter. Each photo is searched for a face, in about 25 ms on a CPU core; under
+    torchrun each process searches its share.
     Raises UserError if `root` is no folder, or if no photo is left.
     """
     if not root.is_dir():
