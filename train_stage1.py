@@ -45,7 +45,7 @@ from datasets import (
     without_kinds,
 )
 from distortions import DISTORTIONS
-from framing import Frames, check_framing, find_frames, sources_of
+from framing import Frames, find_frames, sources_of
 from loading import PhotoLoader
 from losses import ArcMarginProduct
 from models import FaceNet, fingerprint
@@ -117,7 +117,6 @@ COMPILE = False  # True: torch.compile the network; the first steps then take mi
 
 def main() -> None:
     common.take_paths(globals())
-    check_framing(FRAMING)
     device = common.pick_device()
     saved = training.start_run(RUN_DIR, RESUME, globals(), stage=1)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import framing
 from common import UserError
 from datasets import FacePairDataset, scan_persons
@@ -150,3 +151,34 @@ def test_embeddings_of_different_framing_cannot_be_compared():
 @pytest.mark.parametrize("size", [(3, 400), (20, 20)])
 def test_tiny_photos_have_no_face(size):
     assert find_box(Image.new("RGB", size), FaceDetector("cpu", min_face=30)) is None
+
+
+def test_both_stages_frame_every_photo_by_its_box_and_state_it(stages, train, stage1_best, monkeypatch):
+    framed = set()
+
+    def left_half(image, detector):
+        framed.add(image.info["path"])
+        return 0.1, 0.1, 0.3, 0.3
+
+    assert checkpoints.read_checkpoint(stage1_best)["framing"] == "centre"
+    monkeypatch.setattr(framing, "find_box", left_half)
+    stage1, stage2 = stages
+    best = train(stage1, "one", {"FRAMING": "detected"}).best
+    val = {path for person in scan_persons(stage1.DATA_DIR / "val") for path in person.photos}
+    assert best["framing"] == "detected" and val <= framed
+    framed.clear()
+    best = train(stage2, "two", {"STAGE1_CHECKPOINT": stage1.RUN_DIR / "best.pt"}).best
+    clean = {path for person in scan_persons(stage2.DATA_DIR / "train") for path in person.clean}
+    assert best["framing"] == "detected" and val | clean <= framed
+    assert not any("train" in path.parts for path in framed - clean)  # distorted copies take their sources' boxes
+
+
+def test_a_checkpoint_that_states_no_framing_means_the_centre(stage1_best, tmp_path):
+    saved = checkpoints.read_checkpoint(stage1_best)
+    for framing_then, expected in (("detected", "detected"), (None, "centre")):
+        stated = {} if framing_then is None else {"framing": framing_then}
+        torch.save({name: saved[name] for name in saved if name != "framing"} | stated, tmp_path / "a.pt")
+        assert checkpoints.read_checkpoint(tmp_path / "a.pt")["framing"] == expected
+    torch.save(saved | {"framing": "eyes"}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="its framing is 'eyes'"):
+        checkpoints.read_checkpoint(tmp_path / "a.pt")
