@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
 # What every checkpoint states, besides its weights.
 STATED = {"stage": int, "model": dict, "image_size": int, "face_crop": (int, float), "dropout": (int, float)}
-STATED |= {"epoch": int, "selected_on": str, "persons": list, "holdout": list, "pretrained": str}
+STATED |= {"framing": str, "epoch": int, "selected_on": str, "persons": list, "holdout": list, "pretrained": str}
 LIMITS = {"image_size": (76, MAX_SIDE), "face_crop": (1e-3, 1), "dropout": (0, 1 - 1e-9)}  # of its numbers
 REPLACE_SECONDS = 5  # that another program may hold a file which is to be replaced
 GRACE_SECONDS = 8  # that a lock may still be held by the loader workers of a killed process: they look every 5 s
@@ -172,9 +172,11 @@ def read_checkpoint(path: Path) -> dict:
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
         found = reprlib.repr(saved["format"])
         raise UserError(f"{path}: checkpoint format {found}, these scripts read {FORMAT}; train it again")
+    saved.setdefault("framing", "centre")  # which earlier versions do not state
     odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
     if not odd:
         odd = [name for name, (low, high) in LIMITS.items() if not in_range(saved[name], float, low, high)]
+        odd += ["framing"] * (saved["framing"] not in ("centre", "detected"))
         odd += [name for name in ("persons", "holdout") if not all(isinstance(person, str) for person in saved[name])]
     if odd:
         found = reprlib.repr(saved.get(odd[0]))  # shortened: a file can hold a list without end
@@ -267,13 +269,16 @@ def load_model(
     image_size: int,
     face_crop: float,
     device: torch.device | str,
+    framing: str = "centre",
 ) -> tuple[FaceNet, dict]:
     """The model of a checkpoint, or with None the `pretrained` network as it is, and what is known of it.
 
-    The facts hold stage (0: pretrained), image_size, face_crop, pretrained and, of a checkpoint, all else it knows.
+    The facts hold stage (0: pretrained), image_size, face_crop, framing, pretrained and, of a checkpoint, all else it
+    knows.
     """
     if checkpoint is not None:
         return load_facenet(checkpoint, device)
     torch.manual_seed(0)  # for pretrained None: the same random network each time
     model = FaceNet(pretrained, dropout=0).to(device, memory_format=torch.channels_last)
-    return model, {"stage": 0, "pretrained": str(pretrained), "image_size": image_size, "face_crop": face_crop}
+    facts = {"stage": 0, "pretrained": str(pretrained), "image_size": image_size, "face_crop": face_crop}
+    return model, facts | {"framing": framing}

@@ -484,6 +484,7 @@ class FacePairDataset(_SeededDataset):
             anchor, positive, mirrored = self._draw(index, generator)
             photo = load_image(anchor)
             other = self.distort(photo.copy()) if positive is None else load_image(positive)
+            other.info.setdefault("path", anchor)  # a photo distorted on the fly is framed as its anchor
             images = [self.transform(photo), self.transform(other)]
             if mirrored:
                 images = [image.flip(2) for image in images]

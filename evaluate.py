@@ -19,6 +19,7 @@ import metrics
 import report
 from common import UserError, list_names, warn_once
 from datasets import Person, PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
+from framing import check_framing, find_frames
 from gallery import (
     Gallery,
     NoQueries,
@@ -35,7 +36,7 @@ from gallery import (
 )
 from report import Evaluated
 from scores import check_template
-from transforms import Transform, eval_transform
+from transforms import eval_transform
 
 # --- what to evaluate ---
 DATA_DIR = Path("Task_B")  # holds one folder per split
@@ -53,6 +54,7 @@ CHECK_IMAGES = True  # decode every file once first, list the broken ones and go
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
+FRAMING = "centre"  # of the face: at the "centre" of the photo; "detected": MTCNN finds it, see framing.py
 
 # --- speed ---
 # "torch", "fused", "compiled": the same figures, as with "onnxruntime" (pip install onnx onnxruntime) and "openvino"
@@ -113,6 +115,7 @@ def main() -> dict:
 def check_constants() -> None:
     """Raise UserError, before anything slow, for an unknown word or a missing folder."""
     check_template(TEMPLATE)
+    check_framing(FRAMING)
     if isinstance(PROTOCOLS, str) or not PROTOCOLS:
         raise UserError(
             f"PROTOCOLS = {PROTOCOLS!r}: expected a tuple of one or more, such as ('cross',), with its comma"
@@ -146,10 +149,10 @@ class Network:
 
 def load(checkpoint: Path | str | None, device: torch.device) -> Network:
     """The network of a checkpoint, or with None that of PRETRAINED. Raises what load_model raises."""
-    model, facts = checkpoints.load_model(checkpoint, PRETRAINED, IMAGE_SIZE, FACE_CROP, device)
+    model, facts = checkpoints.load_model(checkpoint, PRETRAINED, IMAGE_SIZE, FACE_CROP, device, FRAMING)
     if checkpoint is not None:
         print_choice(checkpoint, facts)
-    facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"])
+    facts["made_by"] = made_by(model, facts["image_size"], facts["face_crop"], facts["framing"])
     return Network(str(checkpoint or PRETRAINED), model, facts)
 
 
@@ -159,8 +162,10 @@ def evaluated(network: Network, persons: list[Person], device: torch.device) -> 
     Raises NoQueries if there is one protocol and it has none.
     """
     facts = network.facts
-    transform = eval_transform(facts["image_size"], facts["face_crop"])
-    photos = int8_photos(transform) if BACKEND == "openvino-int8" else None
+    photos = [photo for person in persons for photo in person.photos]
+    frames = find_frames(facts["framing"], photos, device)
+    transform = eval_transform(facts["image_size"], facts["face_crop"], frames)
+    photos = int8_photos(facts, device) if BACKEND == "openvino-int8" else None
     model = fast.accelerated(network.model, BACKEND, facts["image_size"], device, photos)
     gallery = build_gallery(
         model,
@@ -231,12 +236,14 @@ def queries_by_protocol(gallery: Gallery, distorted: Queries | None) -> dict[str
     return queries
 
 
-def int8_photos(transform: Transform) -> PhotoList:
+def int8_photos(facts: dict, device: torch.device) -> PhotoList:
     """INT8_PHOTOS of the train photos, clean and distorted, drawn by SEED. Raises what scan_persons raises."""
     persons = scan_persons(DATA_DIR / "train", check_images=False)
     paths = [path for person in persons for path in (*person.clean, *person.distorted)]
     drawn = torch.randperm(len(paths), generator=torch.Generator().manual_seed(SEED))[:INT8_PHOTOS]
-    return PhotoList([paths[index] for index in drawn.tolist()], transform)
+    photos = [paths[index] for index in drawn.tolist()]
+    frames = find_frames(facts["framing"], photos, device)
+    return PhotoList(photos, eval_transform(facts["image_size"], facts["face_crop"], frames))
 
 
 def compared(before: Evaluated, after: Evaluated) -> dict[str, dict[str, dict]]:

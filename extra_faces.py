@@ -11,6 +11,7 @@ from common import UserError, list_names, rank_and_world, warn_once
 from datasets import equal_files, find_unreadable
 from faces import FaceDetector
 from folders import NO_TEXT, find_photos, is_text, photos_below, walk
+from framing import find_frames
 from transforms import FaceCrop, load_image
 
 # Distorted copies are pulled to the teacher's embedding of the photo, so the photo has to show its face well. The face
@@ -20,12 +21,15 @@ SEARCH_SIDE, LEAST_FACE = 160, 40  # px: the crop is resized to the first; a sma
 IN_DATA_DIR = "in train/, val/ or test/ too"
 
 
-def find_extra_faces(root: Path, data_dir: Path, face_crop: float, device: torch.device) -> list[Path]:
+def find_extra_faces(
+    root: Path, data_dir: Path, face_crop: float, device: torch.device, framing: str = "centre"
+) -> list[Path]:
     """The usable photos below `root`, sorted by folder and name; a printed line counts the others by their reasons.
 
-    Left out are photos that cannot be read, whose crop (`face_crop`, see FaceCrop) is small or shows no face, and
-    copies byte for byte of an earlier one or of a photo of `data_dir`, with a warning of the latter. Each photo is
-    searched for a face, in about 25 ms on a CPU core; under torchrun each process searches its share.
+    Left out are photos that cannot be read, whose crop (`face_crop`, see FaceCrop) is small or shows no face once the
+    photo is framed (`framing`, see framing.find_frames), and copies byte for byte of an earlier one or of a photo of
+    `data_dir`, with a warning of the latter. Each photo is searched for a face, in about 25 ms on a CPU core; under
+    torchrun each process searches its share.
     Raises UserError if `root` is no folder, or if no photo is left.
     """
     if not root.is_dir():
@@ -33,7 +37,7 @@ def find_extra_faces(root: Path, data_dir: Path, face_crop: float, device: torch
     photos = photos_below(root)
     left_out = {path: NO_TEXT for path in photos if not is_text(str(path))}
     left_out |= _copies([path for path in photos if path not in left_out], data_dir)
-    left_out |= _unusable([path for path in photos if path not in left_out], face_crop, device)
+    left_out |= _unusable([path for path in photos if path not in left_out], face_crop, device, framing)
     used = [path for path in photos if path not in left_out]
     counts = Counter(left_out.values()).most_common()
     listed = ", ".join(f"{count} {reason}" for reason, count in counts)
@@ -62,15 +66,16 @@ def _copies(photos: list[Path], data_dir: Path) -> dict[Path, str]:
     return copies
 
 
-def _unusable(photos: list[Path], face_crop: float, device: torch.device) -> dict[Path, str]:
+def _unusable(photos: list[Path], face_crop: float, device: torch.device, framing: str) -> dict[Path, str]:
     """The photos that show no face well -> why."""
     crop, detector = FaceCrop(SEARCH_SIDE, face_crop), FaceDetector(device, min_face=LEAST_FACE)
+    frames = find_frames(framing, photos, device)
     rank, world = rank_and_world()
     mine = photos[rank::world]
     found = dict.fromkeys(find_unreadable(mine), "unreadable")
     readable = [path for path in mine if path not in found]
     for path in tqdm(readable, desc="extra faces", unit="photo", leave=False, disable=rank > 0 or len(readable) < 3):
-        image = load_image(path)
+        image = load_image(path) if frames is None else frames(load_image(path))
         if min(image.size) * face_crop < LEAST_SIDE:
             found[path] = f"with a crop of less than {LEAST_SIDE} pixels"
         elif not detector.find(crop(image)):

@@ -465,6 +465,8 @@ def evaluate(
     return details["top1"][gallery.template], details
 
 
-def made_by(model: nn.Module, image_size: int, face_crop: float) -> dict:
-    """What embeddings must share to be compared, for Gallery.made_by."""
-    return {"fingerprint": fingerprint(model), "image_size": image_size, "face_crop": face_crop}
+def made_by(model: nn.Module, image_size: int, face_crop: float, framing: str = "centre") -> dict:
+    """What embeddings must share to be compared, for Gallery.made_by. framing: stated where it is not "centre", so that
+    galleries of earlier versions can still be read."""
+    facts = {"fingerprint": fingerprint(model), "image_size": image_size, "face_crop": face_crop}
+    return facts if framing == "centre" else facts | {"framing": framing}

@@ -28,9 +28,10 @@ from datasets import Person, scan_persons
 from embedding import embed
 from faces import FaceDetector, Reading, read_faces
 from folders import photos_below
+from framing import check_framing, find_frames
 from gallery import Gallery, embed_split, made_by
 from scores import check_template
-from transforms import FaceCrop, eval_transform
+from transforms import FaceCrop, Transform, eval_transform
 
 # --- the photos to identify ---
 PHOTOS = [Path("photos")]  # photos, and folders with photos at any depth; []: only update the gallery
@@ -55,6 +56,7 @@ CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None:
 PRETRAINED = "vggface2"  # only for None: "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # only for None: pixels, 76..160
 FACE_CROP = 0.52  # only for None: centre share of the shorter side that is kept, 0.3..1
+FRAMING = "centre"  # only for None: of the face, at the "centre" of the photo; "detected": found, see framing.py
 
 # --- loose photos ---
 FIND_FACES = False  # True: cut out the faces of PHOTOS, ENROLL and CALIBRATE_ON first, instead of FACE_CROP
@@ -109,6 +111,7 @@ def main() -> list[Answer]:
 def check_constants() -> None:
     """Raise UserError, before anything slow, for a missing file or folder, or a value out of range."""
     check_template(TEMPLATE)
+    check_framing(FRAMING)
     enrolment.check_false_accept(FALSE_ACCEPT)
     ranges = {
         "TOP": (TOP, int, 1, 10**6),
@@ -176,15 +179,27 @@ class FaceReader:
 
     def __init__(self, device: torch.device):
         self.model, facts = checkpoints.load_model(
-            CHECKPOINT, pretrained=PRETRAINED, image_size=IMAGE_SIZE, face_crop=FACE_CROP, device=device
+            CHECKPOINT,
+            pretrained=PRETRAINED,
+            image_size=IMAGE_SIZE,
+            face_crop=FACE_CROP,
+            device=device,
+            framing=FRAMING,
         )
         size, fraction = facts["image_size"], facts["face_crop"]
         self.device, self.detector = device, None
         if FIND_FACES:
             torch.backends.cudnn.benchmark = False  # the photos that the detector sees differ in shape
             self.detector, fraction = FaceDetector(device, min_face=MIN_FACE, min_probability=MIN_PROBABILITY), 1.0
-        self.crop, self.transform = FaceCrop(size, fraction), eval_transform(size, fraction)
-        self.made_by = made_by(self.model, size, fraction) | {"find_faces": MARGIN if FIND_FACES else None}
+        # FIND_FACES frames the faces itself.
+        self.framing = "centre" if FIND_FACES else facts["framing"]
+        self.crop = FaceCrop(size, fraction)
+        self.made_by = made_by(self.model, size, fraction, self.framing)
+        self.made_by["find_faces"] = MARGIN if FIND_FACES else None
+
+    def transform(self, photos: Sequence[Path]) -> Transform:
+        """From one of `photos` to what the network sees, framed as in training."""
+        return eval_transform(self.crop.size, self.crop.fraction, find_frames(self.framing, photos, self.device))
 
     def read(self, photos: Sequence[Path], folder: Path, most: int | None = None) -> list[Reading]:
         """See faces.read_faces."""
@@ -203,7 +218,7 @@ class FaceReader:
             found = embed(
                 self.model,
                 files,
-                self.transform,
+                self.transform(files),
                 self.device,
                 batch_size=BATCH_SIZE,
                 num_workers=NUM_WORKERS if len(files) > BATCH_SIZE else 0,
@@ -268,10 +283,11 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
         )
     checkpoints.check_writable("GALLERY", GALLERY, folder=False)
     with tempfile.TemporaryDirectory() as folder:
+        persons = cut_faces(persons, Path(folder), reader) if FIND_FACES else persons
         others, queries = embed_split(
             reader.model,
-            cut_faces(persons, Path(folder), reader) if FIND_FACES else persons,
-            reader.transform,
+            persons,
+            reader.transform([photo for person in persons for photo in person.photos]),
             reader.device,
             template=TEMPLATE,
             batch_size=BATCH_SIZE,

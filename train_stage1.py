@@ -45,6 +45,7 @@ from datasets import (
     without_kinds,
 )
 from degradations import RandomDegradation, families_without
+from framing import Frames, find_frames, sources_of
 from loading import PhotoLoader
 from losses import ArcMarginProduct
 from models import FaceNet, fingerprint
@@ -72,6 +73,7 @@ PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or
 IMAGE_SIZE = 160  # pixels, 76..160; the pretrained networks saw 160
 FREEZE_UNTIL = None  # freeze the blocks up to and including this one, such as "mixed_6a" (see models.BLOCKS)
 FACE_CROP = 0.52  # side of the centre square that is kept, over the shorter side, 0.3..1; 1: photos are face crops
+FRAMING = "centre"  # of the face: at the "centre" of the photo; "detected": MTCNN finds it, see framing.py
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
 
 # --- what is trained on ---
@@ -126,11 +128,14 @@ def main() -> None:
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     trained_on = without_kinds(train_persons, SKIP_KINDS)
-    train_set = FaceClassificationDataset(trained_on, augmentation(), seed=SEED)
+    seen = [photo for person in trained_on for photo in person.photos]
+    frames = find_frames(FRAMING, seen, device, sources_of(trained_on))
+    train_set = FaceClassificationDataset(trained_on, augmentation(frames), seed=SEED)
     check_data(train_set, train_persons, val_persons)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
-    transform = eval_transform(IMAGE_SIZE, FACE_CROP)
+    val_photos = [photo for person in val_persons for photo in person.photos]
+    transform = eval_transform(IMAGE_SIZE, FACE_CROP, find_frames(FRAMING, val_photos, device))
     clean_val = clean_val_loader(val_persons, train_set, transform, device)
 
     # Model, head and optimizer.
@@ -188,7 +193,9 @@ def main() -> None:
     else:
         print(f"train: {len(train_set.persons)} persons, {len(train_set)} photos, {len(loader)} steps per epoch")
         if CENTRES_FROM_MEANS:
-            means, labels = gallery.person_means(model, trained_on, transform, device, num_workers=NUM_WORKERS)
+            means, labels = gallery.person_means(
+                model, trained_on, eval_transform(IMAGE_SIZE, FACE_CROP, frames), device, num_workers=NUM_WORKERS
+            )
             head.start_at(means, labels)
     if not run.history:
         run.finish_epoch(validate)
@@ -198,7 +205,7 @@ def main() -> None:
     run.report_best()
 
 
-def augmentation() -> Transform:
+def augmentation(frames: Frames | None = None) -> Transform:
     """From a training photo to a tensor: distortion, crop, a mirror image every second time, standardization."""
     distort = RandomDegradation(
         families=families_without(WITHOUT_FAMILIES),
@@ -206,7 +213,7 @@ def augmentation() -> Transform:
         most=DISTORT_MOST,
         side=round(IMAGE_SIZE / FACE_CROP),
     )
-    return train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort)
+    return train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort, frames=frames)
 
 
 def load_network(saved: dict | None) -> tuple[FaceNet, str]:
@@ -241,6 +248,7 @@ def checkpoint_facts(
         "seed": SEED,
         "image_size": IMAGE_SIZE,
         "face_crop": FACE_CROP,
+        "framing": FRAMING,
         "dropout": DROPOUT,
         "pretrained": str(PRETRAINED),
         "pretrained_weights": pretrained_weights,

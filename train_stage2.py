@@ -51,6 +51,7 @@ from datasets import (
 from degradations import RandomDegradation, families_without
 from embedding import embed
 from extra_faces import find_extra_faces
+from framing import find_frames, sources_of
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
@@ -135,7 +136,7 @@ def main() -> None:
 
     # Model: the network of stage 1, its teacher, and what else the checkpoint stores.
     model, teacher, stage1 = load_networks(device, saved)
-    holdout, face_transform = stage1["holdout"], eval_transform(stage1["image_size"], stage1["face_crop"])
+    holdout, framing = stage1["holdout"], stage1.get("framing", "centre")  # earlier runs do not state it
     image_size, crop = (frame_size(stage1), 1.0) if WIDE_WEIGHT else (stage1["image_size"], stage1["face_crop"])
 
     # Data: pairs of a clean photo and its distorted copy, of the persons that stage 1 trained on.
@@ -144,9 +145,11 @@ def main() -> None:
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     check_data(train_persons, val_persons)
-    extra = [] if EXTRA_FACES is None else find_extra_faces(EXTRA_FACES, DATA_DIR, stage1["face_crop"], device)
+    extra = [] if EXTRA_FACES is None else find_extra_faces(EXTRA_FACES, DATA_DIR, stage1["face_crop"], device, framing)
+    seen = [*(photo for person in train_persons for photo in person.photos), *extra]
+    frames = find_frames(framing, seen, device, sources_of(train_persons))
     # The dataset mirrors both photos of a pair together, so the transform must not.
-    augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False)
+    augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False, frames=frames)
     train_set = pair_dataset(train_persons, extra, augment, side=frame_size(stage1))
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
@@ -184,10 +187,11 @@ def main() -> None:
         wrapped=(ddp_model,),
     )
 
+    val_photos = [photo for person in val_persons for photo in person.photos]
     validate = functools.partial(
         validation.validate,
         root=val_persons,
-        transform=eval_transform(image_size, crop),
+        transform=eval_transform(image_size, crop, find_frames(framing, val_photos, device)),
         device=device,
         template=TEMPLATE,
         quick=QUICK_VALIDATION,
@@ -202,6 +206,7 @@ def main() -> None:
 
     # The bank: the clean photos as the teacher sees them, without augmentation.
     paths = [path for path, _ in train_set.anchors]
+    face_transform = eval_transform(stage1["image_size"], stage1["face_crop"], frames)
     bank = embed(teacher, paths, face_transform, device, num_workers=NUM_WORKERS).embeddings
     del teacher
     bank = bank.clone().to(device)  # autograd refuses inference tensors
@@ -232,7 +237,7 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
         if stage1["stage"] != 1:
             found = stage1["stage"]
             raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {found}, expected one of stage 1")
-        stage1 = {name: stage1[name] for name in ("image_size", "face_crop", "pretrained", "holdout")}
+        stage1 = {name: stage1[name] for name in ("image_size", "face_crop", "framing", "pretrained", "holdout")}
     if TEACHER is None:
         teacher = copy.deepcopy(model)
     else:
@@ -293,6 +298,7 @@ def checkpoint_facts(
         "seed": SEED,
         "image_size": image_size,
         "face_crop": face_crop,
+        "framing": stage1.get("framing", "centre"),
         "crops": crops and asdict(crops),
         "dropout": DROPOUT,
         "mirror": MIRROR,

@@ -29,6 +29,7 @@ FORMATS = {
 HEIF = (".heic", ".heif", ".hif")  # photos of iPhones, where pillow-heif is installed
 MOST_PIXELS = 10**8  # decoded at once by the threads of a process; a larger photo is decoded alone. 400 MB in RGB
 Transform = Callable[[Image.Image], Tensor]
+Frame = Callable[[Image.Image], Image.Image]
 # fixed_image_standardization of facenet: (x - 127.5) / 128 on 0..255, here on 0..1.
 _TO_TENSOR = (
     v2.PILToTensor(),
@@ -95,7 +96,7 @@ def _decoded(path: Path, quick: bool) -> Iterator[Image.Image]:
 
 
 def load_image(path: Path) -> Image.Image:
-    """`path` as RGB, turned upright by its EXIF orientation; transparency becomes white.
+    """`path` as RGB, turned upright by its EXIF orientation; transparency becomes white. `.info["path"]` is `path`.
 
     Raises UserError with the path if the file cannot be read to its end.
     """
@@ -105,7 +106,9 @@ def load_image(path: Path) -> Image.Image:
             with _decoded(path, quick=False) as image:
                 with contextlib.suppress(Exception):  # a broken EXIF block is no reason to lose the photo
                     ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+                rgb = _to_rgb(image)
+                rgb.info["path"] = path
+                return rgb
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file; if it was there when the folder was read, put it back, or start again without it"
@@ -152,6 +155,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return flat
 
 
+def cut_square(image: Image.Image, x: float, y: float, side: float) -> Image.Image:
+    """The square of `side` pixels around (x, y), in whole pixels; beyond its edges `image` is mirrored."""
+    side = max(1, round(side))
+    left, top = round(x - side / 2), round(y - side / 2)
+    if left >= 0 and top >= 0 and left + side <= image.width and top + side <= image.height:
+        return image.crop((left, top, left + side, top + side))
+    columns, rows = _mirrored(left, side, image.width), _mirrored(top, side, image.height)
+    return Image.fromarray(np.asarray(image)[rows[:, None], columns])
+
+
+def _mirrored(first: int, count: int, length: int) -> np.ndarray:
+    """Places `first`, `first` + 1, ... of a line of `length` pixels that goes on as its mirror image on both sides."""
+    places = np.arange(first, first + count) % (2 * length)
+    return np.minimum(places, 2 * length - 1 - places)
+
+
 class FaceCrop:
     """Square crop around the centre, resized to `size` x `size`: PIL image -> PIL image.
 
@@ -193,9 +212,25 @@ class FaceCrop:
         return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
 
 
-def eval_transform(image_size: int, face_crop: float) -> Transform:
-    """PIL RGB image -> (3, image_size, image_size) float32 in about -1..1: centre crop, resize, standardization."""
-    return v2.Compose([FaceCrop(image_size, face_crop), *_TO_TENSOR])
+def eval_transform(image_size: int, face_crop: float, frames: Frame | None = None) -> Transform:
+    """PIL RGB image -> (3, image_size, image_size) float32 in about -1..1: centre crop, resize, standardization.
+
+    frames: applied first, see framing.Frames; None: the photo as it is.
+    """
+    first = [frames] if frames else []
+    return v2.Compose([*first, FaceCrop(image_size, face_crop), *_TO_TENSOR])
+
+
+class _KeepPath:
+    """`distort`, with the path of the photo that goes in."""
+
+    def __init__(self, distort: Frame):
+        self.distort = distort
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        distorted = self.distort(image)
+        distorted.info["path"] = image.info.get("path")
+        return distorted
 
 
 def train_transform(
@@ -203,14 +238,17 @@ def train_transform(
     face_crop: float,
     zoom: float,
     shift: float,
-    distort: Callable[[Image.Image], Image.Image] | None = None,
+    distort: Frame | None = None,
     mirror: bool = True,
+    frames: Frame | None = None,
 ) -> Transform:
     """`eval_transform` with random jitter of the crop (see FaceCrop).
 
     mirror: mirror each image with probability 0.5. distort: applied to the whole photo, such as a RandomDegradation.
+    frames: as in `eval_transform`, applied after `distort`.
     """
-    before = [distort] if distort else []
+    before = [_KeepPath(distort)] if distort else []
+    before += [frames] if frames else []
     after = [v2.RandomHorizontalFlip()] if mirror else []
     crop = FaceCrop(image_size, face_crop, zoom=zoom, shift=shift)
     return v2.Compose([*before, crop, *after, *_TO_TENSOR])

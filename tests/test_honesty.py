@@ -63,7 +63,8 @@ def evaluated(tmp_path, monkeypatch):
         monkeypatch.setattr(evaluate, constant, value)
 
     def evaluate_(network: nn.Module) -> dict:
-        facts = {"stage": None, "image_size": 76, "face_crop": 1.0, "persons": [], "holdout": [], "selected_on": None}
+        facts = {"stage": None, "image_size": 76, "face_crop": 1.0, "framing": "centre"}
+        facts |= {"persons": [], "holdout": [], "selected_on": None}
         monkeypatch.setattr(evaluate.checkpoints, "load_model", lambda *_: (network.eval(), dict(facts)))
         evaluate.main()
         return json.loads(next((tmp_path / "results").glob("*/figures.json")).read_text())["protocols"]

@@ -149,8 +149,9 @@ def test_persons_get_their_names_a_stranger_is_unknown_and_the_table_says_so(her
 def test_the_threshold_is_calibrated_on_the_split_and_kept_in_the_gallery(here):
     answers = identify.main()
     reader = identify.FaceReader(torch.device("cpu"))
-    others = build_gallery(reader.model, "val", reader.transform, "cpu", template="mean")
-    queries = embed_queries(reader.model, others, "val", reader.transform, "cpu")
+    transform = reader.transform([])
+    others = build_gallery(reader.model, "val", transform, "cpu", template="mean")
+    queries = embed_queries(reader.model, others, "val", transform, "cpu")
     expected = calibrate(others, queries, far=0.5, source="val", refuse=0.01)
     assert kept().threshold == expected and {answer.threshold for answer in answers} == {expected["cosine"]}
     assert (expected["strangers"], expected["persons"], expected["source"]) == (24, 3, "val")

@@ -174,7 +174,14 @@ def test_a_misspelt_name_or_path_is_refused_with_the_choices(name):
 
 
 def test_stage_2_calls_a_missing_teacher_by_its_own_constant(monkeypatch):
-    stage1 = {"stage": 1, "image_size": 160, "face_crop": 0.52, "pretrained": "None", "holdout": []}
+    stage1 = {
+        "stage": 1,
+        "image_size": 160,
+        "face_crop": 0.52,
+        "framing": "centre",
+        "pretrained": "None",
+        "holdout": [],
+    }
     monkeypatch.setattr(train_stage2.checkpoints, "load_facenet", lambda *_, **__: (None, stage1))
     monkeypatch.setattr(train_stage2, "TEACHER", "nobody.pt")
     with pytest.raises(UserError, match=r"^TEACHER = 'nobody\.pt': no such file"):

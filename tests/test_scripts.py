@@ -247,10 +247,11 @@ def test_evaluate_in_eight_bits_is_fitted_to_train_photos_and_nearly_the_same(tr
     found = evaluate.main()["embeddings"]
     cosine = torch.nn.functional.cosine_similarity(found, embeddings)
     assert cosine.min() > 0.8 and not torch.allclose(found, embeddings, atol=1e-5)
-    photos = evaluate.int8_photos(str)
+    facts = {"image_size": 76, "face_crop": 1.0, "framing": "centre"}
+    photos = evaluate.int8_photos(facts, torch.device("cpu"))
     assert len(photos) == 21 and all("train" in path.parts for path in photos.paths)  # 7 clean, 14 distorted
     monkeypatch.setattr(evaluate, "INT8_PHOTOS", 5)
-    assert evaluate.int8_photos(str).paths == photos.paths[:5]
+    assert evaluate.int8_photos(facts, torch.device("cpu")).paths == photos.paths[:5]
 
 
 def test_evaluate_reports_the_wrong_answers_left_when_bad_photos_are_refused(trained, monkeypatch, task_b, capsys):

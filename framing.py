@@ -1,0 +1,122 @@
+"""How the face is framed: by the centre of the photo, or by the face that MTCNN finds in it.
+
+With "detected", each photo is first cut as LFW's photos are: a square around the face, FRAME times as wide as its box.
+All that follows is the same as for a photo that comes so framed: FACE_CROP of the square is the face, and the square
+is the whole frame of stage 2.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from common import UserError, rank_and_world
+from datasets import Person
+from faces import Box, FaceDetector, choose
+from folders import source_photos
+from transforms import cut_square, load_image
+
+FRAMINGS = ("centre", "detected")
+# Side of the square over the longer side of the face's box. Of LFW's photos, FACE_CROP = 0.52 keeps what MTCNN's box
+# and a margin of 0.06 do.
+FRAME = 1.06 / 0.52
+SEARCH_SIDE = 320  # px: a photo with a longer side than this is searched in a smaller copy
+LEAST_FACE = 32  # px in that copy, of the box's longer side: smaller ones are of people in the background, or no faces
+LEAST_INSIDE = 0.8  # share of the box's area that lies in the photo
+
+
+class Frames:
+    """Cuts a photo that `load_image` read to the square around its face: PIL image -> PIL image.
+
+    boxes: path -> left, top, right, bottom as shares of the photo's width and height, so that a shrunk copy has the
+    same; None leaves the photo as it is. Beyond the photo's edges it is continued by its mirror image.
+    """
+
+    def __init__(self, boxes: Mapping[Path, Box | None]):
+        self.boxes = dict(boxes)
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        box = self.boxes[image.info["path"]]
+        if box is None:
+            return image
+        left, top, right, bottom = (share * side for share, side in zip(box, image.size * 2, strict=True))
+        side = FRAME * max(right - left, bottom - top)
+        return cut_square(image, (left + right) / 2, (top + bottom) / 2, side)
+
+
+def check_framing(framing: str) -> None:
+    """Raises UserError for a word that is not one of FRAMINGS."""
+    if framing not in FRAMINGS:
+        raise UserError(f"FRAMING = {framing!r}: expected one of {', '.join(map(repr, FRAMINGS))}")
+
+
+def find_frames(
+    framing: str, photos: Sequence[Path], device: torch.device, sources: Mapping[Path, Path] | None = None
+) -> Frames | None:
+    """Where the faces of `photos` are; None with the framing "centre". A printed line counts photos without a face.
+
+    sources: distorted copy -> clean photo, whose box it takes, as a distortion may hide the face. For training alone.
+    Under torchrun each process searches its share of the photos. Raises UserError for another framing.
+    """
+    check_framing(framing)
+    if framing == "centre" or not photos:
+        return None
+    sources = sources or {}
+    searched = sorted({sources.get(path, path) for path in photos})
+    found = _find_boxes(searched, device)
+    none = sum(box is None for box in found.values())
+    if rank_and_world()[0] == 0:
+        print(f"faces: searched for in {len(found)} photos; {none} without a plausible one are cropped at the centre")
+    return Frames({path: found[sources.get(path, path)] for path in photos})
+
+
+def sources_of(persons: Sequence[Person]) -> dict[Path, Path]:
+    """Distorted photo -> the clean one that it was made from, where that is known."""
+    pairs = [
+        pair
+        for person in persons
+        for pair in zip(person.distorted, source_photos(person.distorted, person.clean), strict=True)
+    ]
+    return {copy: source for copy, source in pairs if source is not None}
+
+
+def _find_boxes(photos: Sequence[Path], device: torch.device) -> dict[Path, Box | None]:
+    rank, world = rank_and_world()
+    detector, mine, found = FaceDetector(device, min_face=LEAST_FACE), photos[rank::world], {}
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # photos differ in shape
+    for path in tqdm(mine, desc="finding faces", unit="photo", leave=False, disable=rank > 0 or len(mine) < 3):
+        try:
+            found[path] = find_box(load_image(path), detector)
+        except UserError:  # whoever uses the photo will report it
+            found[path] = None
+    torch.backends.cudnn.benchmark = benchmark
+    if world > 1:
+        parts: list = [None] * world
+        dist.all_gather_object(parts, found)
+        found = {path: box for part in parts for path, box in part.items()}
+    return found
+
+
+def find_box(image: Image.Image, detector: FaceDetector) -> Box | None:
+    """The plausible face nearest to the middle of an upright RGB photo, as shares of its width and height.
+
+    Plausible: not small (LEAST_FACE), and most of it in the photo (LEAST_INSIDE). None: there is none.
+    """
+    small = image.copy()
+    small.thumbnail((SEARCH_SIDE, SEARCH_SIDE), Image.Resampling.BILINEAR)
+    width, height = small.size
+
+    def plausible(box: Box) -> bool:
+        left, top, right, bottom = box
+        inside = (min(right, width) - max(left, 0)) * (min(bottom, height) - max(top, 0))
+        large = max(right - left, bottom - top) >= LEAST_FACE
+        return large and inside >= LEAST_INSIDE * (right - left) * (bottom - top)
+
+    face = choose([face for face in detector.find(small) if plausible(face.box)], small.size, "central")
+    if face is None:
+        return None
+    left, top, right, bottom = face.box
+    return left / width, top / height, right / width, bottom / height

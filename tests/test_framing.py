@@ -1,0 +1,184 @@
+"""Where faces are framed: the square that is cut, who takes which box, and what a checkpoint states."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoints
+import framing
+from common import UserError
+from datasets import FacePairDataset, scan_persons
+from faces import Face, FaceDetector
+from framing import FRAME, Frames, find_box, find_frames, sources_of
+from gallery import made_by
+from tools import sample_faces
+from transforms import cut_square, eval_transform, load_image, train_transform
+
+CPU = torch.device("cpu")
+
+
+class Found:
+    """A detector that always finds these boxes, in pixels."""
+
+    def __init__(self, *boxes):
+        self.boxes = boxes
+
+    def find(self, image):
+        return [Face(box, 0.99) for box in self.boxes]
+
+
+def numbered(width: int, height: int) -> Image.Image:
+    """Red counts columns, green counts rows."""
+    rows, columns = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([columns, rows, 0 * rows], 2).astype(np.uint8))
+
+
+@pytest.mark.parametrize("side, columns", [(4, [3, 4, 5, 6]), (12, [0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9])])
+def test_a_square_is_mirrored_beyond_the_edges(side, columns):
+    cut = np.asarray(cut_square(numbered(10, 30), 5, 15, side))
+    assert cut.shape == (side, side, 3) and cut[0, :, 0].tolist() == columns
+
+
+def test_a_square_far_outside_is_still_cut():
+    assert cut_square(numbered(10, 10), -40, 90, 35).size == (35, 35)
+
+
+def test_the_face_is_in_the_middle_of_its_square_at_any_size(tmp_path):
+    numbered(200, 100).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png")
+    frames = Frames({tmp_path / "a.png": (0.5, 0.4, 0.6, 0.6)})  # 20 x 20 around (110, 50)
+    square = frames(image)
+    assert square.size == (round(20 * FRAME),) * 2
+    assert square.getpixel((square.width // 2, square.height // 2))[:2] == (110, 50)
+    small = frames(image.resize((100, 50)))
+    assert small.size == (round(10 * FRAME),) * 2
+
+
+def test_a_photo_without_a_box_stays_as_it_is_and_an_unknown_one_is_an_error(tmp_path):
+    numbered(20, 20).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png")
+    assert Frames({tmp_path / "a.png": None})(image) is image
+    with pytest.raises(KeyError):
+        Frames({})(image)
+
+
+PLAUSIBLE, SMALL, OUTSIDE = (100.0, 100.0, 200.0, 200.0), (150.0, 150.0, 170.0, 175.0), (-50.0, 100.0, 50.0, 200.0)
+
+
+@pytest.mark.parametrize(
+    "boxes, expected",
+    [
+        ([PLAUSIBLE], PLAUSIBLE),
+        ([], None),
+        ([SMALL], None),
+        ([OUTSIDE], None),
+        ([SMALL, OUTSIDE, PLAUSIBLE], PLAUSIBLE),
+        ([(0.0, 0.0, 150.0, 150.0), PLAUSIBLE], PLAUSIBLE),  # the one nearer to the middle
+    ],
+)
+def test_the_plausible_face_nearest_to_the_middle_counts(boxes, expected):
+    found = find_box(numbered(320, 320), Found(*boxes))
+    assert found == (None if expected is None else tuple(value / 320 for value in expected))
+
+
+def test_a_moved_face_is_framed_as_if_it_had_not_been(tmp_path):
+    identity = sample_faces.random_identity(np.random.default_rng((0, 1)))
+    drawn = sample_faces.draw_face(identity, np.random.default_rng((0, 1, 1)), 250)
+    photos = {"still": drawn, "moved": cut_square(drawn, 95, 150, 320)}
+    for name, photo in photos.items():
+        photo.save(tmp_path / f"{name}.png")
+    paths = [tmp_path / f"{name}.png" for name in photos]
+    frames, images = find_frames("detected", paths, CPU), [load_image(path) for path in paths]
+
+    def difference(transform) -> float:
+        first, second = map(transform, images)
+        return float((first - second).abs().mean())
+
+    assert difference(eval_transform(160, 0.52, frames)) < 0.5 * difference(eval_transform(160, 0.52))
+
+
+def test_a_distorted_copy_takes_the_box_of_its_source(task_b, monkeypatch, capsys):
+    searched = []
+    monkeypatch.setattr(framing, "find_box", lambda image, detector: searched.append(image.info["path"]))
+    persons = scan_persons(task_b / "train")
+    photos, sources = [photo for person in persons for photo in person.photos], sources_of(persons)
+    assert sources
+    find_frames("detected", photos, CPU, sources)
+    assert sorted(searched) == sorted(set(photos) - sources.keys())
+    count = len(searched)
+    assert f"searched for in {count} photos; {count} without" in capsys.readouterr().out
+    find_frames("detected", photos, CPU)
+    assert sorted(searched[count:]) == sorted(photos)
+
+
+def test_a_photo_distorted_on_the_fly_is_framed_as_its_anchor(task_b):
+    seen = []
+    persons = scan_persons(task_b / "train")
+    boxes = {photo: None for person in persons for photo in person.photos}
+
+    def note(image):
+        seen.append(image.info["path"])
+        return image
+
+    for distort in (lambda image: image, lambda image: Image.fromarray(np.asarray(image))):
+        transform = train_transform(76, 0.5, 0.0, 0.0, mirror=False, frames=lambda image: Frames(boxes)(note(image)))
+        pairs = FacePairDataset(persons, transform, on_the_fly=1.0, distort=distort)
+        pairs[0]
+        assert seen[-2:] == [pairs.anchors[0][0]] * 2
+        train_transform(76, 0.5, 0.0, 0.0, distort, frames=note)(load_image(pairs.anchors[1][0]))
+        assert seen[-1] == pairs.anchors[1][0]
+
+
+def test_centre_finds_nothing_and_another_word_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(framing, "FaceDetector", None)
+    assert find_frames("centre", [tmp_path / "a.jpg"], CPU) is None
+    with pytest.raises(UserError, match="FRAMING = 'eyes': expected one of 'centre', 'detected'"):
+        find_frames("eyes", [], CPU)
+
+
+def test_an_unreadable_photo_has_no_box(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"none")
+    assert find_frames("detected", [tmp_path / "a.jpg"], CPU).boxes == {tmp_path / "a.jpg": None}
+
+
+def test_embeddings_of_different_framing_cannot_be_compared():
+    model = torch.nn.Linear(2, 2)
+    assert made_by(model, 160, 0.52) == made_by(model, 160, 0.52, "centre")
+    assert made_by(model, 160, 0.52, "detected") == made_by(model, 160, 0.52) | {"framing": "detected"}
+
+
+@pytest.mark.parametrize("size", [(3, 400), (20, 20)])
+def test_tiny_photos_have_no_face(size):
+    assert find_box(Image.new("RGB", size), FaceDetector("cpu", min_face=30)) is None
+
+
+def test_both_stages_frame_every_photo_by_its_box_and_state_it(stages, train, stage1_best, monkeypatch):
+    framed = set()
+
+    def left_half(image, detector):
+        framed.add(image.info["path"])
+        return 0.1, 0.1, 0.3, 0.3
+
+    assert checkpoints.read_checkpoint(stage1_best)["framing"] == "centre"
+    monkeypatch.setattr(framing, "find_box", left_half)
+    stage1, stage2 = stages
+    best = train(stage1, "one", {"FRAMING": "detected"}).best
+    val = {path for person in scan_persons(stage1.DATA_DIR / "val") for path in person.photos}
+    assert best["framing"] == "detected" and val <= framed
+    framed.clear()
+    best = train(stage2, "two", {"STAGE1_CHECKPOINT": stage1.RUN_DIR / "best.pt"}).best
+    clean = {path for person in scan_persons(stage2.DATA_DIR / "train") for path in person.clean}
+    assert best["framing"] == "detected" and val | clean <= framed
+    assert not any("train" in path.parts for path in framed - clean)  # distorted copies take their sources' boxes
+
+
+def test_a_checkpoint_that_states_no_framing_means_the_centre(stage1_best, tmp_path):
+    saved = checkpoints.read_checkpoint(stage1_best)
+    for framing_then, expected in (("detected", "detected"), (None, "centre")):
+        stated = {} if framing_then is None else {"framing": framing_then}
+        torch.save({name: saved[name] for name in saved if name != "framing"} | stated, tmp_path / "a.pt")
+        assert checkpoints.read_checkpoint(tmp_path / "a.pt")["framing"] == expected
+    torch.save(saved | {"framing": "eyes"}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="its framing is 'eyes'"):
+        checkpoints.read_checkpoint(tmp_path / "a.pt")
