@@ -63,7 +63,7 @@ def counted(count: int, noun: str) -> str:
 
 def printable(text: str) -> str:
     """`text` as stdout shows it, so that columns are as wide as they are counted."""
-    return safe_text(text, encoding=sys.stdout.encoding or "utf-8")
+    return safe_text(text, encoding=getattr(sys.stdout, "encoding", None) or "utf-8")  # None: no console
 
 
 def width(text: str) -> int:

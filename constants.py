@@ -28,15 +28,17 @@ DOES_NOT_MATTER = (
     *("DATA_DIR", "EXTRA_FACES", "PRETRAINED", "TEACHER", "STAGE1_CHECKPOINT", "RUN_DIR"),
     *("RESUME", "SAVE_EVERY", "CHECK_IMAGES", "NUM_WORKERS", "COMPILE"),
 )
-PLAIN = (bool, int, float, str, Path, tuple, type(None))  # a constant's value; not torch.nn.functional as F
+PLAIN = (bool, int, float, str, Path, tuple, list, set, type(None))  # a constant's value; not torch.nn.functional as F
 
 
 def plain_constants(script: dict) -> dict:
     """The CAPITALS of a script's globals(), in types that JSON has."""
 
     def plain(value):
-        if isinstance(value, tuple):
+        if isinstance(value, (tuple, list)):
             return [plain(part) for part in value]
+        if isinstance(value, set):
+            return sorted(map(plain, value))
         return str(value) if isinstance(value, Path) else value
 
     return {name: plain(value) for name, value in script.items() if name.isupper() and isinstance(value, PLAIN)}

@@ -32,10 +32,14 @@ class Journal:
     def _writing(self, name: str) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # the latter: saved by another program, or a name TensorBoard cannot take
             if name not in self._failed:
+                reason = getattr(error, "strerror", None) or first_line(error)
                 log.warning(
-                    f"{self.run_dir / name}: cannot be written ({error.strerror or first_line(error)}); the training "
+                    f"{self.run_dir / name}: cannot be written ({reason}); the training "
                     "goes on and tries again later; close the file if another program has it open"
                 )
             self._failed.add(name)

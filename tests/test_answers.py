@@ -1,6 +1,8 @@
 """The table of answers on a terminal."""
 
-from answers import Answer, table, width
+import sys
+
+from answers import Answer, printable, table, width
 
 
 def test_wide_and_unprintable_names_keep_the_columns_aligned():
@@ -10,3 +12,8 @@ def test_wide_and_unprintable_names_keep_the_columns_aligned():
     assert len({width(line[: line.rindex("0.500")]) for line in lines[1:-1]}) == 1
     assert lines[4].startswith("a\\nb\\udcff.png")
     assert [width(text) for text in ("abc", "李小龍", "e\u0308")] == [3, 6, 1]
+
+
+def test_names_are_printable_without_a_console_too(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert printable("李\x1b") == "李\\x1b"

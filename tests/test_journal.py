@@ -253,6 +253,17 @@ def test_a_log_or_picture_that_cannot_be_written_is_reported_once_and_written_la
     assert found == list(range(9 if name == "tensorboard" else 1, 13))
 
 
+def test_a_table_of_steps_that_another_program_saves_in_its_own_form_ends_no_training(tmp_path):
+    run = small_run(tmp_path, RunSettings(epochs=2))
+
+    def validate(network):
+        (tmp_path / "steps.csv").write_text("update;loss\n1;2;3\n4;5;6;7,8\n", encoding="utf-16")
+        return 0.0, {}
+
+    fit(run, validate=validate)
+    assert len(run.history) == 3  # with epoch 0
+
+
 def test_what_could_not_be_written_to_the_end_is_reported_and_written_by_a_resumed_run(tmp_path, caplog):
     for name in NAMES:
         block(tmp_path / name)

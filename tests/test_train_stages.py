@@ -110,6 +110,13 @@ def test_each_constant_of_both_scripts_is_in_exactly_one_list(stages):
     assert {name for script in stages for name in capitals(script)} == {*lists}
 
 
+def test_a_constant_given_as_a_list_or_a_set_is_stated_like_a_tuple():
+    stated = [
+        plain_constants({"OFTEN": kinds}) for kinds in (("foggy", "sunny"), ["foggy", "sunny"], {"sunny", "foggy"})
+    ]
+    assert stated == [{"OFTEN": ["foggy", "sunny"]}] * 3
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resume_with_other_constants_or_data_is_refused_and_changes_nothing(stages, train, stage):
     script = stages[stage - 1]
