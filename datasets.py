@@ -97,7 +97,7 @@ def scan_persons(root: Path | str, *, check_images: bool = True) -> list[Person]
             distorted=so_far.distorted + tuple(path for path in distorted if is_text(path.name)),
         )
     persons = [found[name] for name in sorted(found)]
-    left_out = find_left_out(root, read={photo for person in persons for photo in person.photos})
+    left_out = find_left_out(root, read=set(photos_of(persons)))
     if left_out:
         warn_once(describe_left_out(root, left_out))
     empty = [person.name for person in persons if not person.photos]
@@ -121,7 +121,7 @@ def scan_persons(root: Path | str, *, check_images: bool = True) -> list[Person]
 
 
 def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
-    bad = find_unreadable([path for person in persons for path in person.photos])
+    bad = find_unreadable(photos_of(persons))
     if not bad:
         return persons
     listed = "\n".join(f"  {path}: {reason}" for path, reason in bad.items())
@@ -159,6 +159,11 @@ def persons_of(root: Split) -> list[Person]:
         return scan_persons(root)
     folder_of(root)  # raises if no person is left
     return list(root)
+
+
+def photos_of(persons: Sequence[Person]) -> list[Path]:
+    """All photos of `persons`, person by person."""
+    return [photo for person in persons for photo in person.photos]
 
 
 def folder_of(persons: Sequence[Person]) -> Path:

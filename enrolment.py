@@ -14,6 +14,7 @@ import metrics
 import search
 from checkpoints import atomic_file
 from common import UserError, plain_name, read_plain, warn_once
+from embedding import rated_rows
 from gallery import Gallery, Queries, score
 from scores import TEMPLATES, TIE, person_scores
 
@@ -144,7 +145,7 @@ def select(gallery: Gallery, rows: Sequence[int], names: Sequence[str]) -> Galle
         labels=torch.tensor([label[names[row]] for row in rows], dtype=torch.int64),
         persons=persons,
         paths=[gallery.paths[row] for row in rows],
-        quality=None if gallery.quality is None else gallery.quality[rows],
+        quality=rated_rows(gallery.quality, rows),
         digests=[gallery.digests[row] for row in rows] if gallery.digests else [],
     )
 

@@ -18,8 +18,8 @@ import fast
 import metrics
 import report
 from common import UserError, list_names, warn_once
-from datasets import Person, PhotoList, scan_persons, warn_duplicate_photos, warn_shared_persons
-from framing import check_framing, find_frames
+from datasets import Person, PhotoList, photos_of, scan_persons, warn_duplicate_photos, warn_shared_persons
+from framing import Frames, check_framing, find_frames
 from gallery import (
     Gallery,
     NoQueries,
@@ -88,7 +88,9 @@ def main() -> dict:
     warn_shared_persons([], persons)
     warn_duplicate_photos(persons)
 
-    after, *others = [evaluated(network, persons, device) for network in networks]
+    framings = sorted({network.facts["framing"] for network in networks})  # faces are searched for once in each
+    frames = {framing: find_frames(framing, photos_of(persons), device) for framing in framings}
+    after, *others = [evaluated(network, persons, frames[network.facts["framing"]], device) for network in networks]
     before = others[0] if others else None
     if before and before.title == after.title:
         before = replace(before, title=f"{before.title}, before")
@@ -156,14 +158,12 @@ def load(checkpoint: Path | str | None, device: torch.device) -> Network:
     return Network(str(checkpoint or PRETRAINED), model, facts)
 
 
-def evaluated(network: Network, persons: list[Person], device: torch.device) -> Evaluated:
+def evaluated(network: Network, persons: list[Person], frames: Frames | None, device: torch.device) -> Evaluated:
     """Embed gallery and queries, retrieve and measure under every protocol that has queries.
 
     Raises NoQueries if there is one protocol and it has none.
     """
     facts = network.facts
-    photos = [photo for person in persons for photo in person.photos]
-    frames = find_frames(facts["framing"], photos, device)
     transform = eval_transform(facts["image_size"], facts["face_crop"], frames)
     photos = int8_photos(facts, device) if BACKEND == "openvino-int8" else None
     model = fast.accelerated(network.model, BACKEND, facts["image_size"], device, photos)
@@ -239,7 +239,7 @@ def queries_by_protocol(gallery: Gallery, distorted: Queries | None) -> dict[str
 def int8_photos(facts: dict, device: torch.device) -> PhotoList:
     """INT8_PHOTOS of the train photos, clean and distorted, drawn by SEED. Raises what scan_persons raises."""
     persons = scan_persons(DATA_DIR / "train", check_images=False)
-    paths = [path for person in persons for path in (*person.clean, *person.distorted)]
+    paths = photos_of(persons)
     drawn = torch.randperm(len(paths), generator=torch.Generator().manual_seed(SEED))[:INT8_PHOTOS]
     photos = [paths[index] for index in drawn.tolist()]
     frames = find_frames(facts["framing"], photos, device)

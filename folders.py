@@ -176,8 +176,3 @@ def source_photos(distorted: Sequence[Path], clean: Sequence[Path]) -> list[Path
         return found[0] if len(found) == 1 else None
 
     return [source(path) for path in distorted]
-
-
-def source_photo(distorted: Path, clean: Sequence[Path]) -> Path | None:
-    """`source_photos` of one photo."""
-    return source_photos([distorted], clean)[0]

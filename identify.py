@@ -24,7 +24,7 @@ import enrolment
 from answers import NAMED, UNKNOWN, UNUSABLE, Answer, annotate, counted, printable, table, write_json_lines
 from changes import Changes, Photo, find_changes
 from common import UserError
-from datasets import Person, scan_persons
+from datasets import Person, photos_of, scan_persons
 from embedding import embed
 from faces import FaceDetector, Reading, read_faces
 from folders import photos_below
@@ -287,7 +287,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
         others, queries = embed_split(
             reader.model,
             persons,
-            reader.transform([photo for person in persons for photo in person.photos]),
+            reader.transform(photos_of(persons)),
             reader.device,
             template=TEMPLATE,
             batch_size=BATCH_SIZE,

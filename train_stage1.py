@@ -38,6 +38,7 @@ from datasets import (
     FaceCleanValDataset,
     Person,
     files_digest,
+    photos_of,
     scan_persons,
     split_holdout,
     split_persons,
@@ -128,14 +129,12 @@ def main() -> None:
     if not holdout:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     trained_on = without_kinds(train_persons, SKIP_KINDS)
-    seen = [photo for person in trained_on for photo in person.photos]
-    frames = find_frames(FRAMING, seen, device, sources_of(trained_on))
+    frames = find_frames(FRAMING, photos_of(trained_on), device, sources_of(trained_on))
     train_set = FaceClassificationDataset(trained_on, augmentation(frames), seed=SEED)
     check_data(train_set, train_persons, val_persons)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
-    val_photos = [photo for person in val_persons for photo in person.photos]
-    transform = eval_transform(IMAGE_SIZE, FACE_CROP, find_frames(FRAMING, val_photos, device))
+    transform = eval_transform(IMAGE_SIZE, FACE_CROP, find_frames(FRAMING, photos_of(val_persons), device))
     clean_val = clean_val_loader(val_persons, train_set, transform, device)
 
     # Model, head and optimizer.

@@ -43,6 +43,7 @@ from datasets import (
     FacePairDataset,
     Person,
     files_digest,
+    photos_of,
     scan_persons,
     split_persons,
     warn_shared_persons,
@@ -146,8 +147,7 @@ def main() -> None:
         val_persons = scan_persons(DATA_DIR / "val", check_images=CHECK_IMAGES)
     check_data(train_persons, val_persons)
     extra = [] if EXTRA_FACES is None else find_extra_faces(EXTRA_FACES, DATA_DIR, stage1["face_crop"], device, framing)
-    seen = [*(photo for person in train_persons for photo in person.photos), *extra]
-    frames = find_frames(framing, seen, device, sources_of(train_persons))
+    frames = find_frames(framing, [*photos_of(train_persons), *extra], device, sources_of(train_persons))
     # The dataset mirrors both photos of a pair together, so the transform must not.
     augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False, frames=frames)
     train_set = pair_dataset(train_persons, extra, augment, side=frame_size(stage1))
@@ -187,11 +187,10 @@ def main() -> None:
         wrapped=(ddp_model,),
     )
 
-    val_photos = [photo for person in val_persons for photo in person.photos]
     validate = functools.partial(
         validation.validate,
         root=val_persons,
-        transform=eval_transform(image_size, crop, find_frames(framing, val_photos, device)),
+        transform=eval_transform(image_size, crop, find_frames(framing, photos_of(val_persons), device)),
         device=device,
         template=TEMPLATE,
         quick=QUICK_VALIDATION,

@@ -20,7 +20,7 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
-from folders import photos_below, source_photo, source_photos, walk
+from folders import photos_below, source_photos, walk
 
 TYPED, OF_A_MAC = "Jos\u00e9", "Jose\u0301"  # é as one letter, and as e with an accent
 NO_UTF8 = os.fsdecode(b"Jos\xe9")  # out of a Latin-1 zip
@@ -41,7 +41,7 @@ def test_the_source_of_a_distorted_photo_is_the_clean_photo_it_is_named_after():
         **dict.fromkeys(("a_100_blurred.jpg", "a.jpg", "bb_foggy.jpg")),  # None
     }
     for photos in (clean, clean[::-1]):
-        found = {name: source_photo(Path("d") / name, photos) for name in sources}
+        found = {name: source_photos([Path("d") / name], photos)[0] for name in sources}
         assert {name: photo and photo.name for name, photo in found.items()} == sources
         assert source_photos([Path("d") / name for name in sources], photos) == list(found.values())
 
@@ -59,7 +59,7 @@ def test_the_source_of_a_distorted_photo_is_the_clean_photo_it_is_named_after():
 )
 def test_of_clean_photos_with_one_stem_the_one_most_like_the_copy_is_its_source(clean, copy, source):
     for names in (clean, clean[::-1]):
-        found = source_photo(Path("d") / copy, [Path("c") / name for name in names])
+        (found,) = source_photos([Path("d") / copy], [Path("c") / name for name in names])
         assert (found and found.name) == source
 
 

@@ -8,7 +8,7 @@ from conftest import files_in, made_with_seeds, write_photo
 from common import UserError
 from datasets import distortion_kind, scan_persons
 from distortions import DISTORTIONS
-from folders import source_photo
+from folders import source_photos
 from tools import task_b_from_lfw
 
 LIST = """# a comment
@@ -78,7 +78,7 @@ def test_the_scanner_reads_every_tree_and_finds_the_sources_of_facecom_alone(scr
         for person in persons:
             for path in person.distorted:
                 stem, kind = path.stem.rsplit("_", 1)
-                source = source_photo(path, person.clean)
+                (source,) = source_photos([path], person.clean)
                 assert source == (person.clean[0].with_name(f"{stem}.jpg") if has_source else None)
                 assert distortion_kind(path) == kind
                 assert kind == "clean" if tree == "clean" else kind in DISTORTIONS

@@ -8,7 +8,7 @@ from PIL import Image
 from common import UserError
 from datasets import scan_persons
 from distortions import UNSEEN
-from folders import source_photo
+from folders import source_photos
 from tools import unseen_kinds
 
 
@@ -33,7 +33,8 @@ def test_each_clean_photo_is_a_query_once_in_every_kind_that_training_has_not_se
         queries = sorted(path.stem for path in person.distorted)
         assert queries == sorted(f"{photo.stem}_{kind}" for photo in person.clean for kind in UNSEEN)
         for path in person.distorted:
-            same = (pixels(path) == pixels(source_photo(path, person.clean))).all()
+            (source,) = source_photos([path], person.clean)
+            same = (pixels(path) == pixels(source)).all()
             # Squares, and the motion's rounded steps, may be smaller than a pixel of a 40 x 40 photo.
             assert not same or path.stem.endswith(("pixelated", "motionblur"))
     assert f"{3 * len(UNSEEN)} queries" in capsys.readouterr().out
