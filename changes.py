@@ -99,6 +99,20 @@ def _found_photos(persons: Sequence[Person]) -> list[Photo]:
         ]
 
 
+def content_of(persons: Sequence[Person]) -> str:
+    """Identifies the photos of persons by their bytes, names and persons, wherever they lie: a SHA-256."""
+    places = [
+        (f"{person.name}/{part}/{path.name}", path)
+        for person in persons
+        for part, paths in (("clean", person.clean), ("distorted", person.distorted))
+        for path in paths
+    ]
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_digest, [path for _, path in places])
+        lines = [f"{digest} {plain_name(place)}" for (place, _), digest in zip(places, digests, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def _digest(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()

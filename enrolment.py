@@ -159,6 +159,20 @@ def check_false_accept(far: object) -> None:
         raise UserError(f"FALSE_ACCEPT = {far!r}: expected a share of strangers, above 0 and below 1, such as 0.01")
 
 
+def check_calibration(persons: int, queries: int, *, far: float, source: str) -> None:
+    """Raise, before anything is embedded too, what `calibrate` raises for so many persons with clean photos and usable
+    queries."""
+    check_false_accept(far)
+    if persons < 2:
+        raise UserError(f"{source}: a threshold needs two persons with clean photos or more, found {persons}")
+    if queries * far < metrics.MIN_ERRORS:
+        raise UserError(
+            f"FALSE_ACCEPT = {far:g}: {source} has {queries} usable queries, but measuring so low a rate takes "
+            f"{math.ceil(metrics.MIN_ERRORS / far)}; add distorted photos, or set at least "
+            f"{metrics.MIN_ERRORS / max(queries, 1):.2g}"
+        )
+
+
 def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refuse: float | None = None) -> dict:
     """The threshold for Gallery.threshold: the lowest cosine at which at most a share `far` of strangers gets a name.
 
@@ -172,9 +186,7 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
     Raises UserError if `far` or `refuse` is not a share, the gallery holds one person only, or there are too few
     queries to expect metrics.MIN_ERRORS false accepts.
     """
-    check_false_accept(far)
-    if len(gallery.persons) < 2:
-        raise UserError(f"{source}: a threshold needs two persons with clean photos or more, found one")
+    check_calibration(len(gallery.persons), len(queries.paths), far=far, source=source)
     if refuse is not None and not 0 <= refuse < 1:
         raise UserError(f"REFUSE = {refuse!r}: expected a share of clean photos, 0 or more and below 1, such as 0.01")
     total, bound = len(queries.paths), None
@@ -185,12 +197,7 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
             raise UserError(f"{source}: none of its {total} distorted photos is usable (REFUSE = {refuse:g})")
     found = metrics.ranking(score(gallery, queries, [gallery.template])[gallery.template])
     used = len(found.rival)
-    if used * far < metrics.MIN_ERRORS:
-        raise UserError(
-            f"FALSE_ACCEPT = {far:g}: {source} has {used} usable queries, but measuring so low a rate takes "
-            f"{math.ceil(metrics.MIN_ERRORS / far)}; add distorted photos, or set at least "
-            f"{metrics.MIN_ERRORS / used:.2g}"
-        )
+    check_calibration(len(gallery.persons), used, far=far, source=source)
     return {
         # A product of another shape rounds differently: who is refused here must not get a name there.
         "cosine": metrics.threshold_for(found.rival, far) + TIE,
@@ -286,7 +293,9 @@ def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
     if not path.is_file():
         raise UserError(f"{path}: no gallery; enroll photos first, or correct the path")
     way_out = "delete it and enroll the photos again"
-    saved = read_plain(path, "damaged, or not a gallery", way_out)
+    saved = read_plain(path, "damaged, or not a gallery", f"correct GALLERY, or, if it is a gallery, {way_out}")
+    if not isinstance(saved, dict) or not {"format", *FIELDS[:3]} <= saved.keys():
+        raise UserError(f"{path}: not a gallery of these scripts; correct GALLERY")  # the file may be a checkpoint
     fault = _fault(saved)
     if fault:
         raise UserError(f"{path}: {fault}; {way_out}")
@@ -313,14 +322,12 @@ def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
     return gallery
 
 
-def _fault(saved: object) -> str | None:
+def _fault(saved: dict) -> str | None:
     """Why what a file holds is not a gallery; None if it is one."""
-    if not isinstance(saved, dict) or not {"format", "embeddings", "persons"} <= saved.keys():
-        return "not a gallery of these scripts"
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
         return f"gallery format {saved['format']!r}, these scripts read {FORMAT}"
     if not set(FIELDS) <= saved.keys():
-        return "not a gallery of these scripts"
+        return f"its {', '.join(sorted(set(FIELDS) - saved.keys()))} is missing"
     return _fault_of_photos(saved) or _fault_of_facts(saved)
 
 

@@ -22,7 +22,7 @@ import checkpoints
 import common
 import enrolment
 from answers import NAMED, UNKNOWN, UNUSABLE, Answer, annotate, counted, printable, table, write_json_lines
-from changes import Changes, Photo, find_changes
+from changes import Changes, Photo, content_of, find_changes
 from common import UserError
 from datasets import Person, photos_of, scan_persons
 from embedding import embed
@@ -125,9 +125,8 @@ def check_constants() -> None:
             raise UserError(f"{name} = {value!r}: expected a {'whole ' * (kind is int)}number in {low}..{high}")
     if REFUSE is not None and not common.in_range(REFUSE, float, 0, 0.2):
         raise UserError(f"REFUSE = {REFUSE!r}: expected a share of clean photos, 0..0.2, such as 0.01, or None")
-    for name, value in (("PHOTOS", PHOTOS), ("REMOVE", REMOVE)):
-        if isinstance(value, (str, Path)):
-            raise UserError(f"{name} = {str(value)!r}: expected a list, [{str(value)!r}]")
+    check_list("PHOTOS", PHOTOS, (str, Path), "paths")
+    check_list("REMOVE", REMOVE, str, "names of persons")
     if ENROLL is not None and not ENROLL.is_dir():
         raise UserError(f"ENROLL = {ENROLL}: no such folder; correct it, or set it to None")
     if ENROLL is None and not GALLERY.is_file():
@@ -141,7 +140,17 @@ def check_constants() -> None:
                 )
         checkpoints.check_writable("ANNOTATED", ANNOTATED, folder=True)
     if JSON_LINES is not None:
+        if JSON_LINES.resolve() in {path.resolve() for path in (GALLERY, CHECKPOINT, *collect_photos(PHOTOS)) if path}:
+            raise UserError(f"JSON_LINES = {JSON_LINES}: would overwrite a file that is read; choose another name")
         checkpoints.check_writable("JSON_LINES", JSON_LINES, folder=False)
+
+
+def check_list(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise UserError unless a constant is a list (or a tuple or a set) of `kind`; `what` calls these."""
+    if isinstance(value, (str, Path)):
+        raise UserError(f"{name} = {str(value)!r}: expected a list, [{str(value)!r}]")
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(part, kind) and str(part) for part in value):
+        raise UserError(f"{name} = {value!r}: expected a list of {what}; [] for none")
 
 
 def collect_photos(places: Sequence[Path | str]) -> list[Path]:
@@ -151,7 +160,7 @@ def collect_photos(places: Sequence[Path | str]) -> list[Path]:
     photo.
     """
     found: list[Path] = []
-    for place in map(Path, places):
+    for place in (Path(place).expanduser() for place in places):
         if not place.exists():
             raise UserError(f"PHOTOS: {place}: no such photo or folder")
         if place.is_dir():
@@ -253,14 +262,16 @@ def read_gallery(reader: FaceReader) -> Gallery | None:
 
 
 def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
-    """The gallery's threshold if it was found for FALSE_ACCEPT, TEMPLATE, REFUSE and CALIBRATE_ON, else a new one.
+    """The gallery's threshold if it was found for FALSE_ACCEPT, TEMPLATE, REFUSE and the photos of CALIBRATE_ON, else a
+    new one.
 
     None if CALIBRATE_ON is None and the gallery has no threshold. Raises what enrolment.calibrate raises; UserError if
     CALIBRATE_ON has no distorted photo, or is None while the gallery was calibrated with other settings.
     """
     held = gallery.threshold if gallery is not None else None
     fits = held is not None and (held["far"], held["template"], held["refuse"]) == (FALSE_ACCEPT, TEMPLATE, REFUSE)
-    if fits and (CALIBRATE_ON is None or held["source"] == str(CALIBRATE_ON)):
+    gone = CALIBRATE_ON is not None and not CALIBRATE_ON.is_dir() and fits and held["source"] == str(CALIBRATE_ON)
+    if fits and (CALIBRATE_ON is None or gone):  # it was needed once
         return held
     if CALIBRATE_ON is None:
         if held is not None:
@@ -275,12 +286,21 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
             f"CALIBRATE_ON = {CALIBRATE_ON}: no such folder; correct it, or set it to None to keep the threshold of "
             f"{GALLERY}"
         )
+    content = content_of(scan_persons(CALIBRATE_ON, check_images=False))
+    if fits and held.get("content") == content:  # wherever the folder lies, and whatever it is called
+        return held
     persons = scan_persons(CALIBRATE_ON)
     if not any(person.distorted for person in persons):
         raise UserError(
             f"CALIBRATE_ON = {CALIBRATE_ON}: no distorted photo to use as a query; expected "
             f"{CALIBRATE_ON}/<person>/distortion/*.jpg"
         )
+    enrolment.check_calibration(
+        sum(bool(person.clean) for person in persons),
+        sum(len(person.distorted) for person in persons),
+        far=FALSE_ACCEPT,
+        source=str(CALIBRATE_ON),
+    )
     checkpoints.check_writable("GALLERY", GALLERY, folder=False)
     with tempfile.TemporaryDirectory() as folder:
         persons = cut_faces(persons, Path(folder), reader) if FIND_FACES else persons
@@ -293,7 +313,8 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
             batch_size=BATCH_SIZE,
             num_workers=NUM_WORKERS,
         )
-    return enrolment.calibrate(others, queries, far=FALSE_ACCEPT, source=str(CALIBRATE_ON), refuse=REFUSE)
+    found = enrolment.calibrate(others, queries, far=FALSE_ACCEPT, source=str(CALIBRATE_ON), refuse=REFUSE)
+    return found | {"content": content}
 
 
 def cut_faces(persons: Sequence[Person], folder: Path, reader: FaceReader) -> list[Person]:
@@ -336,7 +357,10 @@ def enroll_persons(
     if ENROLL is None:
         return gallery, []
     removed = {common.plain_name(name) for name in REMOVE}
-    persons = [person for person in persons if common.plain_name(person.name) not in removed]
+    everybody = persons
+    persons = [person for person in everybody if common.plain_name(person.name) not in removed]
+    if gallery is None and everybody and not persons:
+        raise UserError(f"REMOVE: names every person of {ENROLL}, so nobody is left for a gallery; leave some")
     changes = find_changes(gallery, persons)
     photos = changes.new + changes.changed
     if gallery is None and not photos:
@@ -360,7 +384,7 @@ def enroll_persons(
             )
         quality = torch.tensor([reading.quality for _, reading in used]) if rated else None
         gallery = add_photos(gallery, [photo for photo, _ in used], embeddings, quality)
-    summary = summary_of(changes, [photo for photo, _ in used], removed)
+    summary = summary_of(changes, [photo for photo, _ in used], gallery, removed)
     return gallery, [*lines, f"{ENROLL}: {summary}"]
 
 
@@ -390,14 +414,18 @@ def not_enrolled(reading: Reading, changes: Changes) -> str:
     return printable(f"{reading.photo}: {reading.status}{reason}, not enrolled{hint}{stays}")
 
 
-def summary_of(changes: Changes, enrolled: Sequence[Photo], removed: Collection[str]) -> str:
-    """What was new, changed, moved or missing among the photos of ENROLL."""
+def summary_of(changes: Changes, used: Sequence[Photo], gallery: Gallery, removed: Collection[str]) -> str:
+    """What was new, changed, moved or missing among the photos of ENROLL. used: those whose embeddings `gallery` was
+    given; one of them that shows what another does, in other bytes, it did not take."""
+    held = set(zip(enrolment.names_of(gallery), gallery.paths, strict=True))
+    enrolled = [photo for photo in used if (photo.person, photo.path) in held]
+    copies = changes.copies + len(used) - len(enrolled)
     changed = sum(photo in changes.changed for photo in enrolled)
     missing = [name for name in changes.missing if name not in removed]
     text = f"{counted(len(enrolled) - changed, 'photo')} new, {changed} changed, {changes.moved} moved, "
     text += f"{len(missing)} missing"
-    if changes.copies:
-        text += f"; {counted(changes.copies, 'copy')} of others left out".replace("copys", "copies")
+    if copies:
+        text += f"; {counted(copies, 'copy')} of others left out".replace("copys", "copies")
     if missing:
         names = common.list_names(sorted(set(missing)))
         text += f"; the missing ones stay enrolled ({names}), REMOVE takes persons out"

@@ -114,10 +114,7 @@ def load_image(path: Path) -> Image.Image:
             f"{path}: no such file; if it was there when the folder was read, put it back, or start again without it"
         ) from error
     except Exception as error:  # damaged bytes raise anything in a decoder: IndexError, struct.error, ...
-        raise UserError(
-            f"{path}: cannot be read as an image ({_reason(error)}); replace or delete it, "
-            "or set CHECK_IMAGES = True to leave such files out"
-        ) from error
+        raise UserError(f"{path}: cannot be read as an image ({_reason(error)}); replace or delete it") from error
 
 
 def why_unreadable(path: Path) -> str | None:

@@ -389,7 +389,7 @@ NO_MATRIX, WRONG_NORM = "its embeddings are not a float32 matrix", "it holds no 
 NO_NAMES, NO_MATCH = "its persons or paths are not lists of names", "its persons or paths do not match its embeddings"
 NO_LABELS, WRONG_LABELS = "its labels are not one whole number per embedding", "its labels do not match its persons"
 NO_QUALITY, NO_TEMPLATE = "its quality is not one number per embedding", "its template or model is unknown"
-NO_THRESHOLD, NO_GALLERY = "its threshold is incomplete or not a number", "not a gallery of these scripts"
+NO_THRESHOLD = "its threshold is incomplete or not a number"
 NOTHING = object()  # for a part that is missing
 
 
@@ -412,7 +412,7 @@ NOTHING = object()  # for a part that is missing
         ("threshold", {name: THRESHOLD[name] for name in THRESHOLD if name != "quality"}, NO_THRESHOLD),
         ("threshold", THRESHOLD | {"cosine": math.nan}, NO_THRESHOLD),
         ("quality", torch.ones(3).double(), NO_QUALITY),
-        ("format", NOTHING, NO_GALLERY),
+        ("made_by", NOTHING, "its made_by is missing"),
     ],
 )
 def test_a_file_that_does_not_hold_a_gallery_is_refused_with_the_fault(saved, name, value, fault):
@@ -430,7 +430,7 @@ def test_a_missing_file_a_checkpoint_other_bytes_and_code_are_refused(saved, tmp
         load_gallery(path)
     for content in (b"", b"PK\x03\x04", b"no torch file", bytes(1000)):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"other\.pt: damaged, or not a gallery \(.+\); delete it and enroll"):
+        with pytest.raises(UserError, match=r"other\.pt: damaged, or not a gallery \(.+\); correct GALLERY, or, if"):
             load_gallery(path)
     for content in ([1, 2], {"format": 2, "stage": 1, "model": {}}):
         torch.save(content, path)

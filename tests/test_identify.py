@@ -153,7 +153,10 @@ def test_the_threshold_is_calibrated_on_the_split_and_kept_in_the_gallery(here):
     others = build_gallery(reader.model, "val", transform, "cpu", template="mean")
     queries = embed_queries(reader.model, others, "val", transform, "cpu")
     expected = calibrate(others, queries, far=0.5, source="val", refuse=0.01)
-    assert kept().threshold == expected and {answer.threshold for answer in answers} == {expected["cosine"]}
+    content = kept().threshold["content"]  # identifies the photos of val
+    assert kept().threshold == expected | {"content": content} and {answer.threshold for answer in answers} == {
+        expected["cosine"]
+    }
     assert (expected["strangers"], expected["persons"], expected["source"]) == (24, 3, "val")
     shutil.rmtree("val")  # needed no more
     assert identify.main() == answers
@@ -336,6 +339,7 @@ def test_another_setting_of_the_calibration_calibrates_again_once(here, name, va
     identify.main()
     before = kept().threshold
     shutil.copytree("val", "val2")
+    write("val2/v1/1.png", (190, 20, 30))
     setattr(identify, name, value)
     assert counted_run()[1] == (4 + 24) + 3
     after = kept().threshold
@@ -345,9 +349,66 @@ def test_another_setting_of_the_calibration_calibrates_again_once(here, name, va
     assert counted_run()[1] == 3
 
 
+def test_the_split_is_known_by_its_photos_not_by_its_name(here):
+    identify.main()
+    before = kept().threshold
+    shutil.copytree("val", "elsewhere/copy")
+    for same in (Path("val").absolute(), Path("elsewhere/copy")):
+        identify.CALIBRATE_ON = same
+        assert counted_run()[1] == 3 and kept().threshold == before
+    write("elsewhere/copy/v1/distortion/1_new.png", CY)
+    assert counted_run()[1] == (4 + 25) + 3 and kept().threshold["strangers"] == 25
+    identify.CALIBRATE_ON = Path("val")
+    write("val/v1/distortion/1_x.png", CY)  # another photo under its old name
+    assert counted_run()[1] == (4 + 24) + 3
+
+
+def test_too_few_queries_for_the_rate_are_refused_before_anything_is_embedded(here, monkeypatch):
+    identify.FALSE_ACCEPT = 0.001
+    monkeypatch.setattr(identify, "embed_split", None)
+    with pytest.raises(UserError, match="val has 24 usable queries, but measuring so low a rate takes 10000"):
+        identify.main()
+
+
+def test_the_same_picture_in_other_bytes_is_counted_as_a_copy(here, capsys):
+    Image.open("people/bob/bob_1.png").save("people/bob/again.bmp")
+    identify.main()
+    assert "people: 4 photos new, 0 changed, 0 moved, 0 missing; 1 copy of others left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["gallery.pt", "net.pt", "photos/a.png"])
+def test_json_lines_overwrite_no_file_that_is_read(here, place):
+    identify.main()
+    write("net.png", ANN).rename("net.pt")
+    before, identify.JSON_LINES, identify.CHECKPOINT = Path(place).read_bytes(), here / place, Path("net.pt")
+    with pytest.raises(UserError, match=f"JSON_LINES = .*{place}: would overwrite a file that is read"):
+        identify.main()
+    assert Path(place).read_bytes() == before
+
+
+def test_a_checkpoint_given_as_the_gallery_is_not_to_be_deleted(here):
+    torch.save({"format": 3, "stage": 1, "model": {}}, "gallery.pt")
+    with pytest.raises(UserError, match=r"^gallery.pt: not a gallery of these scripts; correct GALLERY$"):
+        identify.main()
+
+
+def test_photos_may_lie_in_the_home_folder(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setenv("USERPROFILE", str(here))
+    identify.PHOTOS = ["~/photos"]
+    assert [answer.person for answer in identify.main()] == ["ann", "bob", None]
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"PHOTOS": None}, r"PHOTOS = None: expected a list of paths; \[\] for none"),
+        ({"PHOTOS": [3]}, r"PHOTOS = \[3\]: expected a list of paths"),
+        ({"REMOVE": None}, "REMOVE = None: expected a list of names of persons"),
+        (
+            {"REMOVE": ("ann", "bob", "cy", "di"), "GALLERY": Path("new.pt")},
+            "REMOVE: names every person of people, so nobody is left",
+        ),
         ({"PRETRAINED": 1.0}, r"gallery\.pt: made by another model \(fingerprint"),
         ({"FACE_CROP": 0.6}, r"gallery\.pt: made by another model \(face_crop 0\.5, here 0\.6\)"),
         ({"FALSE_ACCEPT": 0.01}, "measuring so low a rate takes 1000"),
