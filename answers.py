@@ -28,7 +28,7 @@ class Answer:
     threshold: float | None = None  # the lowest score that gives a name; None: every face gets one
     resembles: str | None = None  # the most similar person, named or not
     others: list[dict] = field(default_factory=list)  # {person, score} of the TOP - 1 next most similar persons
-    box: Box | None = None  # left, top, right, bottom in pixels of the upright photo, with FIND_FACES
+    box: Box | None = None  # left, top, right, bottom in pixels of the upright photo, where faces are searched for
     reason: str | None = None  # why the photo is unreadable or not usable
     quality: float | None = None  # of the photo, if the model rates it
 

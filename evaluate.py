@@ -203,6 +203,7 @@ def evaluated(network: Network, persons: list[Person], frames: Frames | None, de
         queries=queries,
         details=details,
         measured=measured,
+        frames=frames,
         discard_curves={protocol: discard_curves(queries[protocol], of[TEMPLATE]) for protocol, of in measured.items()},
     )
 

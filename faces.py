@@ -128,8 +128,8 @@ def crop_face(image: Image.Image, box: Box, margin: float, size: int | None = No
 class Reading:
     """A face in a photo; or, with a `status`, a photo or a face that is not used.
 
-    reason: of the status. box: in pixels of the upright photo, where faces are searched for. file: the image that the
-    network sees. quality: as the network rates it.
+    reason: of the status. box: in pixels of the upright photo, where a face was searched for and found. file: the image
+    that the network sees. quality: as the network rates it.
     """
 
     photo: Path

@@ -27,6 +27,8 @@ SEARCH_SIDE = 320  # px: a photo with a longer side than this is searched in a s
 LEAST_FACE = 32  # px in that copy, of the box's longer side: smaller ones are of people in the background, or no faces
 LEAST_INSIDE = 0.8  # share of the box's area that lies in the photo
 
+_found: dict[tuple, Box | None] = {}  # `_version` of a photo -> its face; see find_frames
+
 
 class Frames:
     """Cuts a photo that `load_image` read to the square around its face: PIL image -> PIL image.
@@ -38,11 +40,16 @@ class Frames:
     def __init__(self, boxes: Mapping[Path, Box | None]):
         self.boxes = dict(boxes)
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def face(self, image: Image.Image) -> Box | None:
+        """The face's box in `image`, in pixels; None where none was found."""
         box = self.boxes[image.info["path"]]
+        return box and tuple(share * side for share, side in zip(box, image.size * 2, strict=True))
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        box = self.face(image)
         if box is None:
             return image
-        left, top, right, bottom = (share * side for share, side in zip(box, image.size * 2, strict=True))
+        left, top, right, bottom = box
         side = FRAME * max(right - left, bottom - top)
         return cut_square(image, (left + right) / 2, (top + bottom) / 2, side)
 
@@ -59,18 +66,31 @@ def find_frames(
     """Where the faces of `photos` are; None with the framing "centre". A printed line counts photos without a face.
 
     sources: distorted copy -> clean photo, whose box it takes, as a distortion may hide the face. For training alone.
-    Under torchrun each process searches its share of the photos. Raises UserError for another framing.
+    A photo is searched once; under torchrun each process searches its share of them. Raises UserError for another
+    framing.
     """
     check_framing(framing)
     if framing == "centre" or not photos:
         return None
     sources = sources or {}
     searched = sorted({sources.get(path, path) for path in photos})
-    found = _find_boxes(searched, device)
+    versions = {path: _version(path) for path in searched}
+    new = _find_boxes([path for path in searched if versions[path] not in _found], device)
+    _found.update({versions[path]: box for path, box in new.items()})
+    found = {path: _found[versions[path]] for path in searched}
     none = sum(box is None for box in found.values())
     if rank_and_world()[0] == 0:
         print(f"faces: searched for in {len(found)} photos; {none} without a plausible one are cropped at the centre")
     return Frames({path: found[sources.get(path, path)] for path in photos})
+
+
+def _version(path: Path) -> tuple:
+    """Identifies a photo as it is now: another one at its path is searched again."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return path, None, None
+    return path, stat.st_size, stat.st_mtime_ns
 
 
 def sources_of(persons: Sequence[Person]) -> dict[Path, Path]:

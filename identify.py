@@ -28,10 +28,10 @@ from datasets import Person, photos_of, scan_persons
 from embedding import embed
 from faces import FaceDetector, Reading, read_faces
 from folders import photos_below
-from framing import check_framing, find_frames
+from framing import Frames, check_framing, find_frames
 from gallery import Gallery, embed_split, made_by
 from scores import check_template
-from transforms import FaceCrop, Transform, eval_transform
+from transforms import FaceCrop, Transform, eval_transform, load_image
 
 # --- the photos to identify ---
 PHOTOS = [Path("photos")]  # photos, and folders with photos at any depth; []: only update the gallery
@@ -206,9 +206,13 @@ class FaceReader:
         self.made_by = made_by(self.model, size, fraction, self.framing)
         self.made_by["find_faces"] = MARGIN if FIND_FACES else None
 
-    def transform(self, photos: Sequence[Path]) -> Transform:
-        """From one of `photos` to what the network sees, framed as in training."""
-        return eval_transform(self.crop.size, self.crop.fraction, find_frames(self.framing, photos, self.device))
+    def frames(self, photos: Sequence[Path]) -> Frames | None:
+        """How `photos` are framed, as in training."""
+        return find_frames(self.framing, photos, self.device)
+
+    def transform(self, frames: Frames | None) -> Transform:
+        """From a photo to what the network sees."""
+        return eval_transform(self.crop.size, self.crop.fraction, frames)
 
     def read(self, photos: Sequence[Path], folder: Path, most: int | None = None) -> list[Reading]:
         """See faces.read_faces."""
@@ -224,10 +228,14 @@ class FaceReader:
         with tempfile.TemporaryDirectory() as folder:
             readings = self.read(photos, Path(folder), most)
             files = [reading.file for reading in readings if reading.file]
+            frames = self.frames(files)
+            if frames is not None:  # the photo is its own file
+                boxes = {file: frames.face(load_image(file)) for file in files}
+                readings = [replace(reading, box=boxes.get(reading.file)) for reading in readings]
             found = embed(
                 self.model,
                 files,
-                self.transform(files),
+                self.transform(frames),
                 self.device,
                 batch_size=BATCH_SIZE,
                 num_workers=NUM_WORKERS if len(files) > BATCH_SIZE else 0,
@@ -307,7 +315,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
         others, queries = embed_split(
             reader.model,
             persons,
-            reader.transform(photos_of(persons)),
+            reader.transform(reader.frames(photos_of(persons))),
             reader.device,
             template=TEMPLATE,
             batch_size=BATCH_SIZE,

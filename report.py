@@ -21,7 +21,7 @@ import metrics
 import plots
 from gallery import Gallery, Queries, score
 from scores import TEMPLATES, mean_templates
-from transforms import FaceCrop, load_image
+from transforms import Frame, eval_crop, load_image
 
 log = logging.getLogger(__name__)
 # What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
@@ -48,6 +48,7 @@ class Evaluated:
     details: dict[str, dict]  # of gallery.retrieve
     measured: dict[str, dict]  # of gallery.measure: template -> group -> Measured
     discard_curves: dict[str, dict]  # of gallery.discard_curves, under the template that counts
+    frames: Frame | None = None  # how a photo is framed before its crop, see transforms.eval_transform
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -341,8 +342,8 @@ def draw_pictures(
         pictures |= {f"{name}_{protocol}": picture for name, picture in drawn.items()}
     first = next(iter(after.details))
     pictures |= embedding_pictures(after.gallery, after.queries[first], persons, seed)
-    crop = FaceCrop(after.facts["image_size"], after.facts["face_crop"])
-    rows = mistake_rows(after.gallery, after.details[first], crop, most=mistakes, most_per_kind=mistakes_per_kind)
+    seen = eval_crop(after.facts["image_size"], after.facts["face_crop"], after.frames)
+    rows = mistake_rows(after.gallery, after.details[first], seen, most=mistakes, most_per_kind=mistakes_per_kind)
     return pictures | {"mistakes": plots.mistakes_sheet(rows)}
 
 
@@ -482,7 +483,8 @@ def page(pictures: dict[str, Picture], after: Evaluated, before: Evaluated | Non
             tables[caption] = comparison_cells(groups, names)
         protocols.append({"name": protocol, "sizes": describe(details), "tables": tables})
     facts = after.facts
-    size = f"{facts['image_size']} pixels, crop {facts['face_crop']}, model {facts['made_by']['fingerprint']}"
+    framed = " of the square around the face" if facts.get("framing") == "detected" else ""
+    size = f"{facts['image_size']} pixels, crop {facts['face_crop']}{framed}, model {facts['made_by']['fingerprint']}"
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -209,13 +209,18 @@ class FaceCrop:
         return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
 
 
-def eval_transform(image_size: int, face_crop: float, frames: Frame | None = None) -> Transform:
-    """PIL RGB image -> (3, image_size, image_size) float32 in about -1..1: centre crop, resize, standardization.
+def eval_crop(image_size: int, face_crop: float, frames: Frame | None = None) -> Frame:
+    """PIL image -> what the network sees of it, image_size x image_size pixels.
 
     frames: applied first, see framing.Frames; None: the photo as it is.
     """
-    first = [frames] if frames else []
-    return v2.Compose([*first, FaceCrop(image_size, face_crop), *_TO_TENSOR])
+    crop = FaceCrop(image_size, face_crop)
+    return v2.Compose([frames, crop]) if frames else crop
+
+
+def eval_transform(image_size: int, face_crop: float, frames: Frame | None = None) -> Transform:
+    """PIL RGB image -> (3, image_size, image_size) float32 in about -1..1: `eval_crop` and standardization."""
+    return v2.Compose([eval_crop(image_size, face_crop, frames), *_TO_TENSOR])
 
 
 class _KeepPath:

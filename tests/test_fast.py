@@ -293,13 +293,13 @@ def test_the_script_writes_a_file_that_it_has_compared_with_torch(script, capsys
     assert cosine < 1e-6 and absolute < 1e-5
     printed = capsys.readouterr().out
     assert "on 8 images in batches of 1, 2, 5" in printed and "(x - 127.5) / 128" in printed
-    assert "the centre square of 0.8 of the photo's shorter side, resized to 80 x 80" in printed
+    assert "the centre square of 0.8 of the shorter side of the photo, resized to 80 x 80" in printed
     assert metadata_of(script.OUT.read_bytes())["stage"] == "0"
 
 
-def test_the_script_exports_a_checkpoint_with_its_own_size_and_crop(script, tmp_path):
+def test_the_script_exports_a_checkpoint_with_its_own_size_crop_and_framing(script, tmp_path, capsys):
     model, facts = TinyNet(), {"stage": 1, "epoch": 3, "image_size": 76, "face_crop": 0.7, "dropout": 0.0}
-    path = tmp_path / "best.pt"
+    path, facts["framing"] = tmp_path / "best.pt", "detected"
     checkpoints.save_checkpoint(
         path, facts | {"selected_on": "val", "persons": ["ann"], "holdout": [], "pretrained": "None"}, {"model": model}
     )
@@ -308,6 +308,7 @@ def test_the_script_exports_a_checkpoint_with_its_own_size_and_crop(script, tmp_
     metadata = metadata_of(script.OUT.read_bytes())
     stated = {name: metadata[name] for name in ("image_size", "face_crop", "stage", "fingerprint")}
     assert stated == {"image_size": "76", "face_crop": "0.7", "stage": "1", "fingerprint": fingerprint(model)}
+    assert metadata["framing"] == "detected" and "shorter side of the square around the face" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("offset, difference", [(0.01, r"\d\.\de-0\d"), (float("nan"), "nan")])

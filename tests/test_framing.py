@@ -18,6 +18,12 @@ from transforms import cut_square, eval_transform, load_image, train_transform
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch) -> None:
+    """No photo has been searched yet."""
+    monkeypatch.setattr(framing, "_found", {})
+
+
 class Found:
     """A detector that always finds these boxes, in pixels."""
 
@@ -109,7 +115,11 @@ def test_a_distorted_copy_takes_the_box_of_its_source(task_b, monkeypatch, capsy
     count = len(searched)
     assert f"searched for in {count} photos; {count} without" in capsys.readouterr().out
     find_frames("detected", photos, CPU)
-    assert sorted(searched[count:]) == sorted(photos)
+    assert sorted(searched[count:]) == sorted(sources), "a photo is searched once"
+    replaced = photos[0]
+    numbered(30, 30).save(replaced)
+    find_frames("detected", photos, CPU)
+    assert searched[-1] == replaced and len(searched) == len(photos) + 1
 
 
 def test_a_photo_distorted_on_the_fly_is_framed_as_its_anchor(task_b):
@@ -166,7 +176,7 @@ def test_both_stages_frame_every_photo_by_its_box_and_state_it(stages, train, st
     best = train(stage1, "one", {"FRAMING": "detected"}).best
     val = {path for person in scan_persons(stage1.DATA_DIR / "val") for path in person.photos}
     assert best["framing"] == "detected" and val <= framed
-    framed.clear()
+    framed.clear(), framing._found.clear()
     best = train(stage2, "two", {"STAGE1_CHECKPOINT": stage1.RUN_DIR / "best.pt"}).best
     clean = {path for person in scan_persons(stage2.DATA_DIR / "train") for path in person.clean}
     assert best["framing"] == "detected" and val | clean <= framed

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import checkpoints
+import framing
 import identify
 from answers import COLOURS, Answer
 from common import UserError
@@ -149,7 +150,7 @@ def test_persons_get_their_names_a_stranger_is_unknown_and_the_table_says_so(her
 def test_the_threshold_is_calibrated_on_the_split_and_kept_in_the_gallery(here):
     answers = identify.main()
     reader = identify.FaceReader(torch.device("cpu"))
-    transform = reader.transform([])
+    transform = reader.transform(None)
     others = build_gallery(reader.model, "val", transform, "cpu", template="mean")
     queries = embed_queries(reader.model, others, "val", transform, "cpu")
     expected = calibrate(others, queries, far=0.5, source="val", refuse=0.01)
@@ -173,6 +174,18 @@ def test_top_shows_the_next_persons_in_order(here, template, capsys):
     identify.TOP = 99
     names = [[other["person"] for other in answer.others] for answer in identify.main()]
     assert names == [["cy", "bob"], ["cy", "ann"], ["bob", "ann"]]
+
+
+def test_where_faces_are_detected_the_answers_say_where(here, monkeypatch):
+    def find_box(image, detector):
+        return None if image.info["path"].name == "s.png" else (0.25, 0.2, 0.75, 0.8)
+
+    monkeypatch.setattr(framing, "find_box", find_box)
+    identify.FRAMING = "detected"
+    answers = by_name(identify.main())
+    assert answers["a.png"].box == pytest.approx((10, 8, 30, 32)) and answers["s.png"].box is None
+    assert (answers["a.png"].person, answers["b.png"].person) == ("ann", "bob")
+    assert kept().made_by["framing"] == "detected"
 
 
 def test_without_a_threshold_every_person_gets_a_name_with_a_warning(here, capsys):

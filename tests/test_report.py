@@ -210,6 +210,13 @@ def test_mistakes_are_shown_by_falling_score_and_few_of_a_kind(evaluated):
         assert [captions for _, captions in rows] == [first]
 
 
+def test_mistakes_are_shown_framed_as_the_network_sees_them(evaluated, monkeypatch):
+    seen = []
+    monkeypatch.setattr(report.plots, "mistakes_sheet", lambda rows: seen.extend(rows))
+    drawn(replace(evaluated, frames=lambda image: Image.new("RGB", image.size, "red")))
+    assert seen and all(set(image.getdata()) == {(255, 0, 0)} for images, _ in seen for image in images)
+
+
 @pytest.mark.parametrize("name, suffix, loss", [("similarity", ".png", 0.5), ("mistakes", ".jpg", 2)])
 def test_a_picture_becomes_a_small_file_without_a_visible_loss(evaluated, name, suffix, loss):
     figure, lossless = drawn(evaluated)[name], io.BytesIO()

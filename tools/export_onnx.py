@@ -15,6 +15,7 @@ import checkpoints
 import common
 from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
+from framing import FRAME
 from models import EMBEDDING_DIM, fingerprint
 
 # --- what to export ---
@@ -40,7 +41,7 @@ def main() -> tuple[float, float]:
         face_crop=FACE_CROP,
         device="cpu",
     )
-    size, stated = facts["image_size"], ("stage", "epoch", "pretrained", "image_size", "face_crop")
+    size, stated = facts["image_size"], ("stage", "epoch", "pretrained", "image_size", "face_crop", "framing")
     metadata = {name: facts[name] for name in stated if name in facts}
     metadata |= {"fingerprint": fingerprint(model), "standardization": "(x - 127.5) / 128"}
     written = to_onnx(model, size, metadata)
@@ -55,9 +56,12 @@ def main() -> tuple[float, float]:
         file.write(written)
     print(f"{OUT}: {len(written) / 1e6:.0f} MB; on {sum(BATCHES)} images in batches of {', '.join(map(str, BATCHES))}")
     print(f"the greatest difference from torch is {cosine:.1e} (1 - cosine), {absolute:.1e} in one number")
+    of = "the photo"
+    if facts["framing"] == "detected":
+        of = f"the square around the face, {FRAME:.2f} times as wide as MTCNN's box"
     dims = EMBEDDING_DIM if model.crops is None else 2 * EMBEDDING_DIM
     print(f"""
-crop     the centre square of {facts["face_crop"]:g} of the photo's shorter side, resized to {size} x {size}, bilinear
+crop     the centre square of {facts["face_crop"]:g} of the shorter side of {of}, resized to {size} x {size}, bilinear
 input    "{INPUT}": float32 (batch, 3, {size}, {size}), channels R, G, B, each value (x - 127.5) / 128 of x in 0..255
 output   "{OUTPUT}": float32 (batch, {dims}) of norm 1; the similarity of two is the sum of their products
 output   "{QUALITY}": float32 (batch,), low where the network finds no face that it could know""")
