@@ -102,15 +102,6 @@ def test_no_copy_depends_on_the_other_photos_of_the_list(script, monkeypatch, tm
     assert fewer and fewer.items() < whole.items()
 
 
-def test_two_photos_of_equal_pixels_get_noise_of_their_own(script, tmp_path):
-    for name in ("Flo_0001", "Flo_0002"):
-        write_photo(tmp_path / "Flo" / f"{name}.png", (90, 120, 150), seed=1)
-        script.write_copies(photo=tmp_path / "Flo" / f"{name}.png", folder=tmp_path / "copies", severity=0.5, seed=0)
-    made = files_in(tmp_path / "copies")
-    assert made["Flo_0001_noisy.jpg"] != made["Flo_0002_noisy.jpg"]
-    assert made["Flo_0001_blurred.jpg"] == made["Flo_0002_blurred.jpg"]
-
-
 def test_missing_photos_are_counted_and_the_first_three_named(script):
     for stem in ("Ann_Lee_0002", "Bo_0001", "Di-Ming_0002", "Di-Ming_0004"):
         (script.LFW_DIR / stem.rpartition("_")[0] / f"{stem}.jpg").unlink()

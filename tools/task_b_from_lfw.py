@@ -15,21 +15,16 @@ All trees hold <person>/clean/<photo>.jpg and <person>/distortion/<photo>_<kind>
 """
 
 import shutil
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
 
-import numpy as np
 from sklearn.datasets import fetch_lfw_people, get_data_home
-from tqdm import tqdm
 
 import common
-from common import UserError, derived_seed, in_range, list_names
-from distortions import DISTORTIONS
+from common import UserError, list_names
 from folders import CLEAN, DISTORTION
-from transforms import load_image
+from tools.distort_photos import check_copies, copy_photos, describe_split, new_folder, write_copies
 
 LFW_DIR = None  # folder that holds <Person_Name>/<Person_Name>_0001.jpg; None: scikit-learn downloads LFW (200 MB)
 OUT_DIR = Path("Task_B_lfw")  # must not exist yet
@@ -43,35 +38,18 @@ ARCHIVE_URL = "https://ndownloader.figshare.com/files/5976015"  # lfw-funneled.t
 
 def main() -> None:
     common.take_paths(globals())
-    check_constants()
+    check_copies(SEVERITY, SEED, JPEG_QUALITY, OUT_DIR)
     listed = read_list(PHOTO_LIST)
     lfw = download_lfw() if LFW_DIR is None else Path(LFW_DIR)
     check_complete(lfw, listed)
-    OUT_DIR.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside OUT_DIR and renamed at the end: a killed run leaves no half tree under that name.
-    with tempfile.TemporaryDirectory(prefix=f"{OUT_DIR.name}.tmp", dir=OUT_DIR.parent) as temporary:
-        root = Path(temporary) / "trees"
-        write_trees(plan_trees(root, lfw, listed))
+    with new_folder(OUT_DIR) as root:
+        plan = plan_trees(root, lfw, listed)
+        copy_photos(plan.copied)
+        write_copies(plan.distorted, severity=SEVERITY, seed=SEED, quality=JPEG_QUALITY)
         shutil.copytree(root / "facecom" / "train", root / "cross" / "train")
-        root.rename(OUT_DIR)
     for split in sorted(OUT_DIR.glob("*/*")):
-        persons, clean, distorted = (len(list(split.glob(f"*{rest}"))) for rest in ("", "/clean/*", "/distortion/*"))
-        print(f"{split}: {persons} persons, {clean} clean photos, {distorted} in distortion/")
+        print(describe_split(split))
     print(f"set DATA_DIR of the training scripts to {OUT_DIR / 'facecom'}, DATA_DIR of evaluate.py to any of the trees")
-
-
-def write_copies(photo: Path, folder: Path, severity: float, seed: int) -> None:
-    """Distort `photo` by every kind of DISTORTIONS, into `folder`/<photo>_<kind>.jpg; the folder is created.
-
-    severity: 0..1, see distortions.py. Each copy has a generator of its own, from `seed`, the name of the photo
-    and that of the kind, so neither the order of the photos nor a new kind changes a copy.
-    Raises UserError if the photo cannot be read.
-    """
-    image = load_image(photo)
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, distort in DISTORTIONS.items():
-        generator = np.random.default_rng(derived_seed(seed, *photo.name.encode(), *kind.encode()))
-        distort(image, severity, generator).save(folder / f"{photo.stem}_{kind}.jpg", quality=JPEG_QUALITY)
 
 
 @dataclass
@@ -79,19 +57,7 @@ class Plan:
     """The files to write, except cross/train/, which is a copy of facecom/train/."""
 
     copied: list[tuple[Path, Path]] = field(default_factory=list)  # (photo, file that gets its bytes)
-    distorted: list[tuple[Path, Path]] = field(default_factory=list)  # (photo, folder that gets its distorted copies)
-
-
-def check_constants() -> None:
-    """Raise UserError for a constant out of range, or an OUT_DIR that exists."""
-    if not in_range(SEVERITY, float, 0, 1):
-        raise UserError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
-    if not in_range(JPEG_QUALITY, int, 1, 95):
-        raise UserError(f"JPEG_QUALITY = {JPEG_QUALITY!r}: expected a whole number, 1..95")
-    if not in_range(SEED, int, 0, 2**32):
-        raise UserError(f"SEED = {SEED!r}: expected a whole number, 0, 1, 2, ...")
-    if OUT_DIR.exists():
-        raise UserError(f"{OUT_DIR}: already exists; delete it, or give OUT_DIR another name")
+    distorted: list[tuple[Path, Path, str]] = field(default_factory=list)  # see distort_photos.write_copies
 
 
 def read_list(path: Path) -> dict[tuple[str, str], list[str]]:
@@ -149,32 +115,18 @@ def plan_trees(root: Path, lfw: Path, listed: dict[tuple[str, str], list[str]]) 
         for stem in listed["facecom", split]:
             photo, folder = lfw_photo(lfw, stem), root / "facecom" / split / person_of(stem)
             plan.copied.append((photo, folder / CLEAN / photo.name))
-            plan.distorted.append((photo, folder / DISTORTION))
+            plan.distorted.append((photo, folder / DISTORTION, photo.name))
     enrolled = set()
     for stem in listed["cross", "val"]:  # sorted: a person's first photo comes first
         photo, person = lfw_photo(lfw, stem), person_of(stem)
         cross, clean = root / "cross" / "val" / person, root / "clean" / "val" / person
         if person in enrolled:
-            plan.distorted.append((photo, cross / DISTORTION))
+            plan.distorted.append((photo, cross / DISTORTION, photo.name))
             plan.copied.append((photo, clean / DISTORTION / f"{stem}_clean.jpg"))
         else:
             plan.copied += [(photo, folder / CLEAN / photo.name) for folder in (cross, clean)]
             enrolled.add(person)
     return plan
-
-
-def write_trees(plan: Plan) -> None:
-    for photo, target in plan.copied:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(photo, target)
-
-    def distort(job: tuple[Path, Path]) -> None:
-        photo, folder = job
-        write_copies(photo=photo, folder=folder, severity=SEVERITY, seed=SEED)
-
-    with ThreadPoolExecutor() as pool:  # Pillow filters, decodes and encodes outside the GIL
-        done = pool.map(distort, plan.distorted)
-        list(tqdm(done, total=len(plan.distorted), desc="distorting", unit="photo", leave=False))
 
 
 if __name__ == "__main__":
