@@ -104,6 +104,14 @@ def in_range(value: object, kind: type, low: float, high: float) -> bool:
     return number and low <= value <= high
 
 
+def check_list(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """Raise UserError unless a constant is a list (or a tuple or a set) of `kind`; `what` calls these."""
+    if isinstance(value, (str, Path)):
+        raise UserError(f"{name} = {str(value)!r}: expected a list, [{str(value)!r}]")
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(part, kind) and str(part) for part in value):
+        raise UserError(f"{name} = {value!r}: expected a list of {what}; [] for none")
+
+
 # --- text and output --------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from gallery import Gallery, Queries, score
 from scores import TEMPLATES, TIE, person_scores
 
 FORMAT = 2  # of the gallery files
+LEAST_RATED = 100  # clean photos from which on their worst say what is usable; of 20, the worst is any photo
 FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold", "quality")
 OPTIONAL = "digests"  # which galleries of earlier versions lack
 # What a threshold states, see `calibrate`.
@@ -168,9 +169,17 @@ def check_calibration(persons: int, queries: int, *, far: float, source: str) ->
     if queries * far < metrics.MIN_ERRORS:
         raise UserError(
             f"FALSE_ACCEPT = {far:g}: {source} has {queries} usable queries, but measuring so low a rate takes "
-            f"{math.ceil(metrics.MIN_ERRORS / far)}; add distorted photos, or set at least "
-            f"{metrics.MIN_ERRORS / max(queries, 1):.2g}"
+            f"{math.ceil(metrics.MIN_ERRORS / far)}; add distorted photos, or set {least_rate(queries)}"
         )
+
+
+def least_rate(queries: int) -> str:
+    """The lowest FALSE_ACCEPT that so many queries can measure, with two digits, as a hint."""
+    if queries <= metrics.MIN_ERRORS:
+        return "it to a rate below 1 then"
+    least = metrics.MIN_ERRORS / queries
+    digit = 10.0 ** (math.floor(math.log10(least)) - 1)
+    return f"at least {math.ceil(least / digit - 1e-9) * digit:.2g}"
 
 
 def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refuse: float | None = None) -> dict:
@@ -179,8 +188,8 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
     Every query counts as a stranger: it is matched against the gallery without its own person. The rate holds for a
     gallery of this size; with twice as many persons, a stranger resembles one of them about twice as often.
     refuse: share of the gallery's photos, those of lowest quality, that may count as not usable. The lowest quality of
-    the others becomes the bound, and queries below it are left out. With None, or a model that does not rate photos,
-    there is no bound. source: where the queries come from, for messages.
+    the others becomes the bound, and queries below it are left out. With None, a model that does not rate photos, or
+    fewer than LEAST_RATED photos in the gallery, there is no bound. source: where the queries come from, for messages.
     Returns plain types: cosine, far, template, strangers (queries used), persons (that each was matched against),
     source, quality (the bound or None), refuse, unusable (queries left out).
     Raises UserError if `far` or `refuse` is not a share, the gallery holds one person only, or there are too few
@@ -190,7 +199,8 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
     if refuse is not None and not 0 <= refuse < 1:
         raise UserError(f"REFUSE = {refuse!r}: expected a share of clean photos, 0 or more and below 1, such as 0.01")
     total, bound = len(queries.paths), None
-    if refuse is not None and gallery.quality is not None and queries.quality is not None:
+    rated = gallery.quality is not None and queries.quality is not None
+    if refuse is not None and rated and len(gallery.quality) >= LEAST_RATED:
         bound = gallery.quality.sort().values[metrics.rounded_down(refuse, len(gallery.quality))].item()
         queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
         if not queries.paths:
@@ -227,6 +237,11 @@ def describe_threshold(gallery: Gallery) -> str:
         lines.append(
             f"usable at quality >= {threshold['quality']:.2f}: all but {100 * threshold['refuse']:g} % of the clean "
             f"photos there, and {threshold['strangers']} of the {total} distorted ones"
+        )
+    elif threshold["refuse"] is not None and gallery.quality is not None:
+        lines.append(
+            f"every photo counts as usable: {threshold['source']} has fewer than {LEAST_RATED} clean photos to set a "
+            "bound by"
         )
     times = len(gallery.persons) / threshold["persons"]
     if times >= 2:

@@ -1,6 +1,7 @@
 """Who is in these photos? A name and a cosine, 'unknown', or 'not usable', from a gallery that is kept between runs.
 
-    python identify.py
+    python identify.py                        # PHOTOS
+    python identify.py photo.jpg folder/      # these instead
 
 Adds the photos of ENROLL that GALLERY does not hold yet. On CALIBRATE_ON it chooses the cosine below which a face is
 'unknown' and the quality below which a photo is 'not usable'. Then it identifies PHOTOS, prints a table, and writes
@@ -9,7 +10,9 @@ JSON_LINES and ANNOTATED.
 
 import contextlib
 import math
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +44,7 @@ TOP = 1  # most similar persons to show for each face, >= 1
 GALLERY = Path("gallery.pt")  # read if it exists, written if it changes: embeddings and names, no photos
 ENROLL = None  # Path of a folder of persons, such as train/ or val/: clean photos that are not in GALLERY are added
 REMOVE = ()  # names of persons to take out of GALLERY and not to enroll
+LIST = False  # True: print who is enrolled, with the number of photos
 TEMPLATE = "mean"  # of a person's embeddings, or "best" match among them
 ENROLL_UNUSABLE = False  # True: also enroll photos that are not usable; other bad photos will resemble them
 
@@ -87,13 +91,15 @@ def main() -> list[Answer]:
         saved = read_gallery(reader)
         threshold = find_threshold(saved, reader)  # first: it may fail, and does not depend on who is enrolled
         gallery, lines = enroll_persons(saved, persons, reader, quality_bound(threshold))
-        gallery = replace(remove_persons(gallery), template=TEMPLATE, threshold=threshold)
+        gallery, removals = remove_persons(gallery, persons)
+        gallery = replace(gallery, template=TEMPLATE, threshold=threshold)
         changed = saved is None or state_of(gallery) != state_of(saved)
         if changed and common.is_main():
             checkpoints.check_writable("GALLERY", GALLERY, folder=False)
             enrolment.save_gallery(GALLERY, gallery)
     size = f"{counted(len(gallery.paths), 'photo')} of {counted(len(gallery.persons), 'person')}"
-    lines += [f"{GALLERY}: {size}{', saved' * changed}", enrolment.describe_threshold(gallery)]
+    lines += [*removals, f"{GALLERY}: {size}{', saved' * changed}", enrolment.describe_threshold(gallery)]
+    lines += list_persons(gallery) if LIST else []
     print("\n".join(lines))
 
     answers = identify_photos(gallery, photos, reader)
@@ -125,8 +131,8 @@ def check_constants() -> None:
             raise UserError(f"{name} = {value!r}: expected a {'whole ' * (kind is int)}number in {low}..{high}")
     if REFUSE is not None and not common.in_range(REFUSE, float, 0, 0.2):
         raise UserError(f"REFUSE = {REFUSE!r}: expected a share of clean photos, 0..0.2, such as 0.01, or None")
-    check_list("PHOTOS", PHOTOS, (str, Path), "paths")
-    check_list("REMOVE", REMOVE, str, "names of persons")
+    common.check_list("PHOTOS", PHOTOS, (str, Path), "paths")
+    common.check_list("REMOVE", REMOVE, str, "names of persons")
     if ENROLL is not None and not ENROLL.is_dir():
         raise UserError(f"ENROLL = {ENROLL}: no such folder; correct it, or set it to None")
     if ENROLL is None and not GALLERY.is_file():
@@ -143,14 +149,6 @@ def check_constants() -> None:
         if JSON_LINES.resolve() in {path.resolve() for path in (GALLERY, CHECKPOINT, *collect_photos(PHOTOS)) if path}:
             raise UserError(f"JSON_LINES = {JSON_LINES}: would overwrite a file that is read; choose another name")
         checkpoints.check_writable("JSON_LINES", JSON_LINES, folder=False)
-
-
-def check_list(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
-    """Raise UserError unless a constant is a list (or a tuple or a set) of `kind`; `what` calls these."""
-    if isinstance(value, (str, Path)):
-        raise UserError(f"{name} = {str(value)!r}: expected a list, [{str(value)!r}]")
-    if not isinstance(value, (list, tuple, set)) or not all(isinstance(part, kind) and str(part) for part in value):
-        raise UserError(f"{name} = {value!r}: expected a list of {what}; [] for none")
 
 
 def collect_photos(places: Sequence[Path | str]) -> list[Path]:
@@ -358,10 +356,8 @@ def enroll_persons(
 
     The largest face of a photo counts. Photos without one, unreadable ones and, unless ENROLL_UNUSABLE, those of a
     quality below `bound` are not enrolled; where they are in the place of another photo, that one stays. So do photos
-    that are no longer anywhere. Raises UserError for a name in REMOVE that is nowhere, or if there is neither a gallery
-    nor a photo for one.
+    that are no longer anywhere. Raises UserError if there is neither a gallery nor a photo for one.
     """
-    check_removals(persons, gallery)
     if ENROLL is None:
         return gallery, []
     removed = {common.plain_name(name) for name in REMOVE}
@@ -440,22 +436,27 @@ def summary_of(changes: Changes, used: Sequence[Photo], gallery: Gallery, remove
     return printable(text)
 
 
-def check_removals(persons: Sequence[Person], gallery: Gallery | None) -> None:
-    """Raise UserError for a name in REMOVE that is neither in ENROLL nor in the gallery."""
-    known = {common.plain_name(person.name) for person in persons}
-    known |= set(gallery.persons if gallery is not None else ())
-    for name in map(common.plain_name, REMOVE):
-        if name not in known:
-            places = [str(ENROLL)] * (ENROLL is not None) + [str(GALLERY)] * (gallery is not None)
-            raise UserError(f"REMOVE: {name!r} is not in {' or '.join(places)}{enrolment.did_you_mean(name, known)}")
+def remove_persons(gallery: Gallery, persons: Sequence[Person]) -> tuple[Gallery, list[str]]:
+    """`gallery` without the persons in REMOVE, and a line on each of these names. `persons`: those of ENROLL.
 
-
-def remove_persons(gallery: Gallery) -> Gallery:
-    """`gallery` without the persons in REMOVE. Raises UserError if no person would be left."""
+    Raises UserError if no person would be left.
+    """
+    lines = []
+    known = {common.plain_name(person.name) for person in persons} | set(gallery.persons)
     for name in map(common.plain_name, REMOVE):
         if name in gallery.persons:
+            photos = enrolment.names_of(gallery).count(name)
             gallery = enrolment.remove(gallery, name)
-    return gallery
+            lines.append(f"REMOVE: {name} was removed, {counted(photos, 'photo')}")
+        elif name not in known:
+            lines.append(f"REMOVE: {name} is not enrolled{enrolment.did_you_mean(name, known)}")
+    return gallery, [printable(line) for line in lines]
+
+
+def list_persons(gallery: Gallery) -> list[str]:
+    """A line for each person who is enrolled."""
+    photos = Counter(enrolment.names_of(gallery))
+    return [printable(f"  {name}: {counted(photos[name], 'photo')}") for name in gallery.persons]
 
 
 def state_of(gallery: Gallery) -> tuple:
@@ -493,4 +494,5 @@ def identify_photos(gallery: Gallery, photos: Sequence[Path], reader: FaceReader
 
 
 if __name__ == "__main__":
+    PHOTOS = sys.argv[1:] or PHOTOS
     common.run_script(main)

@@ -269,8 +269,13 @@ def test_no_more_strangers_than_far_says_get_a_name_identified_together_or_alone
             assert 0 < sum(name is not None for name, _, _ in answers) <= 10
 
 
+@pytest.fixture
+def few_are_enough(monkeypatch) -> None:
+    monkeypatch.setattr(enrolment, "LEAST_RATED", 2)
+
+
 @pytest.mark.parametrize("refuse, worst", [(0.0, 0), (0.04, 0), (0.05, 1), (0.125, 3)])  # of 24 photos
-def test_queries_of_a_quality_below_all_but_a_share_of_the_clean_photos_are_left_out(refuse, worst):
+def test_queries_of_a_quality_below_all_but_a_share_of_the_clean_photos_are_left_out(refuse, worst, few_are_enough):
     rated = replace(crowd("mean"), quality=torch.arange(24).float() / 24)
     embeddings, quality = unit_rows(300, 16, seed=9), torch.rand(300, generator=torch.Generator().manual_seed(1))
     threshold = calibrate(rated, replace(strangers(embeddings), quality=quality), 0.1, "here", refuse)
@@ -278,6 +283,15 @@ def test_queries_of_a_quality_below_all_but_a_share_of_the_clean_photos_are_left
     usable = quality >= worst / 24
     assert (threshold["strangers"], threshold["unusable"]) == (int(usable.sum()), int((~usable).sum()))
     assert threshold["cosine"] == calibrate(rated, strangers(embeddings[usable]), 0.1, "here")["cosine"]
+
+
+@pytest.mark.parametrize("queries", [11, 83, 99, 1000, 1001, 12345])
+def test_the_lowest_rate_that_the_error_offers_can_be_measured(queries):
+    with pytest.raises(UserError, match="set at least") as e:
+        calibrate(crowd("mean"), strangers(unit_rows(queries, 16, seed=2)), 1e-6, "here")
+    offered = float(str(e.value).split()[-1])
+    assert metrics.MIN_ERRORS / queries <= offered < 1.11 * metrics.MIN_ERRORS / queries
+    calibrate(crowd("mean"), strangers(unit_rows(queries, 16, seed=2)), offered, "here")
 
 
 def test_as_many_strangers_as_the_error_says_are_enough():
@@ -298,7 +312,7 @@ def test_as_many_strangers_as_the_error_says_are_enough():
         (crowd("mean"), 300, 0.1, 0.01, r"here: none of its 300 distorted photos is usable \(REFUSE = 0.01\)"),
     ],
 )
-def test_what_cannot_be_calibrated_is_refused_with_the_way_out(kept, count, far, refuse, message):
+def test_what_cannot_be_calibrated_is_refused_with_the_way_out(kept, count, far, refuse, message, few_are_enough):
     kept = replace(kept, quality=torch.ones(len(kept.paths)))
     queries = replace(strangers(unit_rows(count, kept.embeddings.shape[1], seed=2)), quality=torch.zeros(count))
     with pytest.raises(UserError, match=message):
