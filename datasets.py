@@ -8,13 +8,12 @@ import contextlib
 import functools
 import hashlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -396,7 +395,8 @@ class FacePairDataset(_SeededDataset):
     are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
     The positive is a distorted copy of the anchor (see source_photos), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
-    `distort(anchor)`, for example a RandomDegradation. Kinds in `often` are drawn twice as often as others.
+    `degraded(anchor)`: `transform` with, for example, a RandomDegradation in it. Kinds in `often` are drawn twice as
+    often as others.
     Anchors without a person follow those with one: each photo of `extra` has a label of its own, len(persons) and up.
     For them, and for persons without distorted photos, all positives but the clean ones are distorted on the fly.
     Each item is mirrored with probability 0.5, both photos alike: `transform` would mirror each on its own.
@@ -413,23 +413,23 @@ class FacePairDataset(_SeededDataset):
         extra: Sequence[Path] = (),
         clean: float = 0.0,
         on_the_fly: float = 0.0,
-        distort: Callable[[Image.Image], Image.Image] | None = None,
+        degraded: Transform | None = None,
         often: Collection[str] = (),
         seed: int = 0,
     ):
         super().__init__(transform, seed)
         if not (clean >= 0 and on_the_fly >= 0 and clean + on_the_fly <= 1):
             raise UserError(f"CLEAN = {clean}, DISTORT = {on_the_fly}: expected shares in 0..1 whose sum is at most 1")
-        if (on_the_fly or extra) and distort is None:
-            raise UserError(f"DISTORT = {on_the_fly}: photos are to be distorted on the fly, but `distort` is None")
-        self.clean, self.on_the_fly, self.distort = clean, on_the_fly, distort
+        if (on_the_fly or extra) and degraded is None:
+            raise UserError(f"DISTORT = {on_the_fly}: photos are to be distorted on the fly, but `degraded` is None")
+        self.clean, self.on_the_fly, self.degraded = clean, on_the_fly, degraded
         scanned = persons_of(root)
         self.persons = [person.name for person in scanned]
         often = _known_kinds("OFTEN", often, scanned)
         self.anchors: list[tuple[Path, int]] = []  # (path, label)
         self._positives: list[tuple[Path, ...]] = []  # of each anchor
         for label, person in enumerate(scanned):
-            if distort is None and not person.distorted:
+            if degraded is None and not person.distorted:
                 continue
             # What is listed twice is drawn twice as often.
             kinds = zip(person.distorted, kinds_of(person), strict=True)
@@ -451,7 +451,7 @@ class FacePairDataset(_SeededDataset):
         unpaired = [person.name for label, person in enumerate(scanned) if label not in paired]
         on_the_fly = [scanned[label].name for label in sorted(paired) if not scanned[label].distorted]
         needed, lacked = "clean", "clean"
-        if self.distort is None:
+        if self.degraded is None:
             needed, lacked = "both clean and distorted", "clean or distorted"
         if len(paired) < 2:
             raise UserError(
@@ -488,9 +488,10 @@ class FacePairDataset(_SeededDataset):
         with self._seeded(index) as generator:
             anchor, positive, mirrored = self._draw(index, generator)
             photo = load_image(anchor)
-            other = self.distort(photo.copy()) if positive is None else load_image(positive)
-            other.info.setdefault("path", anchor)  # a photo distorted on the fly is framed as its anchor
-            images = [self.transform(photo), self.transform(other)]
+            images = [
+                self.transform(photo),
+                self.degraded(photo) if positive is None else self.transform(load_image(positive)),
+            ]
             if mirrored:
                 images = [image.flip(2) for image in images]
         return images[0], images[1], self.anchors[index % len(self)][1], index % len(self)

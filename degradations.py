@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from common import UserError
+from common import UserError, derived_seed
 from distortions import Distortion, check, scaled, to_image, to_pixels
 
 FILTERS = (
@@ -386,3 +386,25 @@ class RandomDegradation:
             severity = generator.random() ** ((count + 1) / 2)
             image = self.families[name](image, float(severity), generator)
         return image
+
+
+class FixedDegradation:
+    """A RandomDegradation that depends on the photo's name alone, for photos to compare networks on: PIL -> PIL image.
+
+    The photo is one that `load_image` read.
+    """
+
+    def __init__(self, degradation: RandomDegradation):
+        self.degradation = degradation
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derived_seed(*image.info["path"].name.encode()))
+            return self.degradation(image)
+
+
+def validation_degradation(left_out: Collection[str], most: int, side: int) -> FixedDegradation:
+    """What clean photos are degraded by in validation: families left out of training, to see what becomes of them
+    without it; or all. most, side: see RandomDegradation."""
+    families = {name: FAMILIES[name] for name in left_out} or FAMILIES
+    return FixedDegradation(RandomDegradation(families, 1.0, min(most, len(families)), side))

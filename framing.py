@@ -33,8 +33,8 @@ _found: dict[tuple, Box | None] = {}  # `_version` of a photo -> its face; see f
 class Frames:
     """Cuts a photo that `load_image` read to the square around its face: PIL image -> PIL image.
 
-    boxes: path -> left, top, right, bottom as shares of the photo's width and height, so that a shrunk copy has the
-    same; None leaves the photo as it is. Beyond the photo's edges it is continued by its mirror image.
+    boxes: path -> left, top, right, bottom as shares of the photo's width and height; None leaves the photo as it is.
+    Beyond the photo's edges it is continued by its mirror image.
     """
 
     def __init__(self, boxes: Mapping[Path, Box | None]):
@@ -51,7 +51,9 @@ class Frames:
             return image
         left, top, right, bottom = box
         side = FRAME * max(right - left, bottom - top)
-        return cut_square(image, (left + right) / 2, (top + bottom) / 2, side)
+        square = cut_square(image, (left + right) / 2, (top + bottom) / 2, side)
+        square.info["path"] = image.info["path"]
+        return square
 
 
 def check_framing(framing: str) -> None:

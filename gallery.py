@@ -73,7 +73,7 @@ def build_gallery(
     Raises what `scan_persons` and `embed` raise; UserError if there is no clean photo, or for an unknown template.
     """
     check_template(template)
-    enrolled, paths = _clean_photos(root)
+    enrolled, paths = clean_photos(root)
     found = embed(
         model,
         paths,
@@ -86,7 +86,7 @@ def build_gallery(
     return _gallery(enrolled, paths, found, template, made_by)
 
 
-def _clean_photos(root: Split) -> tuple[list[Person], list[Path]]:
+def clean_photos(root: Split) -> tuple[list[Person], list[Path]]:
     """The persons with clean photos, and these photos, person by person."""
     persons = persons_of(root)
     enrolled = [person for person in persons if person.clean]
@@ -101,7 +101,7 @@ def _clean_photos(root: Split) -> tuple[list[Person], list[Path]]:
 def check_split(root: Path | str | Sequence[Person]) -> None:
     """Raises, before anything is embedded, what `embed_split` raises for the photos of a split."""
     persons = persons_of(root)
-    _clean_photos(persons)
+    clean_photos(persons)
     _distorted_photos(persons)
 
 
@@ -165,6 +165,19 @@ class Queries:
             persons=[self.persons[i] for i in indices],
             kinds=[self.kinds[i] for i in indices],
             quality=rated_rows(self.quality, chosen),
+        )
+
+    def __add__(self, other: "Queries") -> "Queries":
+        """These queries and `other` ones of the same gallery and model."""
+        rated = self.quality is not None and other.quality is not None
+        return Queries(
+            embeddings=torch.cat([self.embeddings, other.embeddings]),
+            truth=torch.cat([self.truth, other.truth]),
+            sources=torch.cat([self.sources, other.sources]),
+            paths=self.paths + other.paths,
+            persons=self.persons + other.persons,
+            kinds=self.kinds + other.kinds,
+            quality=torch.cat([self.quality, other.quality]) if rated else None,
         )
 
     def groups(self) -> dict[str, Tensor]:
@@ -285,7 +298,7 @@ def embed_split(
     """
     check_template(template)
     persons = persons_of(root)
-    enrolled, clean = _clean_photos(persons)
+    enrolled, clean = clean_photos(persons)
     _, distorted = _distorted_photos(persons)
     found = embed(model, clean + distorted, transform, device, batch_size=batch_size, num_workers=num_workers)
     gallery = _gallery(enrolled, clean, found.rows(slice(None, len(clean))), template, made_by)
@@ -308,20 +321,25 @@ def select_queries(gallery: Gallery, queries: Queries | None, protocol: str) -> 
         chosen = (queries.sources < 0) | several[queries.truth.clamp(min=0)]
         found = queries.subset(chosen.nonzero()[:, 0])
     else:
-        photos = Queries(
-            embeddings=gallery.embeddings,
-            truth=gallery.labels,
-            sources=torch.arange(len(gallery.labels)),
-            paths=gallery.paths,
-            persons=[gallery.persons[label] for label in gallery.labels.tolist()],
-            kinds=["clean"] * len(gallery.labels),
-            quality=gallery.quality,
-        )
+        photos = own_queries(gallery, Embedded(gallery.embeddings, gallery.quality), kind="clean")
         found = photos.subset(several[gallery.labels].nonzero()[:, 0])
     if not len(found.paths):
         who = "no person with a distorted photo" if protocol == "cross" else "no person"
         raise NoQueries(f"protocol {protocol!r}: no query, as {who} has a second clean photo")
     return found
+
+
+def own_queries(gallery: Gallery, found: Embedded, kind: str) -> Queries:
+    """The gallery's photos as queries of a kind, by other embeddings than in the gallery."""
+    return Queries(
+        embeddings=found.embeddings,
+        truth=gallery.labels,
+        sources=torch.arange(len(gallery.labels)),
+        paths=gallery.paths,
+        persons=[gallery.persons[label] for label in gallery.labels.tolist()],
+        kinds=[kind] * len(gallery.labels),
+        quality=found.quality,
+    )
 
 
 class NoQueries(UserError):

@@ -45,7 +45,7 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
-from degradations import RandomDegradation, families_without
+from degradations import RandomDegradation, families_without, validation_degradation
 from framing import Frames, find_frames, sources_of
 from loading import PhotoLoader
 from losses import ArcMarginProduct
@@ -86,7 +86,9 @@ CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
 DISTORT = 0.0  # fraction of the photos that are distorted on the fly, besides the files on disk, 0..1
 DISTORT_MOST = 4  # families of degradations on one such photo, 1..8; see docs/degradations.md
-WITHOUT_FAMILIES = ()  # families that are not drawn, such as ("glare",), to see what becomes of them without training
+# Families that are not drawn, such as ("glare",), to see what becomes of them without training: of the degraded photos
+# in validation these alone are made then, and of all families otherwise.
+WITHOUT_FAMILIES = ()
 
 # --- ArcFace ---
 MARGIN = 0.5  # m, radians, 0 or more and below pi/2
@@ -134,7 +136,10 @@ def main() -> None:
     check_data(train_set, train_persons, val_persons)
     batches = ShuffledBatches([label for _, label in train_set.samples], BATCH_SIZE, SEED, BALANCE)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
-    transform = eval_transform(IMAGE_SIZE, FACE_CROP, find_frames(FRAMING, photos_of(val_persons), device))
+    val_frames = find_frames(FRAMING, photos_of(val_persons), device)
+    transform = eval_transform(IMAGE_SIZE, FACE_CROP, val_frames)
+    degradation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=round(IMAGE_SIZE / FACE_CROP))
+    degraded = eval_transform(IMAGE_SIZE, FACE_CROP, val_frames, degradation)
     clean_val = clean_val_loader(val_persons, train_set, transform, device)
 
     # Model, head and optimizer.
@@ -178,6 +183,7 @@ def main() -> None:
             network,
             val_persons,
             transform,
+            degraded,
             device,
             template=TEMPLATE,
             quick=QUICK_VALIDATION,
@@ -206,12 +212,8 @@ def main() -> None:
 
 def augmentation(frames: Frames | None = None) -> Transform:
     """From a training photo to a tensor: distortion, crop, a mirror image every second time, standardization."""
-    distort = RandomDegradation(
-        families=families_without(WITHOUT_FAMILIES),
-        probability=DISTORT,
-        most=DISTORT_MOST,
-        side=round(IMAGE_SIZE / FACE_CROP),
-    )
+    side = round(IMAGE_SIZE / FACE_CROP)
+    distort = RandomDegradation(families_without(WITHOUT_FAMILIES), DISTORT, DISTORT_MOST, side)
     return train_transform(IMAGE_SIZE, FACE_CROP, CROP_ZOOM, CROP_SHIFT, distort, frames=frames)
 
 
@@ -233,7 +235,6 @@ def check_data(train_set: FaceClassificationDataset, train_persons: list[Person]
     validation.check_data(
         train_set.persons,
         val_persons,
-        quick=QUICK_VALIDATION,
         max_clean_drop=MAX_CLEAN_DROP,
     )
 

@@ -49,10 +49,10 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
-from degradations import RandomDegradation, families_without
+from degradations import RandomDegradation, families_without, validation_degradation
 from embedding import embed
 from extra_faces import find_extra_faces
-from framing import find_frames, sources_of
+from framing import Frames, find_frames, sources_of
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
@@ -108,7 +108,9 @@ OFTEN = ("sunny", "rainy")  # the hard kinds, drawn twice as often as the others
 CLEAN = 0.1  # fraction of the positives that are the clean photo itself, 0..0.5
 DISTORT = 0.0  # fraction of the positives that are the clean photo distorted on the fly, not a file on disk, 0..1
 DISTORT_MOST = 4  # families of degradations on one such photo, 1..8; see docs/degradations.md
-WITHOUT_FAMILIES = ()  # families that are not drawn, such as ("glare",), to see what becomes of them without training
+# Families that are not drawn, such as ("glare",), to see what becomes of them without training: of the degraded photos
+# in validation these alone are made then, and of all families otherwise.
+WITHOUT_FAMILIES = ()
 CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
 
@@ -148,9 +150,16 @@ def main() -> None:
     check_data(train_persons, val_persons)
     extra = [] if EXTRA_FACES is None else find_extra_faces(EXTRA_FACES, DATA_DIR, stage1["face_crop"], device, framing)
     frames = find_frames(framing, [*photos_of(train_persons), *extra], device, sources_of(train_persons))
-    # The dataset mirrors both photos of a pair together, so the transform must not.
-    augment = train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, mirror=False, frames=frames)
-    train_set = pair_dataset(train_persons, extra, augment, side=frame_size(stage1))
+    train_set = FacePairDataset(
+        without_kinds(train_persons, SKIP_KINDS),
+        augmentation(image_size, crop, frames),
+        extra=extra,
+        clean=CLEAN,
+        on_the_fly=DISTORT,
+        degraded=augmentation(image_size, crop, frames, degradation(side=frame_size(stage1))),
+        often=OFTEN,
+        seed=SEED,
+    )
     labels = [label for _, label in train_set.anchors]
     batches = PersonBatches(labels, PERSONS_PER_BATCH, PHOTOS_PER_PERSON // 2, SEED)
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
@@ -187,10 +196,13 @@ def main() -> None:
         wrapped=(ddp_model,),
     )
 
+    val_frames = find_frames(framing, photos_of(val_persons), device)
+    in_validation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=frame_size(stage1))
     validate = functools.partial(
         validation.validate,
         root=val_persons,
-        transform=eval_transform(image_size, crop, find_frames(framing, photos_of(val_persons), device)),
+        transform=eval_transform(image_size, crop, val_frames),
+        degraded=eval_transform(image_size, crop, val_frames, in_validation),
         device=device,
         template=TEMPLATE,
         quick=QUICK_VALIDATION,
@@ -259,24 +271,20 @@ def check_data(train_persons: list[Person], val_persons: list[Person]) -> None:
     validation.check_data(
         [person.name for person in train_persons],
         val_persons,
-        quick=QUICK_VALIDATION,
         max_clean_drop=MAX_CLEAN_DROP,
     )
 
 
-def pair_dataset(train_persons: list[Person], extra: list[Path], transform: Transform, side: int) -> FacePairDataset:
-    """Pairs of a clean photo and its distorted copy; photos distorted on the fly are shrunk to `side` pixels first."""
-    families = families_without(WITHOUT_FAMILIES)
-    return FacePairDataset(
-        without_kinds(train_persons, SKIP_KINDS),
-        transform,
-        extra=extra,
-        clean=CLEAN,
-        on_the_fly=DISTORT,
-        distort=RandomDegradation(families, 1.0, DISTORT_MOST, side=side),
-        often=OFTEN,
-        seed=SEED,
-    )
+def augmentation(
+    image_size: int, crop: float, frames: Frames | None, distort: RandomDegradation | None = None
+) -> Transform:
+    """From a training photo to a tensor. The dataset mirrors both photos of a pair together, so this must not."""
+    return train_transform(image_size, crop, CROP_ZOOM, CROP_SHIFT, distort, mirror=False, frames=frames)
+
+
+def degradation(side: int) -> RandomDegradation:
+    """What photos are distorted by on the fly, shrunk to `side` pixels first."""
+    return RandomDegradation(families_without(WITHOUT_FAMILIES), probability=1.0, most=DISTORT_MOST, side=side)
 
 
 def checkpoint_facts(

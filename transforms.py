@@ -209,30 +209,20 @@ class FaceCrop:
         return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
 
 
-def eval_crop(image_size: int, face_crop: float, frames: Frame | None = None) -> Frame:
+def eval_crop(image_size: int, face_crop: float, frames: Frame | None = None, distort: Frame | None = None) -> Frame:
     """PIL image -> what the network sees of it, image_size x image_size pixels.
 
-    frames: applied first, see framing.Frames; None: the photo as it is.
+    frames: applied first, see framing.Frames; distort: applied next, to the whole photo or what `frames` leave of it,
+    such as a RandomDegradation. None: the photo as it is.
     """
-    crop = FaceCrop(image_size, face_crop)
-    return v2.Compose([frames, crop]) if frames else crop
+    return v2.Compose([step for step in (frames, distort, FaceCrop(image_size, face_crop)) if step])
 
 
-def eval_transform(image_size: int, face_crop: float, frames: Frame | None = None) -> Transform:
+def eval_transform(
+    image_size: int, face_crop: float, frames: Frame | None = None, distort: Frame | None = None
+) -> Transform:
     """PIL RGB image -> (3, image_size, image_size) float32 in about -1..1: `eval_crop` and standardization."""
-    return v2.Compose([eval_crop(image_size, face_crop, frames), *_TO_TENSOR])
-
-
-class _KeepPath:
-    """`distort`, with the path of the photo that goes in."""
-
-    def __init__(self, distort: Frame):
-        self.distort = distort
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        distorted = self.distort(image)
-        distorted.info["path"] = image.info.get("path")
-        return distorted
+    return v2.Compose([eval_crop(image_size, face_crop, frames, distort), *_TO_TENSOR])
 
 
 def train_transform(
@@ -246,11 +236,9 @@ def train_transform(
 ) -> Transform:
     """`eval_transform` with random jitter of the crop (see FaceCrop).
 
-    mirror: mirror each image with probability 0.5. distort: applied to the whole photo, such as a RandomDegradation.
-    frames: as in `eval_transform`, applied after `distort`.
+    mirror: mirror each image with probability 0.5. frames, distort: as in `eval_crop`.
     """
-    before = [_KeepPath(distort)] if distort else []
-    before += [frames] if frames else []
+    before = [step for step in (frames, distort) if step]
     after = [v2.RandomHorizontalFlip()] if mirror else []
     crop = FaceCrop(image_size, face_crop, zoom=zoom, shift=shift)
     return v2.Compose([*before, crop, *after, *_TO_TENSOR])

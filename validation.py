@@ -8,11 +8,25 @@ from torch import nn
 
 from common import UserError, list_names, warn_once
 from datasets import Person, Split, folder_of, kinds_of, persons_of
-from gallery import Gallery, NoQueries, Queries, check_split, embed_split, retrieve, score, select_queries
+from embedding import embed
+from gallery import (
+    Gallery,
+    NoQueries,
+    Queries,
+    build_gallery,
+    clean_photos,
+    embed_queries,
+    own_queries,
+    retrieve,
+    score,
+    select_queries,
+)
 from scores import TEMPLATES
 from transforms import Transform
 
-CHOICE = "mean of same and cross"  # of the best epoch, by `validate`; kept in checkpoints
+# Of the best epoch, by `validate`; kept in checkpoints.
+CHOICE = "mean of same and cross, on the distorted photos and on degraded ones"
+DEGRADED = "degraded"  # kind of the clean photos that are degraded on the fly
 QUICK_STRIDE = 3  # quick validation takes a third of the distorted photos
 
 
@@ -20,6 +34,7 @@ def validate(
     model: nn.Module,
     root: Split,
     transform: Transform,
+    degraded: Transform,
     device: torch.device | str,
     *,
     template: str,
@@ -31,22 +46,22 @@ def validate(
     The figure: the mean of top-1 under the protocols "same" and "cross", by `template`. "same" alone rewards finding
     the photo again, a stranger's as well as a friend's; "cross" alone leaves out the persons with one photo. Where no
     query is left under "cross", it is top-1 under "same", with a warning.
+    Queries are the distorted photos and, once each, the clean ones through `degraded`: `transform` with a
+    FixedDegradation in it. The former are soon all answered, or are hopeless; by the latter epochs differ.
     The row: `summary` of "same"; top1_cross and top1_clean where those protocols have queries; cosine_<kind>, see
     `copy_cosines`.
     quick: only every QUICK_STRIDE-th distorted photo, and no mirror images. Such figures compare epochs; those to
     report are `gallery.evaluate`'s.
-    Raises what `gallery.embed_split` raises.
+    Raises what `gallery.build_gallery` raises.
     """
     persons = persons_of(root)
     with _without_mirror(model) if quick else contextlib.nullcontext():
-        gallery, queries = embed_split(
-            model,
-            thinned(persons, QUICK_STRIDE) if quick else persons,
-            transform,
-            device,
-            template=template,
-            num_workers=num_workers,
-        )
+        gallery = build_gallery(model, persons, transform, device, template=template, num_workers=num_workers)
+        found = embed(model, gallery.paths, degraded, device, num_workers=num_workers, description="degraded")
+        queries = own_queries(gallery, found, kind=DEGRADED)
+        if any(person.distorted for person in persons):
+            asked = thinned(persons, QUICK_STRIDE) if quick else persons
+            queries = embed_queries(model, gallery, asked, transform, device, num_workers=num_workers) + queries
     details = _answers(gallery, queries, "same", TEMPLATES)
     same, row = details["top1"][template], summary(details)
     for protocol in ("cross", "clean"):
@@ -62,7 +77,7 @@ def validate(
     return same, row
 
 
-def check_data(train: Sequence[str], val_persons: Sequence[Person], *, quick: bool, max_clean_drop: float) -> None:
+def check_data(train: Sequence[str], val_persons: Sequence[Person], *, max_clean_drop: float) -> None:
     """Check the persons that are trained on (names) and validated on, before anything is embedded.
 
     Raises UserError for fewer than two train persons, and what `validate` raises for its data. Warns where
@@ -73,7 +88,12 @@ def check_data(train: Sequence[str], val_persons: Sequence[Person], *, quick: bo
             f"train: {len(train)} person to train on ({list_names(train)}), expected two or more to tell apart; add "
             "persons to train/, or lower HOLDOUT_PERSONS"
         )
-    check_split(thinned(val_persons, QUICK_STRIDE) if quick else val_persons)
+    clean_photos(val_persons)
+    if not any(person.distorted for person in val_persons):
+        warn_once(
+            f"{folder_of(val_persons)}: no distorted photo, so the best epoch is chosen on copies of the clean photos "
+            "that are degraded on the fly"
+        )
     if max_clean_drop < 100 and not any(len(person.clean) > 1 for person in val_persons):
         warn_once(
             f"{folder_of(val_persons)}: MAX_CLEAN_DROP = {max_clean_drop} has no effect, as no person has two clean "

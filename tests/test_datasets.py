@@ -13,6 +13,7 @@ import torch
 from conftest import write_plain
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from common import UserError
@@ -355,9 +356,13 @@ def marked(image: Image.Image) -> Image.Image:
     return image
 
 
+MARKED = v2.Compose([marked, pil_to_tensor])
+
+
 def pairs(root, transform, seed: int = 0) -> FacePairDataset:
     """Of all kinds of positives."""
-    return FacePairDataset(root, transform, clean=0.3, on_the_fly=0.4, distort=marked, seed=seed)
+    degraded = v2.Compose([marked, transform])
+    return FacePairDataset(root, transform, clean=0.3, on_the_fly=0.4, degraded=degraded, seed=seed)
 
 
 each_dataset = pytest.mark.parametrize("build", [FaceClassificationDataset, pairs])
@@ -477,11 +482,11 @@ def origin(anchor: tuple, positive: tuple) -> str:
 
 
 @pytest.mark.parametrize(
-    "clean, on_the_fly, distort",
-    [(0.0, 0.0, None), (1.0, 0.0, None), (0.4, 0.0, None), (0.0, 1.0, marked), (0.1, 0.5, marked)],
+    "clean, on_the_fly, degraded",
+    [(0.0, 0.0, None), (1.0, 0.0, None), (0.4, 0.0, None), (0.0, 1.0, MARKED), (0.1, 0.5, MARKED)],
 )
-def test_positives_are_the_anchor_itself_or_distorted_on_the_fly_in_the_given_shares(tree, clean, on_the_fly, distort):
-    dataset = FacePairDataset(tree, pil_to_tensor, clean=clean, on_the_fly=on_the_fly, distort=distort)
+def test_positives_are_the_anchor_itself_or_distorted_on_the_fly_in_the_given_shares(tree, clean, on_the_fly, degraded):
+    dataset = FacePairDataset(tree, pil_to_tensor, clean=clean, on_the_fly=on_the_fly, degraded=degraded)
     count = Counter(origin(anchor, positive) for anchor, positive, *_ in items(dataset, 0, range(1200)))
     for kind, share in (("clean", clean), ("on the fly", on_the_fly), ("file", 1 - clean - on_the_fly)):
         assert abs(count[kind] - 1200 * share) <= 4 * (1200 * share * (1 - share)) ** 0.5, (kind, count)
@@ -499,36 +504,38 @@ def test_both_photos_of_every_second_item_are_mirrored_whatever_the_positive(tmp
     for path in write_all(tmp_path, *(f"{name}/{file}.png" for name in "ab" for file in ("1", "distortion/1_foggy"))):
         lopsided.save(path)
     dim = RandomDegradation({"lowlight": DISTORTIONS["lowlight"]}, probability=1.0, most=1, side=8)
-    dataset = FacePairDataset(tmp_path, pil_to_tensor, clean=0.3, on_the_fly=0.3, distort=dim)
+    dataset = FacePairDataset(
+        tmp_path, pil_to_tensor, clean=0.3, on_the_fly=0.3, degraded=v2.Compose([dim, pil_to_tensor])
+    )
     mirrored = [[bool(image[0, 0, 7] > image[0, 0, 0]) for image in dataset[index][:2]] for index in range(400)]
     assert all(anchor == positive for anchor, positive in mirrored)
     assert sum(anchor for anchor, _ in mirrored) == pytest.approx(200, abs=40)  # 4 standard deviations of 10
 
 
 @pytest.mark.parametrize(
-    "clean, on_the_fly, distort",
-    [(-0.1, 0.5, marked), (0.5, -0.1, marked), (0.6, 0.5, marked), (float("nan"), 0.0, marked), (0.1, 0.5, None)],
+    "clean, on_the_fly, degraded",
+    [(-0.1, 0.5, MARKED), (0.5, -0.1, MARKED), (0.6, 0.5, MARKED), (float("nan"), 0.0, MARKED), (0.1, 0.5, None)],
 )
-def test_shares_outside_0_to_1_and_a_share_without_a_distortion_are_refused(tree, clean, on_the_fly, distort):
+def test_shares_outside_0_to_1_and_a_share_without_a_distortion_are_refused(tree, clean, on_the_fly, degraded):
     shares = f"^CLEAN = {clean}, DISTORT = {on_the_fly}: expected shares in 0..1 whose sum is at most 1"
-    with pytest.raises(UserError, match=shares if distort else f"^DISTORT = {on_the_fly}: .* `distort` is None"):
-        FacePairDataset(tree, pil_to_tensor, clean=clean, on_the_fly=on_the_fly, distort=distort)
+    with pytest.raises(UserError, match=shares if degraded else f"^DISTORT = {on_the_fly}: .* `degraded` is None"):
+        FacePairDataset(tree, pil_to_tensor, clean=clean, on_the_fly=on_the_fly, degraded=degraded)
 
 
 @pytest.mark.parametrize("names, found", [(["abe"], "found 0 among 1"), (["abe", "cy"], "found 1 among 2")])
 def test_pairs_need_two_persons_that_have_some(tree, names, found):
     persons = split_persons(scan_persons(tree), names)[1]
-    for distort, needed in ((None, "both clean and distorted"), (marked, "clean")):
+    for degraded, needed in ((None, "both clean and distorted"), (MARKED, "clean")):
         with pytest.raises(
             UserError, match=f"^{tree}: training on pairs needs two persons with {needed} photos, {found}"
         ):
-            FacePairDataset(persons, pil_to_tensor, distort=distort)
+            FacePairDataset(persons, pil_to_tensor, degraded=degraded)
 
 
 def test_photos_without_copies_or_without_persons_are_anchors_distorted_on_the_fly(tree, tmp_path, caplog):
     shutil.rmtree(tree / "cy" / "distortion")
     extra = [write_plain(tmp_path / f"extra/{number}.png", (9, number, 0)) for number in (1, 2)]
-    dataset = FacePairDataset(tree, pil_to_tensor, extra=extra, clean=0.25, distort=marked)
+    dataset = FacePairDataset(tree, pil_to_tensor, extra=extra, clean=0.25, degraded=MARKED)
     assert caplog.messages[-1] == (
         f"{tree}: 1 of 4 persons have no distorted photo; their clean photos are distorted on the fly instead (cy)"
     )
@@ -550,7 +557,8 @@ def test_photos_without_copies_or_without_persons_are_anchors_distorted_on_the_f
 def test_extra_photos_change_nothing_of_the_photos_with_persons(tree, tmp_path):
     extra = [write_plain(tmp_path / "extra/1.png", (9, 1, 0))]
     alone = pairs(tree, jittered)
-    more = FacePairDataset(tree, jittered, extra=extra, clean=0.3, on_the_fly=0.4, distort=marked)
+    degraded = v2.Compose([marked, jittered])
+    more = FacePairDataset(tree, jittered, extra=extra, clean=0.3, on_the_fly=0.4, degraded=degraded)
     assert items(more, 3, range(5)) == items(alone, 3, range(5))
-    with pytest.raises(UserError, match="photos are to be distorted on the fly, but `distort` is None"):
+    with pytest.raises(UserError, match="photos are to be distorted on the fly, but `degraded` is None"):
         FacePairDataset(tree, pil_to_tensor, extra=extra)

@@ -9,13 +9,23 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import write_photo
 from PIL import Image
 from test_distortions import distance, grey, photo
 
 from common import UserError
-from degradations import FAMILIES, RandomDegradation, families_without, motion, out_of_focus, rain
+from degradations import (
+    FAMILIES,
+    RandomDegradation,
+    families_without,
+    motion,
+    out_of_focus,
+    rain,
+    validation_degradation,
+)
 from distortions import DISTORTIONS
 from tools import degradation_sheet
+from transforms import load_image
 
 
 def degrade(family, image, severity, seed=1):
@@ -309,3 +319,19 @@ def test_a_sheet_of_an_empty_folder_is_refused(sheet, monkeypatch, tmp_path):
     monkeypatch.setattr(sheet, "PHOTOS_DIR", tmp_path)
     with pytest.raises(UserError, match=r"^PHOTOS_DIR = .*: no photo found"):
         sheet.main()
+
+
+def test_a_fixed_degradation_depends_on_the_photos_name_alone_and_leaves_torch_s_draws(tmp_path):
+    first_photo, twin, other = (tmp_path / name for name in ("a/1.png", "b/1.png", "a/2.png"))
+    for path in (first_photo, twin, other):
+        write_photo(path, (120, 90, 60), seed=1, side=60)
+    made = validation_degradation((), most=4, side=60)
+    torch.manual_seed(5)
+    following = torch.rand(3)
+    torch.manual_seed(5)
+    first, again, same, different = (
+        np.asarray(made(load_image(path))) for path in (first_photo, first_photo, twin, other)
+    )
+    assert torch.equal(torch.rand(3), following)
+    assert (first == again).all() and (first == same).all() and (first != different).any()
+    assert set(validation_degradation(("glare",), most=4, side=60).degradation.families) == {"glare"}

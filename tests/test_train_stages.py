@@ -16,6 +16,7 @@ from torch import nn
 import checkpoints
 import common
 import datasets
+import degradations
 import training
 from common import UserError
 from constants import DOES_NOT_MATTER, MAY_CHANGE, MUST_EQUAL, PLAIN, plain_constants
@@ -416,11 +417,6 @@ def test_a_nan_loss_lists_the_photos_of_its_batch(stages, train, monkeypatch, ca
 # --- data that cannot be used ---
 
 
-def lose_distorted(root: Path) -> None:
-    for folder in (root / "val").glob("*/distortion"):
-        shutil.rmtree(folder)
-
-
 def lose_clean(root: Path) -> None:
     for folder in (root / "val").glob("*/clean"):
         shutil.rmtree(folder)
@@ -434,7 +430,6 @@ def keep_one(root: Path) -> None:
 @pytest.mark.parametrize(
     "spoil, messages",
     [
-        (lose_distorted, ["val: no distorted photo to query with"] * 2),
         (lose_clean, ["val: "] * 2),
         (keep_one, ["1 person to train on .ann., expected two or more"] * 2),
     ],
@@ -445,6 +440,26 @@ def test_data_that_cannot_be_used_is_refused_before_any_photo_is_embedded(stages
         with pytest.raises(UserError, match=message):
             train(script, "run", {"BATCH_SIZE": 2} if script is stages[0] else {})
     assert opened == []
+
+
+def test_val_needs_clean_photos_only_and_they_are_degraded_by_the_families_left_out_or_by_all(
+    stages, train, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        degradations.FixedDegradation,
+        "__call__",
+        lambda self, image: seen.append((image.info["path"].name, set(self.degradation.families))) or image,
+    )
+    val = stages[0].DATA_DIR / "val"
+    for folder in val.glob("*/distortion"):
+        shutil.rmtree(folder)
+    for script in stages:
+        for left_out in ((), ("glare", "blur")):
+            train(script, f"{script.__name__}_{len(left_out)}", {"WITHOUT_FAMILIES": left_out})
+            families = set(left_out) or set(degradations.FAMILIES)
+            assert seen == 2 * [(path.name, families) for path in sorted(val.glob("*/clean/*"))]  # epochs 0 and 1
+            seen.clear()
 
 
 @pytest.mark.parametrize("photos, drop, warned", [(1, 2.0, True), (1, 100.0, False), (2, 2.0, False)])

@@ -12,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from datasets import Person, distortion_kind, scan_persons
 from gallery import build_gallery, evaluate
-from validation import QUICK_STRIDE, summary, thinned, validate
+from validation import QUICK_STRIDE, check_data, summary, thinned, validate
 
 
 class MeanColour(torch.nn.Module):
@@ -45,7 +45,7 @@ def two_worlds(tmp_path) -> Path:
 
 
 def validated(root, quick: bool = False, model: torch.nn.Module | None = None) -> tuple[float, dict[str, float]]:
-    return validate(model or MeanColour(), root, pil_to_tensor, "cpu", template="best", quick=quick)
+    return validate(model or MeanColour(), root, pil_to_tensor, pil_to_tensor, "cpu", template="best", quick=quick)
 
 
 # --- the choice of an epoch -------------------------------------------------------------------------------------------
@@ -54,15 +54,35 @@ def validated(root, quick: bool = False, model: torch.nn.Module | None = None) -
 def test_an_epoch_is_chosen_by_the_mean_of_same_and_cross(two_worlds):
     top1, row = validated(two_worlds)
     assert row["top1_best"] == 1  # every copy is next to a photo of its person
-    assert row["top1_cross"] == 1 / 2  # without its source, ann's foggy query is nearest to bob; he has one photo
+    # Without its source, ann's foggy query is nearest to bob, who has one photo, and so are both of hers, "degraded".
+    assert row["top1_cross"] == 1 / 4
     assert row["top1_clean"] == 0  # her two photos are at a right angle, bob's is nearer to both
-    assert top1 == (1 + 1 / 2) / 2
+    assert top1 == (1 + 1 / 4) / 2
+
+
+def test_clean_photos_are_queries_too_degraded_on_the_fly(two_worlds):
+    def invert(image):
+        return 255 - pil_to_tensor(image)
+
+    _, row = validate(MeanColour(), two_worlds, pil_to_tensor, invert, "cpu", template="best")
+    assert row["top1_degraded"] == pytest.approx(1 / 3) and row["top1_foggy"] == row["top1_rainy"] == 1
+    assert row["top1_best"] == pytest.approx((3 + 1) / 6)
+
+
+def test_without_a_distorted_photo_the_degraded_ones_alone_count(two_worlds, caplog):
+    persons = [replace(person, distorted=()) for person in scan_persons(two_worlds)]
+    check_data(["cy", "di"], persons, max_clean_drop=2.0)
+    assert validated(persons)[1]["top1_best"] == validated(persons)[1]["top1_degraded"] == 1
+    assert any(
+        "no distorted photo, so the best epoch is chosen on copies of the clean photos" in m for m in caplog.messages
+    )
 
 
 def test_the_row_has_the_mean_cosine_of_each_kind_to_the_source_photos_that_are_known(two_worlds):
     write_plain(two_worlds / "bob/distortion/other_9_rainy.png", (0, 0, 200))  # its source is unknown
     cosines = {name: value for name, value in validated(two_worlds)[1].items() if name.startswith("cosine_")}
     assert cosines == {
+        "cosine_degraded": pytest.approx(1),
         "cosine_foggy": pytest.approx(1),  # ann_1's and bob_1's, each of its photo's colour
         "cosine_rainy": pytest.approx(20 / math.hypot(20, 200)),  # ann_1's alone
     }
@@ -70,7 +90,7 @@ def test_the_row_has_the_mean_cosine_of_each_kind_to_the_source_photos_that_are_
 
 def test_without_a_query_under_cross_an_epoch_is_chosen_by_same_with_a_warning(two_worlds, caplog):
     ann, bob = scan_persons(two_worlds)
-    for persons, others in (([bob], set()), ([replace(ann, distorted=()), bob], {"top1_clean"})):
+    for persons, others in (([bob], set()), ([replace(ann, clean=ann.clean[:1], distorted=()), bob], set())):
         top1, row = validated(persons)
         assert top1 == row["top1_best"] == 1 and {"top1_cross", "top1_clean"} & row.keys() == others
     [message] = caplog.messages
@@ -81,18 +101,19 @@ def test_a_kind_called_like_a_figure_does_not_replace_it(two_worlds):
     for name in ("mean", "best", "cross", "clean"):
         write_plain(two_worlds / f"bob/distortion/bob_1_{name}.png", (0, 200, 0))  # ann's colour
     top1, row = validated(two_worlds)
-    assert row["top1_best"] == 3 / 7 and (row["top1_cross"], row["top1_clean"]) == (1 / 2, 0)
-    assert top1 == (3 / 7 + 1 / 2) / 2
+    assert row["top1_best"] == 6 / 10 and (row["top1_cross"], row["top1_clean"]) == (1 / 4, 0)
+    assert top1 == (6 / 10 + 1 / 4) / 2
 
 
 @pytest.mark.parametrize("template", ["mean", "best"])
 def test_without_quick_the_figures_are_those_of_evaluate(two_worlds, template):
     model = MeanColour()
     gallery = build_gallery(model, two_worlds, pil_to_tensor, "cpu", template=template)
-    accuracy, details = evaluate(model, gallery, two_worlds, pil_to_tensor, "cpu")
-    _, row = validate(model, two_worlds, pil_to_tensor, "cpu", template=template, quick=False)
-    assert row[f"top1_{template}"] == accuracy and summary(details).items() <= row.items()
-    assert len(model.seen) == 2 * len(TWO_WORLDS) and all(model.seen)  # every photo twice, with its mirror image
+    _, details = evaluate(model, gallery, two_worlds, pil_to_tensor, "cpu")
+    _, row = validate(model, two_worlds, pil_to_tensor, pil_to_tensor, "cpu", template=template, quick=False)
+    kinds = {name: value for name, value in summary(details).items() if name not in ("top1_mean", "top1_best")}
+    assert kinds.items() <= row.items() and set(kinds) == {"top1_foggy", "top1_rainy"}
+    assert len(model.seen) == 2 * len(TWO_WORLDS) + 3 and all(model.seen)  # with its mirror image
 
 
 @pytest.mark.parametrize("template, foggy", [("mean", 0.5), ("best", 1.0)])
@@ -125,12 +146,12 @@ def test_thinning_keeps_all_clean_photos_and_a_third_of_each_kind_across_persons
 def test_quick_validation_embeds_a_third_of_the_distorted_photos_without_mirror_images(two_worlds):
     model = MeanColour()
     top1, row = validated(two_worlds, quick=True, model=model)
-    assert model.seen == [False] * (3 + 1) and model.mirror  # three clean photos and the first foggy one
+    assert model.seen == [False] * (3 + 3 + 1) and model.mirror  # clean photos, degraded ones and the first foggy one
     assert (row["top1_best"], row["top1_cross"], top1) == (1, 0, 1 / 2) and "top1_rainy" not in row
 
 
 def test_quick_validation_that_fails_restores_the_mirroring(two_worlds):
     model = MeanColour()
     with pytest.raises(ZeroDivisionError):
-        validate(model, two_worlds, lambda image: 1 / 0, "cpu", template="best", quick=True)
+        validate(model, two_worlds, lambda image: 1 / 0, pil_to_tensor, "cpu", template="best", quick=True)
     assert model.mirror
