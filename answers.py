@@ -10,10 +10,10 @@ from pathlib import Path
 
 from checkpoints import atomic_file
 from common import safe_text
-from faces import NO_FACE, UNREADABLE, Box, Label, draw_labels
+from faces import NO_FACE, UNREADABLE, UNUSABLE, Box, Label, draw_labels
 from transforms import load_image
 
-NAMED, UNKNOWN, UNUSABLE = "named", "unknown", "not usable"  # beside faces.NO_FACE and UNREADABLE
+NAMED, UNKNOWN = "named", "unknown"  # beside NO_FACE, UNREADABLE and UNUSABLE of faces.py
 COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", UNUSABLE: "#555555", NO_FACE: "#555555"}  # of annotations
 
 

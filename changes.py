@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from common import plain_name
 from datasets import Person
-from enrolment import absolute, names_of, select
+from enrolment import absolute, enroll, names_of, select
 from gallery import Gallery
 
 
@@ -97,6 +99,22 @@ def _found_photos(persons: Sequence[Person]) -> list[Photo]:
         return [
             Photo(person, absolute(path), digest, path) for (person, path), digest in zip(places, digests, strict=True)
         ]
+
+
+def add_photos(gallery: Gallery, photos: Sequence[Photo], embeddings: Tensor, quality: Tensor | None) -> Gallery:
+    """`gallery` with `photos`, each in place of the one of that person at that path, if there is one."""
+    added = {(photo.person, photo.path) for photo in photos}
+    names = names_of(gallery)
+    places = zip(names, gallery.paths, strict=True)
+    others = [row for row, place in enumerate(places) if place not in added]
+    return enroll(
+        select(gallery, others, names),
+        embeddings,
+        persons=[photo.person for photo in photos],
+        paths=[photo.path for photo in photos],
+        quality=quality,
+        digests=[photo.digest for photo in photos],
+    )
 
 
 def content_of(persons: Sequence[Person]) -> str:

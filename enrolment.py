@@ -1,4 +1,4 @@
-"""A gallery that is kept between runs: enroll, remove, calibrate, identify, save and load."""
+"""A gallery that is kept between runs: enroll, remove, identify, save and load."""
 
 import difflib
 import math
@@ -10,20 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import metrics
 import search
 from checkpoints import atomic_file
 from common import UserError, plain_name, read_plain, warn_once
 from embedding import rated_rows
-from gallery import Gallery, Queries, score
+from gallery import Gallery
 from scores import TEMPLATES, TIE, person_scores
 
 FORMAT = 2  # of the gallery files
-LEAST_RATED = 100  # clean photos from which on their worst say what is usable; of 20, the worst is any photo
 FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold", "quality")
 OPTIONAL = "digests"  # which galleries of earlier versions lack
-# What a threshold states, see `calibrate`.
-STATED = {"cosine": float, "far": float, "template": str, "strangers": int, "persons": int, "source": str}
+# What a threshold states, see calibration.calibrate.
+STATED = {"cosine": float, "far": (float, type(None)), "template": str, "strangers": int, "persons": int, "source": str}
 STATED |= {"quality": (float, type(None)), "refuse": (float, int, type(None)), "unusable": int}
 
 
@@ -128,6 +126,11 @@ def names_of(gallery: Gallery) -> list[str]:
     return [gallery.persons[label] for label in gallery.labels.tolist()]
 
 
+def state_of(gallery: Gallery) -> tuple:
+    """What differs if a gallery has changed: embeddings come and go with their photos."""
+    return names_of(gallery), gallery.paths, gallery.digests, gallery.template, gallery.threshold
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """The end of a sentence on an unknown `name`: the known one that is spelt most like it, or nothing."""
     close = difflib.get_close_matches(name, known, n=1)
@@ -152,104 +155,6 @@ def select(gallery: Gallery, rows: Sequence[int], names: Sequence[str]) -> Galle
 
 
 # --- match against the gallery ----------------------------------------------------------------------------------------
-
-
-def check_false_accept(far: object) -> None:
-    """Raise UserError unless `far` is a share above 0 and below 1."""
-    if not isinstance(far, float) or not 0 < far < 1:
-        raise UserError(f"FALSE_ACCEPT = {far!r}: expected a share of strangers, above 0 and below 1, such as 0.01")
-
-
-def check_calibration(persons: int, queries: int, *, far: float, source: str) -> None:
-    """Raise, before anything is embedded too, what `calibrate` raises for so many persons with clean photos and usable
-    queries."""
-    check_false_accept(far)
-    if persons < 2:
-        raise UserError(f"{source}: a threshold needs two persons with clean photos or more, found {persons}")
-    if queries * far < metrics.MIN_ERRORS:
-        raise UserError(
-            f"FALSE_ACCEPT = {far:g}: {source} has {queries} usable queries, but measuring so low a rate takes "
-            f"{math.ceil(metrics.MIN_ERRORS / far)}; add distorted photos, or set {least_rate(queries)}"
-        )
-
-
-def least_rate(queries: int) -> str:
-    """The lowest FALSE_ACCEPT that so many queries can measure, with two digits, as a hint."""
-    if queries <= metrics.MIN_ERRORS:
-        return "it to a rate below 1 then"
-    least = metrics.MIN_ERRORS / queries
-    digit = 10.0 ** (math.floor(math.log10(least)) - 1)
-    return f"at least {math.ceil(least / digit - 1e-9) * digit:.2g}"
-
-
-def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refuse: float | None = None) -> dict:
-    """The threshold for Gallery.threshold: the lowest cosine at which at most a share `far` of strangers gets a name.
-
-    Every query counts as a stranger: it is matched against the gallery without its own person. The rate holds for a
-    gallery of this size; with twice as many persons, a stranger resembles one of them about twice as often.
-    refuse: share of the gallery's photos, those of lowest quality, that may count as not usable. The lowest quality of
-    the others becomes the bound, and queries below it are left out. With None, a model that does not rate photos, or
-    fewer than LEAST_RATED photos in the gallery, there is no bound. source: where the queries come from, for messages.
-    Returns plain types: cosine, far, template, strangers (queries used), persons (that each was matched against),
-    source, quality (the bound or None), refuse, unusable (queries left out).
-    Raises UserError if `far` or `refuse` is not a share, the gallery holds one person only, or there are too few
-    queries to expect metrics.MIN_ERRORS false accepts.
-    """
-    check_calibration(len(gallery.persons), len(queries.paths), far=far, source=source)
-    if refuse is not None and not 0 <= refuse < 1:
-        raise UserError(f"REFUSE = {refuse!r}: expected a share of clean photos, 0 or more and below 1, such as 0.01")
-    total, bound = len(queries.paths), None
-    rated = gallery.quality is not None and queries.quality is not None
-    if refuse is not None and rated and len(gallery.quality) >= LEAST_RATED:
-        bound = gallery.quality.sort().values[metrics.rounded_down(refuse, len(gallery.quality))].item()
-        queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
-        if not queries.paths:
-            raise UserError(f"{source}: none of its {total} distorted photos is usable (REFUSE = {refuse:g})")
-    found = metrics.ranking(score(gallery, queries, [gallery.template])[gallery.template])
-    used = len(found.rival)
-    check_calibration(len(gallery.persons), used, far=far, source=source)
-    return {
-        # A product of another shape rounds differently: who is refused here must not get a name there.
-        "cosine": metrics.threshold_for(found.rival, far) + TIE,
-        "far": far,
-        "template": gallery.template,
-        "strangers": used,
-        "persons": len(gallery.persons) - 1,
-        "source": source,
-        "quality": bound,
-        "refuse": refuse,
-        "unusable": total - used,
-    }
-
-
-def describe_threshold(gallery: Gallery) -> str:
-    """What the threshold of a gallery means, in words."""
-    threshold = gallery.threshold
-    if threshold is None:
-        return "no threshold (CALIBRATE_ON = None): every face gets a name, a stranger's too"
-    lines = [
-        f"named at cosine >= {threshold['cosine']:.3f}: at most {100 * threshold['far']:g} % of the "
-        f"{threshold['strangers']} photos of strangers in {threshold['source']} reach it, among "
-        f"{threshold['persons']} persons"
-    ]
-    if threshold["quality"] is not None:
-        total = threshold["unusable"] + threshold["strangers"]
-        lines.append(
-            f"usable at quality >= {threshold['quality']:.2f}: all but {100 * threshold['refuse']:g} % of the clean "
-            f"photos there, and {threshold['strangers']} of the {total} distorted ones"
-        )
-    elif threshold["refuse"] is not None and gallery.quality is not None:
-        lines.append(
-            f"every photo counts as usable: {threshold['source']} has fewer than {LEAST_RATED} clean photos to set a "
-            "bound by"
-        )
-    times = len(gallery.persons) / threshold["persons"]
-    if times >= 2:
-        lines.append(
-            f"  the gallery has {times:.1f} times as many persons, so strangers get a name about that many times as "
-            "often; calibrate on more persons, or lower FALSE_ACCEPT"
-        )
-    return "\n".join(lines)
 
 
 def identify(gallery: Gallery, embeddings: Tensor) -> list[tuple[str | None, float, str]]:

@@ -1,7 +1,7 @@
 """Faces in loose photos: found by MTCNN (Zhang et al. 2016, arXiv:1604.02878), cut out as squares, labelled."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from transforms import load_image
 
 DETECT_SIDE = 1024  # px: a photo with a longer side than this is searched in a smaller copy, and cut from the original
 WHICH = ("largest", "central")  # which face of a photo that shows several
-NO_FACE, UNREADABLE = "no face", "unreadable"  # why a photo gives no face
+NO_FACE, UNREADABLE, UNUSABLE = "no face", "unreadable", "not usable"  # why a photo or a face is not used
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; may reach beyond the image
 
@@ -172,6 +172,13 @@ def read_faces(
             if not found:
                 readings.append(Reading(photo, NO_FACE))
     return readings
+
+
+def rate(reading: Reading, quality: float, bound: float) -> Reading:
+    """`reading` with its quality; not usable below `bound`."""
+    if quality >= bound:
+        return replace(reading, quality=quality)
+    return replace(reading, quality=quality, status=UNUSABLE, reason=f"quality {quality:.2f}, below {bound:.2f}")
 
 
 @dataclass(frozen=True)

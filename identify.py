@@ -21,15 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import calibration
 import checkpoints
 import common
 import enrolment
-from answers import NAMED, UNKNOWN, UNUSABLE, Answer, annotate, counted, printable, table, write_json_lines
-from changes import Changes, Photo, content_of, find_changes
+from answers import NAMED, UNKNOWN, Answer, annotate, counted, printable, table, write_json_lines
+from changes import Changes, Photo, add_photos, content_of, find_changes
 from common import UserError
 from datasets import Person, photos_of, scan_persons
 from embedding import embed
-from faces import FaceDetector, Reading, read_faces
+from faces import UNUSABLE, FaceDetector, Reading, rate, read_faces
 from folders import photos_below
 from framing import Frames, check_framing, find_frames
 from gallery import Gallery, embed_split, made_by
@@ -50,9 +51,12 @@ ENROLL_UNUSABLE = False  # True: also enroll photos that are not usable; other b
 
 # --- when is a face 'unknown'? ---
 FALSE_ACCEPT = 0.01  # share of strangers' photos that may get a name, above 0 and below 1
-CALIBRATE_ON = Path("Task_B/val")  # a split framed like PHOTOS with >= 10 / FALSE_ACCEPT distorted photos, used once;
-# None: keep the thresholds of GALLERY; if it has none, every face gets a name
-# Share of CALIBRATE_ON's clean photos, the worst, that may be called not usable, 0..0.2; None: every photo is usable.
+# The checkpoint has a calibration of its own, made on the persons that its epoch was chosen on. More exact, for photos
+# like yours: a split framed like PHOTOS with at least 10 / FALSE_ACCEPT distorted photos, used once. None: the
+# thresholds that GALLERY has from an earlier split, or the checkpoint's calibration.
+CALIBRATE_ON = None
+THRESHOLD = None  # a cosine by hand, -1..1: a face is named from it on, whatever CALIBRATE_ON is
+# Share of the clean photos of CALIBRATE_ON, the worst, that may be called not usable, 0..0.2; None: all are usable.
 REFUSE = 0.01
 
 # --- the network ---
@@ -89,16 +93,18 @@ def main() -> list[Answer]:
     # One of several processes locks and writes.
     with checkpoints.locked(GALLERY, refusal=None) if common.is_main() else contextlib.nullcontext():
         saved = read_gallery(reader)
-        threshold = find_threshold(saved, reader)  # first: it may fail, and does not depend on who is enrolled
+        threshold = find_threshold(saved, reader)  # first: it may fail, and hardly depends on who is enrolled
         gallery, lines = enroll_persons(saved, persons, reader, quality_bound(threshold))
         gallery, removals = remove_persons(gallery, persons)
+        if threshold is not None and "pairs" in threshold:  # the checkpoint's, by the number of persons
+            threshold = reader.threshold(len(gallery.persons))
         gallery = replace(gallery, template=TEMPLATE, threshold=threshold)
-        changed = saved is None or state_of(gallery) != state_of(saved)
+        changed = saved is None or enrolment.state_of(gallery) != enrolment.state_of(saved)
         if changed and common.is_main():
             checkpoints.check_writable("GALLERY", GALLERY, folder=False)
             enrolment.save_gallery(GALLERY, gallery)
     size = f"{counted(len(gallery.paths), 'photo')} of {counted(len(gallery.persons), 'person')}"
-    lines += [*removals, f"{GALLERY}: {size}{', saved' * changed}", enrolment.describe_threshold(gallery)]
+    lines += [*removals, f"{GALLERY}: {size}{', saved' * changed}", calibration.describe(gallery)]
     lines += list_persons(gallery) if LIST else []
     print("\n".join(lines))
 
@@ -118,7 +124,7 @@ def check_constants() -> None:
     """Raise UserError, before anything slow, for a missing file or folder, or a value out of range."""
     check_template(TEMPLATE)
     check_framing(FRAMING)
-    enrolment.check_false_accept(FALSE_ACCEPT)
+    calibration.check_false_accept(FALSE_ACCEPT)
     ranges = {
         "TOP": (TOP, int, 1, 10**6),
         "MARGIN": (MARGIN, float, 0, 3),
@@ -129,6 +135,8 @@ def check_constants() -> None:
     for name, (value, kind, low, high) in ranges.items():
         if not common.in_range(value, kind, low, high):
             raise UserError(f"{name} = {value!r}: expected a {'whole ' * (kind is int)}number in {low}..{high}")
+    if THRESHOLD is not None and not common.in_range(THRESHOLD, float, -1, 1):
+        raise UserError(f"THRESHOLD = {THRESHOLD!r}: expected a cosine, -1..1, or None")
     if REFUSE is not None and not common.in_range(REFUSE, float, 0, 0.2):
         raise UserError(f"REFUSE = {REFUSE!r}: expected a share of clean photos, 0..0.2, such as 0.01, or None")
     common.check_list("PHOTOS", PHOTOS, (str, Path), "paths")
@@ -194,7 +202,7 @@ class FaceReader:
             framing=FRAMING,
         )
         size, fraction = facts["image_size"], facts["face_crop"]
-        self.device, self.detector = device, None
+        self.device, self.detector, self.calibration = device, None, facts.get("calibration")
         if FIND_FACES:
             torch.backends.cudnn.benchmark = False  # the photos that the detector sees differ in shape
             self.detector, fraction = FaceDetector(device, min_face=MIN_FACE, min_probability=MIN_PROBABILITY), 1.0
@@ -211,6 +219,11 @@ class FaceReader:
     def transform(self, frames: Frames | None) -> Transform:
         """From a photo to what the network sees."""
         return eval_transform(self.crop.size, self.crop.fraction, frames)
+
+    def threshold(self, persons: int) -> dict | None:
+        """By the checkpoint's own calibration, for a gallery of so many persons; None: it has none."""
+        found = calibration.from_checkpoint(self.calibration, FALSE_ACCEPT, persons, source=str(CHECKPOINT))
+        return found if found is None or REFUSE is not None else found | {"quality": None}
 
     def read(self, photos: Sequence[Path], folder: Path, most: int | None = None) -> list[Reading]:
         """See faces.read_faces."""
@@ -247,13 +260,6 @@ class FaceReader:
         return readings, found.embeddings[torch.tensor(usable, dtype=torch.bool)]
 
 
-def rate(reading: Reading, quality: float, bound: float) -> Reading:
-    """`reading` with its quality; not usable below `bound`."""
-    if quality >= bound:
-        return replace(reading, quality=quality)
-    return replace(reading, quality=quality, status=UNUSABLE, reason=f"quality {quality:.2f}, below {bound:.2f}")
-
-
 # --- the gallery ------------------------------------------------------------------------------------------------------
 
 
@@ -271,10 +277,16 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
     """The gallery's threshold if it was found for FALSE_ACCEPT, TEMPLATE, REFUSE and the photos of CALIBRATE_ON, else a
     new one.
 
-    None if CALIBRATE_ON is None and the gallery has no threshold. Raises what enrolment.calibrate raises; UserError if
+    THRESHOLD comes before all. Where CALIBRATE_ON is None and the gallery has no threshold, it is the checkpoint's, or
+    None. Raises what calibration.calibrate raises; UserError if
     CALIBRATE_ON has no distorted photo, or is None while the gallery was calibrated with other settings.
     """
+    if THRESHOLD is not None:
+        own = reader.threshold(persons=1)
+        return calibration.by_hand(THRESHOLD, own["quality"] if own else None, TEMPLATE)
     held = gallery.threshold if gallery is not None else None
+    if held is not None and (held["far"] is None or "pairs" in held):  # not of a CALIBRATE_ON
+        held = None
     fits = held is not None and (held["far"], held["template"], held["refuse"]) == (FALSE_ACCEPT, TEMPLATE, REFUSE)
     gone = CALIBRATE_ON is not None and not CALIBRATE_ON.is_dir() and fits and held["source"] == str(CALIBRATE_ON)
     if fits and (CALIBRATE_ON is None or gone):  # it was needed once
@@ -286,7 +298,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
                 f"REFUSE = {held['refuse']}, now {FALSE_ACCEPT}, {TEMPLATE!r} and {REFUSE}; set them back, or set "
                 "CALIBRATE_ON"
             )
-        return None
+        return reader.threshold(persons=1)
     if not CALIBRATE_ON.is_dir():
         raise UserError(
             f"CALIBRATE_ON = {CALIBRATE_ON}: no such folder; correct it, or set it to None to keep the threshold of "
@@ -301,7 +313,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
             f"CALIBRATE_ON = {CALIBRATE_ON}: no distorted photo to use as a query; expected "
             f"{CALIBRATE_ON}/<person>/distortion/*.jpg"
         )
-    enrolment.check_calibration(
+    calibration.check_calibration(
         sum(bool(person.clean) for person in persons),
         sum(len(person.distorted) for person in persons),
         far=FALSE_ACCEPT,
@@ -319,7 +331,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
             batch_size=BATCH_SIZE,
             num_workers=NUM_WORKERS,
         )
-    found = enrolment.calibrate(others, queries, far=FALSE_ACCEPT, source=str(CALIBRATE_ON), refuse=REFUSE)
+    found = calibration.calibrate(others, queries, far=FALSE_ACCEPT, source=str(CALIBRATE_ON), refuse=REFUSE)
     return found | {"content": content}
 
 
@@ -343,7 +355,7 @@ def cut_faces(persons: Sequence[Person], folder: Path, reader: FaceReader) -> li
 
 
 def quality_bound(threshold: dict | None) -> float:
-    """The lowest quality of a usable photo, by a threshold of enrolment.calibrate; without one, any is usable."""
+    """The lowest quality of a usable photo, by a threshold of calibration.py; without one, any is usable."""
     bound = threshold and threshold["quality"]
     return -math.inf if bound is None else bound
 
@@ -390,22 +402,6 @@ def enroll_persons(
         gallery = add_photos(gallery, [photo for photo, _ in used], embeddings, quality)
     summary = summary_of(changes, [photo for photo, _ in used], gallery, removed)
     return gallery, [*lines, f"{ENROLL}: {summary}"]
-
-
-def add_photos(gallery: Gallery, photos: Sequence[Photo], embeddings: Tensor, quality: Tensor | None) -> Gallery:
-    """`gallery` with `photos`, each in place of the one of that person at that path, if there is one."""
-    added = {(photo.person, photo.path) for photo in photos}
-    names = enrolment.names_of(gallery)
-    places = zip(names, gallery.paths, strict=True)
-    others = [row for row, place in enumerate(places) if place not in added]
-    return enrolment.enroll(
-        enrolment.select(gallery, others, names),
-        embeddings,
-        persons=[photo.person for photo in photos],
-        paths=[photo.path for photo in photos],
-        quality=quality,
-        digests=[photo.digest for photo in photos],
-    )
 
 
 def not_enrolled(reading: Reading, changes: Changes) -> str:
@@ -457,11 +453,6 @@ def list_persons(gallery: Gallery) -> list[str]:
     """A line for each person who is enrolled."""
     photos = Counter(enrolment.names_of(gallery))
     return [printable(f"  {name}: {counted(photos[name], 'photo')}") for name in gallery.persons]
-
-
-def state_of(gallery: Gallery) -> tuple:
-    """What differs if a gallery has changed: embeddings come and go with their photos."""
-    return enrolment.names_of(gallery), gallery.paths, gallery.digests, gallery.template, gallery.threshold
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.utils.data import BatchSampler, SequentialSampler
 
+import calibration
 import common
 import distributed
 import gallery
@@ -207,7 +208,17 @@ def main() -> None:
     for _ in run.epochs():
         train_one_epoch(run, ddp_model, ddp_head, head, device)
         run.finish_epoch(validate)
-    run.report_best()
+    for path in run.report_best():
+        calibration.calibrate_checkpoint(
+            path,
+            val_persons,
+            transform,
+            degraded,
+            device,
+            template=TEMPLATE,
+            quick=QUICK_VALIDATION,
+            num_workers=NUM_WORKERS,
+        )
 
 
 def augmentation(frames: Frames | None = None) -> Transform:

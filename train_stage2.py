@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+import calibration
 import checkpoints
 import common
 import distributed
@@ -198,11 +199,13 @@ def main() -> None:
 
     val_frames = find_frames(framing, photos_of(val_persons), device)
     in_validation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=frame_size(stage1))
+    transform = eval_transform(image_size, crop, val_frames)
+    degraded = eval_transform(image_size, crop, val_frames, in_validation)
     validate = functools.partial(
         validation.validate,
         root=val_persons,
-        transform=eval_transform(image_size, crop, val_frames),
-        degraded=eval_transform(image_size, crop, val_frames, in_validation),
+        transform=transform,
+        degraded=degraded,
         device=device,
         template=TEMPLATE,
         quick=QUICK_VALIDATION,
@@ -228,7 +231,17 @@ def main() -> None:
     for _ in run.epochs():
         train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
-    run.report_best()
+    for path in run.report_best():
+        calibration.calibrate_checkpoint(
+            path,
+            val_persons,
+            transform,
+            degraded,
+            device,
+            template=TEMPLATE,
+            quick=QUICK_VALIDATION,
+            num_workers=NUM_WORKERS,
+        )
 
 
 def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, FaceNet, dict]:

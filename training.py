@@ -441,15 +441,18 @@ class Run:
         self.meter.lap("saving")
         return mark
 
-    def report_best(self) -> None:
-        """Print which epoch was best, and what the run spent its time on."""
+    def report_best(self) -> list[Path]:
+        """Print which epoch was best, and what the run spent its time on; returns the checkpoints of the best."""
         if is_main():
             self.journal.close(self.history)
-        for best, name in ((self.best, "best.pt"), (self.best_ema, "best_ema.pt")):
+        kept = [
+            (best, name) for best, name in ((self.best, "best.pt"), (self.best_ema, "best_ema.pt")) if best.epoch >= 0
+        ]
+        for best, name in kept:
             which = f"epoch {best.epoch}" if best.epoch else "the network as loaded, no epoch was better"
-            if best.epoch >= 0:
-                print(f"best: {which}, top-1 {best.top1:.4f} on {self.facts['selected_on']}: {self.run_dir / name}")
+            print(f"best: {which}, top-1 {best.top1:.4f} on {self.facts['selected_on']}: {self.run_dir / name}")
         print(time_shares(self.history, self.meter))
+        return [self.run_dir / name for _, name in kept]
 
     # --- checkpoints ---
 

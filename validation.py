@@ -56,12 +56,9 @@ def validate(
     """
     persons = persons_of(root)
     with _without_mirror(model) if quick else contextlib.nullcontext():
-        gallery = build_gallery(model, persons, transform, device, template=template, num_workers=num_workers)
-        found = embed(model, gallery.paths, degraded, device, num_workers=num_workers, description="degraded")
-        queries = own_queries(gallery, found, kind=DEGRADED)
-        if any(person.distorted for person in persons):
-            asked = thinned(persons, QUICK_STRIDE) if quick else persons
-            queries = embed_queries(model, gallery, asked, transform, device, num_workers=num_workers) + queries
+        gallery, queries = embed_persons(
+            model, persons, transform, degraded, device, template=template, quick=quick, num_workers=num_workers
+        )
     details = _answers(gallery, queries, "same", TEMPLATES)
     same, row = details["top1"][template], summary(details)
     for protocol in ("cross", "clean"):
@@ -75,6 +72,30 @@ def validate(
         "chosen by how well photos are found again, which says little about recognising people"
     )
     return same, row
+
+
+def embed_persons(
+    model: nn.Module,
+    persons: Sequence[Person],
+    transform: Transform,
+    degraded: Transform,
+    device: torch.device | str,
+    *,
+    template: str,
+    quick: bool,
+    num_workers: int = 0,
+) -> tuple[Gallery, Queries]:
+    """The clean photos as a gallery, and the queries: distorted photos, and the clean ones through `degraded`.
+
+    quick: only every QUICK_STRIDE-th distorted photo. Raises what `gallery.build_gallery` raises.
+    """
+    gallery = build_gallery(model, persons, transform, device, template=template, num_workers=num_workers)
+    found = embed(model, gallery.paths, degraded, device, num_workers=num_workers, description="degraded")
+    queries = own_queries(gallery, found, kind=DEGRADED)
+    if any(person.distorted for person in persons):
+        asked = thinned(persons, QUICK_STRIDE) if quick else persons
+        queries = embed_queries(model, gallery, asked, transform, device, num_workers=num_workers) + queries
+    return gallery, queries
 
 
 def check_data(train: Sequence[str], val_persons: Sequence[Person], *, max_clean_drop: float) -> None:

@@ -15,12 +15,14 @@ from conftest import MakesFolderWhenLoaded, MeanColour, as_float
 from PIL import Image
 from torch import Tensor
 
+import calibration
 import checkpoints
 import enrolment
 import metrics
+from calibration import calibrate
 from common import UserError
 from embedding import embed
-from enrolment import calibrate, empty_gallery, enroll, identify, load_gallery, names_of, remove, save_gallery
+from enrolment import empty_gallery, enroll, identify, load_gallery, names_of, remove, save_gallery
 from gallery import Gallery, Queries, build_gallery
 
 MODEL = {"fingerprint": "0123456789abcdef", "image_size": 160, "face_crop": 0.52}
@@ -271,7 +273,7 @@ def test_no_more_strangers_than_far_says_get_a_name_identified_together_or_alone
 
 @pytest.fixture
 def few_are_enough(monkeypatch) -> None:
-    monkeypatch.setattr(enrolment, "LEAST_RATED", 2)
+    monkeypatch.setattr(calibration, "LEAST_RATED", 2)
 
 
 @pytest.mark.parametrize("refuse, worst", [(0.0, 0), (0.04, 0), (0.05, 1), (0.125, 3)])  # of 24 photos
@@ -321,11 +323,11 @@ def test_what_cannot_be_calibrated_is_refused_with_the_way_out(kept, count, far,
 
 def test_the_description_warns_of_a_gallery_that_has_outgrown_its_threshold():
     kept = replace(of("ann bob cy di", 0, 30, 60, 90), threshold=THRESHOLD | {"persons": 3})
-    assert enrolment.describe_threshold(kept).splitlines() == [
+    assert calibration.describe(kept).splitlines() == [
         "named at cosine >= 0.430: at most 1 % of the 1000 photos of strangers in val reach it, among 3 persons",
         "usable at quality >= 9.50: all but 1 % of the clean photos there, and 1000 of the 1007 distorted ones",
     ]
-    outgrown = enrolment.describe_threshold(replace(kept, threshold=THRESHOLD | {"persons": 2}))
+    outgrown = calibration.describe(replace(kept, threshold=THRESHOLD | {"persons": 2}))
     assert "the gallery has 2.0 times as many persons" in outgrown
 
 

@@ -17,13 +17,14 @@ from conftest import TinyNet
 from PIL import Image, ImageDraw
 from torch import nn
 
+import calibration
 import checkpoints
-import enrolment
 import framing
 import identify
 from answers import COLOURS, Answer
+from calibration import calibrate
 from common import UserError
-from enrolment import calibrate, load_gallery
+from enrolment import load_gallery
 from faces import Face
 from gallery import Gallery, build_gallery, embed_queries
 
@@ -195,7 +196,7 @@ def test_without_a_threshold_every_person_gets_a_name_with_a_warning(here, capsy
     identify.CALIBRATE_ON = None
     stranger = by_name(identify.main())["s.png"]
     assert (stranger.status, stranger.person, stranger.threshold) == ("named", "cy", None)
-    assert "no threshold (CALIBRATE_ON = None): every face gets a name, a stranger's too" in capsys.readouterr().out
+    assert "no threshold: every face gets a name, a stranger's too" in capsys.readouterr().out
 
 
 def test_visible_photos_of_folders_are_collected_at_any_depth_and_each_once(here, capsys):
@@ -460,6 +461,63 @@ def test_an_error_leaves_the_gallery_unchanged(here, changes, message):
     assert stamp() == before
 
 
+@pytest.fixture
+def calibrated(here, monkeypatch):
+    """Gives the network of `here` a calibration of its own."""
+    load_model = checkpoints.load_model
+
+    def give(calibration: dict) -> None:
+        def loaded(checkpoint, pretrained, image_size, face_crop, device, framing):
+            model, facts = load_model(None, pretrained, image_size, face_crop, device, framing)
+            return model, facts | {"calibration": calibration}
+
+        monkeypatch.setattr(checkpoints, "load_model", loaded)
+        identify.CHECKPOINT = Path("best.pt")
+
+    return give
+
+
+CALIBRATION = {"cosines": {"0.1": 0.2, "0.01": 0.95, "0.001": 0.98}, "pairs": 12000, "queries": 300, "persons": 41}
+CALIBRATION |= {"clean": 60, "quality": None, "template": "mean"}
+
+
+@pytest.mark.parametrize(
+    "false_accept, cosine, share",
+    [(0.5, 0.2, "30"), (0.05, 0.95, "3"), (0.004, 0.98, "0.3"), (1e-4, 0.98, "0.3")],  # of pairs, times three persons
+)
+def test_without_a_split_the_checkpoints_own_calibration_counts(calibrated, capsys, false_accept, cosine, share):
+    calibrated(CALIBRATION)
+    identify.CALIBRATE_ON, identify.FALSE_ACCEPT = None, false_accept
+    assert {answer.threshold for answer in identify.main()} == {cosine}
+    said = (
+        f"named at cosine >= {cosine:.3f}: about {share} % of strangers' photos reach it among 3 persons, by the calib"
+    )
+    assert said in capsys.readouterr().out
+    write("people/di/di_1.png", DI)  # the rate follows the gallery
+    identify.main()
+    assert "among 4 persons, by the calibration of best.pt (300 photos in 12000 pairs" in capsys.readouterr().out
+    identify.CALIBRATE_ON, identify.FALSE_ACCEPT = Path("val"), 0.5
+    assert identify.main()[0].threshold not in CALIBRATION["cosines"].values()
+
+
+def test_a_threshold_by_hand_comes_before_all(calibrated, capsys):
+    calibrated(CALIBRATION)
+    identify.THRESHOLD = 0.9
+    answers = identify.main()
+    assert {answer.threshold for answer in answers} == {0.9} and answers[0].person == "ann"
+    assert "named at cosine >= 0.900, by THRESHOLD" in capsys.readouterr().out
+    identify.THRESHOLD, identify.CALIBRATE_ON = None, None  # it is not kept
+    identify.FALSE_ACCEPT = 0.05
+    assert identify.main()[0].threshold == 0.95
+
+
+def test_a_damaged_calibration_is_refused(calibrated):
+    calibrated({"cosines": [1]})
+    identify.CALIBRATE_ON = None
+    with pytest.raises(UserError, match=r"best\.pt: its calibration is damaged; train it again, or set CALIBRATE_ON"):
+        identify.main()
+
+
 def test_image_size_and_crop_come_from_the_checkpoint(here, monkeypatch):
     monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     torch.manual_seed(0)
@@ -480,7 +538,7 @@ def test_image_size_and_crop_come_from_the_checkpoint(here, monkeypatch):
 def rated(here, monkeypatch) -> Path:
     """`here` with a network that rates, and a grey photo to identify."""
     monkeypatch.setattr(ColourNet, "rates", True)
-    monkeypatch.setattr(enrolment, "LEAST_RATED", 5)
+    monkeypatch.setattr(calibration, "LEAST_RATED", 5)
     write("photos/grey.png", GREY)
     write("val/v4/2.png", DULL)
     return here
@@ -507,7 +565,7 @@ def test_a_photo_of_too_low_a_quality_is_not_usable_and_gets_no_name(rated, caps
 
 
 def test_few_clean_photos_set_no_bound_of_quality(rated, monkeypatch, capsys):
-    monkeypatch.setattr(enrolment, "LEAST_RATED", 6)
+    monkeypatch.setattr(calibration, "LEAST_RATED", 6)
     assert by_name(identify.main())["grey.png"].status in ("named", "unknown")
     assert (
         "every photo counts as usable: val has fewer than 6 clean photos to set a bound by" in capsys.readouterr().out
