@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,15 +35,24 @@ from transforms import Transform, load_image, why_unreadable
 
 @dataclass(frozen=True)
 class Person:
-    """One person's folder; the photos of both kinds sorted by file name. name: that of the folder, in NFC."""
+    """One person's folder; the photos of both kinds sorted by file name. name: that of the folder, in NFC.
+
+    unreadable: clean photos that were left out, as copies of theirs are not copies of another photo.
+    """
 
     name: str
     clean: tuple[Path, ...]
     distorted: tuple[Path, ...]
+    unreadable: tuple[Path, ...] = ()
 
     @property
     def photos(self) -> tuple[Path, ...]:
         return self.clean + self.distorted
+
+    @property
+    def sources(self) -> list[Path | None]:
+        """Of each distorted photo, the clean one that it was made from, readable or not; see source_photos."""
+        return source_photos(self.distorted, self.clean + self.unreadable)
 
 
 Split = Path | str | Sequence[Person]  # a folder of persons, or what `scan_persons` found there
@@ -127,8 +136,13 @@ def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
     listed = "\n".join(f"  {path}: {reason}" for path, reason in bad.items())
     warn_once(f"{root}: {len(bad)} unreadable images, left out; replace or delete them:\n{listed}")
     return [
-        Person(p.name, tuple(f for f in p.clean if f not in bad), tuple(f for f in p.distorted if f not in bad))
-        for p in persons
+        Person(
+            person.name,
+            clean=tuple(path for path in person.clean if path not in bad),
+            distorted=tuple(path for path in person.distorted if path not in bad),
+            unreadable=tuple(path for path in person.clean if path in bad),
+        )
+        for person in persons
     ]
 
 
@@ -149,8 +163,7 @@ def distortion_kind(path: Path, source: Path | None = None) -> str:
 
 def kinds_of(person: Person) -> tuple[str, ...]:
     """The kind of each distorted photo of `person`."""
-    sources = source_photos(person.distorted, person.clean)
-    return tuple(distortion_kind(path, source) for path, source in zip(person.distorted, sources, strict=True))
+    return tuple(map(distortion_kind, person.distorted, person.sources))
 
 
 def persons_of(root: Split) -> list[Person]:
@@ -195,11 +208,7 @@ def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Per
     """
     kinds = _known_kinds("SKIP_KINDS", kinds, persons)
     kept = [
-        Person(
-            p.name,
-            p.clean,
-            tuple(path for path, kind in zip(p.distorted, kinds_of(p), strict=True) if kind not in kinds),
-        )
+        replace(p, distorted=tuple(f for f, kind in zip(p.distorted, kinds_of(p), strict=True) if kind not in kinds))
         for p in persons
     ]
     kept = [person for person in kept if person.photos]
@@ -434,9 +443,10 @@ class FacePairDataset(_SeededDataset):
             # What is listed twice is drawn twice as often.
             kinds = zip(person.distorted, kinds_of(person), strict=True)
             distorted = person.distorted + tuple(path for path, kind in kinds if kind in often)
+            sources = dict(zip(person.distorted, person.sources, strict=True))
             copies: dict[Path | None, list[Path]] = {}
-            for path, source in zip(distorted, source_photos(distorted, person.clean), strict=True):
-                copies.setdefault(source, []).append(path)
+            for path in distorted:
+                copies.setdefault(sources[path], []).append(path)
             for photo in person.clean:
                 self.anchors.append((photo, label))
                 self._positives.append(tuple(copies.get(photo, distorted)))

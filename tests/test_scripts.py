@@ -201,8 +201,14 @@ def test_evaluate_leaves_out_a_protocol_without_queries(trained, monkeypatch, tm
     assert evaluate.main()["queries"] == 4
     assert set(strict_json(trained / "figures.json")["protocols"]) == {"same"}
     assert "protocol 'cross': no query" in caplog.text and "protocol 'clean': no query" in caplog.text
-    monkeypatch.setattr(evaluate, "PROTOCOLS", ("cross",))
-    with pytest.raises(ValueError, match="no person with a distorted photo has a second clean photo"):
+    monkeypatch.setattr(evaluate, "evaluated", None)  # nothing is embedded
+    for protocols in (("cross",), ("cross", "clean")):
+        monkeypatch.setattr(evaluate, "PROTOCOLS", protocols)
+        with pytest.raises(UserError, match="no person with a distorted photo has a second clean photo"):
+            evaluate.main()
+    for person in ("gil", "hal"):
+        shutil.rmtree(root / "val" / person / "distortion")
+    with pytest.raises(UserError, match="no distorted photo to query with"):
         evaluate.main()
 
 

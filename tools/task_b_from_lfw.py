@@ -25,6 +25,7 @@ import numpy as np
 from sklearn.datasets import fetch_lfw_people, get_data_home
 from tqdm import tqdm
 
+import checkpoints
 import common
 from common import UserError, derived_seed, in_range, list_names
 from distortions import DISTORTIONS
@@ -44,10 +45,10 @@ ARCHIVE_URL = "https://ndownloader.figshare.com/files/5976015"  # lfw-funneled.t
 def main() -> None:
     common.take_paths(globals())
     check_constants()
+    checkpoints.check_writable("OUT_DIR", OUT_DIR, folder=False)  # it is renamed into its place
     listed = read_list(PHOTO_LIST)
     lfw = download_lfw() if LFW_DIR is None else Path(LFW_DIR)
     check_complete(lfw, listed)
-    OUT_DIR.parent.mkdir(parents=True, exist_ok=True)
     # Built beside OUT_DIR and renamed at the end: a killed run leaves no half tree under that name.
     with tempfile.TemporaryDirectory(prefix=f"{OUT_DIR.name}.tmp", dir=OUT_DIR.parent) as temporary:
         root = Path(temporary) / "trees"
