@@ -22,6 +22,8 @@ from common import UserError, derived_seed, list_names, plain_name, warn_once
 from folders import (
     DISTORTION,
     describe_left_out,
+    distortion_kind,
+    equal_files,
     find_left_out,
     is_text,
     photos_of_person,
@@ -146,21 +148,6 @@ def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
     ]
 
 
-def distortion_kind(path: Path, source: Path | None = None) -> str:
-    """'motion_blur' for a_0001_motion_blur.jpg: what follows the name of its clean photo, `source`.
-
-    Without a source it is what follows the last underscore, and 'unknown' if that is a number. 'unknown', too, if it is
-    nothing.
-    """
-    stem = plain_name(path.stem)
-    if source is not None:
-        kind = stem[len(plain_name(source.stem)) :].lstrip("_-. ")
-    else:
-        kind = stem.rpartition("_")[2] if "_" in stem else ""
-        kind = "" if kind.isdigit() else kind
-    return kind.lower() or "unknown"
-
-
 def kinds_of(person: Person) -> tuple[str, ...]:
     """The kind of each distorted photo of `person`."""
     return tuple(map(distortion_kind, person.distorted, person.sources))
@@ -263,21 +250,6 @@ def warn_duplicate_photos(persons: Sequence[Person]) -> None:
         [paths for person in persons for paths in equal_files(person.clean)],
         "clean photos of one person are one file: its double then passes for another photo of the person; delete one",
     )
-
-
-def equal_files(paths: Sequence[Path]) -> list[list[Path]]:
-    """Groups of two and more files with the same bytes. Whoever loads a file that cannot be read will report it."""
-    by_size: dict[int, list[Path]] = {}
-    for path in paths:
-        with contextlib.suppress(OSError):
-            by_size.setdefault(path.stat().st_size, []).append(path)
-    by_content: dict[bytes, list[Path]] = {}
-    for of_size in by_size.values():
-        if len(of_size) > 1:  # only files of one size can be equal: few need to be read
-            for path in of_size:
-                with contextlib.suppress(OSError):
-                    by_content.setdefault(hashlib.sha256(path.read_bytes()).digest(), []).append(path)
-    return [equal for equal in by_content.values() if len(equal) > 1]
 
 
 def _warn_equal_files(groups: list[list[Path]], what: str) -> None:

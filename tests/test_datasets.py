@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MeanColour, as_float, write_plain
+from conftest import write_plain
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor
@@ -21,11 +21,9 @@ from datasets import (
     FaceCleanValDataset,
     FacePairDataset,
     Person,
-    distortion_kind,
     files_digest,
     find_unreadable,
     folder_of,
-    kinds_of,
     persons_of,
     scan_persons,
     split_holdout,
@@ -36,10 +34,8 @@ from datasets import (
 )
 from degradations import RandomDegradation
 from distortions import DISTORTIONS
-from framing import sources_of
-from gallery import embed_split
+from folders import distortion_kind
 from transforms import load_image, suffixes
-from validation import thinned
 
 
 def write_all(root: Path, *files: str) -> list[Path]:
@@ -459,29 +455,6 @@ def test_positives_are_all_copies_of_the_anchor_or_of_the_persons_other_photos_i
     ]
     some = FacePairDataset(without_kinds(scan_persons(tree), ("rainy",)), pil_to_tensor)
     assert positives(some, epochs=20)[::2] == [{(1, 1, 1)}, {(2, 0, 1)}, {(3, 99, 1)}]
-
-
-def test_copies_of_a_damaged_photo_are_not_those_of_another_with_a_shorter_name(tmp_path):
-    sound, own, damaged, copy, *_ = write_all(
-        tmp_path,
-        "ann/clean/ann.png",
-        "ann/distortion/ann_foggy.png",
-        "ann/clean/ann_2.png",
-        "ann/distortion/ann_2_blurred.png",
-        "bob/clean/bob.png",
-        "bob/distortion/bob_foggy.png",
-    )
-    damaged.write_bytes(BROKEN["truncated.png"])
-    persons = scan_persons(tmp_path)
-    assert persons[0].clean == (sound,) and persons[0].distorted == (copy, own)
-    for kept in (persons, without_kinds(persons, ("foggy",)), thinned(persons, 1)):
-        assert kinds_of(kept[0]) == ("blurred", "foggy")[: len(kept[0].distorted)]
-        assert copy not in sources_of(kept)
-    dataset = FacePairDataset(persons, pil_to_tensor)
-    assert {dataset.files(n * len(dataset))[1] for n in range(50)} == {own}
-    gallery, queries = embed_split(MeanColour(), persons, as_float, "cpu", template="mean")
-    assert queries.kinds == ["blurred", "foggy", "foggy"]
-    assert [row if row < 0 else gallery.paths[row] for row in queries.sources.tolist()[:2]] == [-1, sound]
 
 
 def test_a_kind_in_often_is_drawn_twice_as_often_as_the_others(tree, caplog):
