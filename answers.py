@@ -4,16 +4,19 @@ import json
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from checkpoints import atomic_file
-from common import safe_text
+from common import safe_text, warn_once
 from faces import NO_FACE, UNREADABLE, UNUSABLE, Box, Label, draw_labels
 from transforms import load_image
 
 NAMED, UNKNOWN = "named", "unknown"  # beside NO_FACE, UNREADABLE and UNUSABLE of faces.py
+MADE_BY = b"drawn by identify.py"  # in the JPEG of each picture: only such files are ever removed
 COLOURS = {NAMED: "#1b7f3b", UNKNOWN: "#b3261e", UNUSABLE: "#555555", NO_FACE: "#555555"}  # of annotations
 
 
@@ -81,12 +84,14 @@ def write_json_lines(path: Path, answers: Sequence[Answer]) -> None:
 def annotate(folder: Path, answers: Sequence[Answer], *, side: int, fraction: float) -> int:
     """Write a picture of each readable photo, `<number>_<its name>.jpg`: each face in its box with the answer.
 
-    Returns the number of pictures. side: px, longer side of each. fraction: share of a photo's shorter side in the box
+    Those of an earlier run are removed. Returns the number of pictures.
+    side: px, longer side of each. fraction: share of a photo's shorter side in the box
     where a photo has no face's box, which is what the crop keeps.
     """
     by_photo: dict[str, list[Answer]] = {}
     for answer in answers:
         by_photo.setdefault(answer.photo, []).append(answer)
+    remove_pictures(folder, keep={Path(photo).resolve() for photo in by_photo})
     written = 0
     for number, (photo, faces) in enumerate(by_photo.items(), start=1):
         if faces[0].status == UNREADABLE:
@@ -96,9 +101,23 @@ def annotate(folder: Path, answers: Sequence[Answer], *, side: int, fraction: fl
         # At most 255 bytes in a file's name.
         with atomic_file(folder / f"{number:04d}_{Path(photo).stem[:50]}.jpg") as file:
             picture = draw_labels(image, labels, side)
-            picture.save(file, "JPEG", quality=90, subsampling=0)  # thin lines keep their colour
+            picture.save(file, "JPEG", quality=90, subsampling=0, comment=MADE_BY)  # thin lines keep their colour
         written += 1
     return written
+
+
+def remove_pictures(folder: Path, keep: Collection[Path]) -> None:
+    """Remove what `annotate` wrote to `folder`, which may show other people; what else lies there stays, and `keep`."""
+    for path in sorted(folder.glob("*.jpg")):
+        try:
+            with Image.open(path) as image:
+                is_ours = image.info.get("comment") == MADE_BY
+            if is_ours and path.resolve() not in keep:
+                path.unlink()
+        except PermissionError as error:
+            warn_once(f"{path}: cannot be removed ({error.strerror}), and may be of an earlier run; delete it")
+        except (OSError, ValueError, Image.DecompressionBombError):  # no picture, so none of ours
+            continue
 
 
 def label_of(answer: Answer, size: tuple[int, int], fraction: float) -> Label:

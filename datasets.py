@@ -10,7 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from common import UserError, derived_seed, list_names, plain_name, warn_once
 from folders import (
     DISTORTION,
     describe_left_out,
+    distortion_kind,
+    equal_files,
     find_left_out,
     is_text,
     photos_of_person,
@@ -34,15 +36,24 @@ from transforms import Transform, load_image, why_unreadable
 
 @dataclass(frozen=True)
 class Person:
-    """One person's folder; the photos of both kinds sorted by file name. name: that of the folder, in NFC."""
+    """One person's folder; the photos of both kinds sorted by file name. name: that of the folder, in NFC.
+
+    unreadable: clean photos that were left out, as copies of theirs are not copies of another photo.
+    """
 
     name: str
     clean: tuple[Path, ...]
     distorted: tuple[Path, ...]
+    unreadable: tuple[Path, ...] = ()
 
     @property
     def photos(self) -> tuple[Path, ...]:
         return self.clean + self.distorted
+
+    @property
+    def sources(self) -> list[Path | None]:
+        """Of each distorted photo, the clean one that it was made from, readable or not; see source_photos."""
+        return source_photos(self.distorted, self.clean + self.unreadable)
 
 
 Split = Path | str | Sequence[Person]  # a folder of persons, or what `scan_persons` found there
@@ -126,30 +137,19 @@ def _without_unreadable(root: Path, persons: list[Person]) -> list[Person]:
     listed = "\n".join(f"  {path}: {reason}" for path, reason in bad.items())
     warn_once(f"{root}: {len(bad)} unreadable images, left out; replace or delete them:\n{listed}")
     return [
-        Person(p.name, tuple(f for f in p.clean if f not in bad), tuple(f for f in p.distorted if f not in bad))
-        for p in persons
+        Person(
+            person.name,
+            clean=tuple(path for path in person.clean if path not in bad),
+            distorted=tuple(path for path in person.distorted if path not in bad),
+            unreadable=tuple(path for path in person.clean if path in bad),
+        )
+        for person in persons
     ]
-
-
-def distortion_kind(path: Path, source: Path | None = None) -> str:
-    """'motion_blur' for a_0001_motion_blur.jpg: what follows the name of its clean photo, `source`.
-
-    Without a source it is what follows the last underscore, and 'unknown' if that is a number. 'unknown', too, if it is
-    nothing.
-    """
-    stem = plain_name(path.stem)
-    if source is not None:
-        kind = stem[len(plain_name(source.stem)) :].lstrip("_-. ")
-    else:
-        kind = stem.rpartition("_")[2] if "_" in stem else ""
-        kind = "" if kind.isdigit() else kind
-    return kind.lower() or "unknown"
 
 
 def kinds_of(person: Person) -> tuple[str, ...]:
     """The kind of each distorted photo of `person`."""
-    sources = source_photos(person.distorted, person.clean)
-    return tuple(distortion_kind(path, source) for path, source in zip(person.distorted, sources, strict=True))
+    return tuple(map(distortion_kind, person.distorted, person.sources))
 
 
 def persons_of(root: Split) -> list[Person]:
@@ -194,11 +194,7 @@ def without_kinds(persons: Sequence[Person], kinds: Collection[str]) -> list[Per
     """
     kinds = _known_kinds("SKIP_KINDS", kinds, persons)
     kept = [
-        Person(
-            p.name,
-            p.clean,
-            tuple(path for path, kind in zip(p.distorted, kinds_of(p), strict=True) if kind not in kinds),
-        )
+        replace(p, distorted=tuple(f for f, kind in zip(p.distorted, kinds_of(p), strict=True) if kind not in kinds))
         for p in persons
     ]
     kept = [person for person in kept if person.photos]
@@ -253,21 +249,6 @@ def warn_duplicate_photos(persons: Sequence[Person]) -> None:
         [paths for person in persons for paths in equal_files(person.clean)],
         "clean photos of one person are one file: its double then passes for another photo of the person; delete one",
     )
-
-
-def equal_files(paths: Sequence[Path]) -> list[list[Path]]:
-    """Groups of two and more files with the same bytes. Whoever loads a file that cannot be read will report it."""
-    by_size: dict[int, list[Path]] = {}
-    for path in paths:
-        with contextlib.suppress(OSError):
-            by_size.setdefault(path.stat().st_size, []).append(path)
-    by_content: dict[bytes, list[Path]] = {}
-    for of_size in by_size.values():
-        if len(of_size) > 1:  # only files of one size can be equal: few need to be read
-            for path in of_size:
-                with contextlib.suppress(OSError):
-                    by_content.setdefault(hashlib.sha256(path.read_bytes()).digest(), []).append(path)
-    return [equal for equal in by_content.values() if len(equal) > 1]
 
 
 def _warn_equal_files(groups: list[list[Path]], what: str) -> None:
@@ -434,9 +415,10 @@ class FacePairDataset(_SeededDataset):
             # What is listed twice is drawn twice as often.
             kinds = zip(person.distorted, kinds_of(person), strict=True)
             distorted = person.distorted + tuple(path for path, kind in kinds if kind in often)
+            sources = dict(zip(person.distorted, person.sources, strict=True))
             copies: dict[Path | None, list[Path]] = {}
-            for path, source in zip(distorted, source_photos(distorted, person.clean), strict=True):
-                copies.setdefault(source, []).append(path)
+            for path in distorted:
+                copies.setdefault(sources[path], []).append(path)
             for photo in person.clean:
                 self.anchors.append((photo, label))
                 self._positives.append(tuple(copies.get(photo, distorted)))

@@ -33,6 +33,7 @@ from gallery import (
     retrieve,
     score,
     select_queries,
+    unembedded_split,
 )
 from report import Evaluated
 from scores import check_template
@@ -87,6 +88,8 @@ def main() -> dict:
     persons = scan_persons(DATA_DIR / SPLIT, check_images=CHECK_IMAGES)
     warn_shared_persons([], persons)
     warn_duplicate_photos(persons)
+    # What lacks photos is found before hours of work.
+    queries_by_protocol(*unembedded_split(persons, distorted=set(PROTOCOLS) != {"clean"}))
 
     framings = sorted({network.facts["framing"] for network in networks})  # faces are searched for once in each
     frames = {framing: find_frames(framing, photos_of(persons), device) for framing in framings}
@@ -161,7 +164,7 @@ def load(checkpoint: Path | str | None, device: torch.device) -> Network:
 def evaluated(network: Network, persons: list[Person], frames: Frames | None, device: torch.device) -> Evaluated:
     """Embed gallery and queries, retrieve and measure under every protocol that has queries.
 
-    Raises NoQueries if there is one protocol and it has none.
+    Raises NoQueries if none of them has any.
     """
     facts = network.facts
     transform = eval_transform(facts["image_size"], facts["face_crop"], frames)
@@ -219,16 +222,18 @@ def print_choice(checkpoint: Path | str, facts: dict) -> None:
 def queries_by_protocol(gallery: Gallery, distorted: Queries | None) -> dict[str, Queries]:
     """The queries of each of PROTOCOLS; one without any is left out with a warning.
 
-    Raises NoQueries if there is one protocol and it has none.
+    Raises NoQueries if none of them has any.
     """
-    queries = {}
+    queries, reasons = {}, []
     for protocol in PROTOCOLS:
         try:
             queries[protocol] = select_queries(gallery, distorted, protocol)
         except NoQueries as error:  # no second photo in the split: the other protocols still say something
-            if len(PROTOCOLS) == 1:
-                raise
-            warn_once(str(error))
+            reasons.append(str(error))
+    if not queries:
+        raise NoQueries("; ".join(reasons))
+    for reason in reasons:
+        warn_once(reason)
     if "cross" in queries and (unknown := int((queries["cross"].sources < 0).sum())):
         warn_once(
             f"{DATA_DIR / SPLIT}: {unknown} of {len(distorted.paths)} queries have no source photo in the gallery by "

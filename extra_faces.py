@@ -8,9 +8,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import UserError, list_names, rank_and_world, warn_once
-from datasets import equal_files, find_unreadable
+from datasets import find_unreadable
 from faces import FaceDetector
-from folders import NO_TEXT, find_photos, is_text, photos_below, walk
+from folders import NO_TEXT, equal_files, find_photos, is_text, photos_below, walk
 from framing import find_frames
 from transforms import FaceCrop, load_image
 

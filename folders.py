@@ -1,5 +1,7 @@
 """Which files of a folder are photos, which are left out and why, and which clean photo a copy was made from."""
 
+import contextlib
+import hashlib
 import os
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -151,6 +153,21 @@ def shown(path: Path) -> str:
     return path.as_posix().encode("utf-8", "backslashreplace").decode()
 
 
+def equal_files(paths: Sequence[Path]) -> list[list[Path]]:
+    """Groups of two and more files with the same bytes. Whoever loads a file that cannot be read will report it."""
+    by_size: dict[int, list[Path]] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            by_size.setdefault(path.stat().st_size, []).append(path)
+    by_content: dict[bytes, list[Path]] = {}
+    for of_size in by_size.values():
+        if len(of_size) > 1:  # only files of one size can be equal: few need to be read
+            for path in of_size:
+                with contextlib.suppress(OSError):
+                    by_content.setdefault(hashlib.sha256(path.read_bytes()).digest(), []).append(path)
+    return [equal for equal in by_content.values() if len(equal) > 1]
+
+
 def source_photos(distorted: Sequence[Path], clean: Sequence[Path]) -> list[Path | None]:
     """The clean photo that each distorted one was made from: the one with the longest stem that begins its name.
 
@@ -176,3 +193,18 @@ def source_photos(distorted: Sequence[Path], clean: Sequence[Path]) -> list[Path
         return found[0] if len(found) == 1 else None
 
     return [source(path) for path in distorted]
+
+
+def distortion_kind(path: Path, source: Path | None = None) -> str:
+    """'motion_blur' for a_0001_motion_blur.jpg: what follows the name of its clean photo, `source`.
+
+    Without a source it is what follows the last underscore, and 'unknown' if that is a number. 'unknown', too, if it is
+    nothing.
+    """
+    stem = plain_name(path.stem)
+    if source is not None:
+        kind = stem[len(plain_name(source.stem)) :].lstrip("_-. ")
+    else:
+        kind = stem.rpartition("_")[2] if "_" in stem else ""
+        kind = "" if kind.isdigit() else kind
+    return kind.lower() or "unknown"

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from common import UserError, rank_and_world
 from datasets import Person
 from faces import Box, FaceDetector, choose
-from folders import source_photos
 from transforms import cut_square, load_image
 
 FRAMINGS = ("centre", "detected")
@@ -96,13 +95,13 @@ def _version(path: Path) -> tuple:
 
 
 def sources_of(persons: Sequence[Person]) -> dict[Path, Path]:
-    """Distorted photo -> the clean one that it was made from, where that is known."""
-    pairs = [
-        pair
+    """Distorted photo -> the clean one that it was made from, where that is known and readable."""
+    return {
+        copy: source
         for person in persons
-        for pair in zip(person.distorted, source_photos(person.distorted, person.clean), strict=True)
-    ]
-    return {copy: source for copy, source in pairs if source is not None}
+        for copy, source in zip(person.distorted, person.sources, strict=True)
+        if source is not None and source not in person.unreadable
+    }
 
 
 def _find_boxes(photos: Sequence[Path], device: torch.device) -> dict[Path, Box | None]:

@@ -98,11 +98,17 @@ def clean_photos(root: Split) -> tuple[list[Person], list[Path]]:
     return enrolled, [path for person in enrolled for path in person.clean]
 
 
-def check_split(root: Path | str | Sequence[Person]) -> None:
-    """Raises, before anything is embedded, what `embed_split` raises for the photos of a split."""
-    persons = persons_of(root)
-    clean_photos(persons)
-    _distorted_photos(persons)
+def unembedded_split(root: Split, *, distorted: bool) -> tuple[Gallery, "Queries | None"]:
+    """What `embed_split` gives, with zeros for embeddings, to find out what is wrong before anything is embedded.
+
+    distorted: whether there are queries but the gallery's own photos. Raises what `embed_split` raises, but for files.
+    """
+    enrolled, paths = clean_photos(root)
+    gallery = _gallery(enrolled, paths, Embedded(torch.zeros(len(paths), 1), None), "mean", None)
+    if not distorted:
+        return gallery, None
+    persons, paths = _distorted_photos(root)
+    return gallery, _queries(gallery, persons, paths, Embedded(torch.zeros(len(paths), 1), None))
 
 
 def _gallery(
@@ -229,7 +235,7 @@ def _distorted_photos(root: Split) -> tuple[list[Person], list[Path]]:
         folder = folder_of(persons)
         raise UserError(
             f"{folder}: no distorted photo to query with; expected {folder}/<person>/distortion/*.jpg "
-            "(python -m tools.unseen_kinds makes such copies of clean photos)"
+            "(python -m tools.distort_photos makes such copies of clean photos)"
         )
     return persons, paths
 
@@ -249,7 +255,9 @@ def _queries(gallery: Gallery, persons: Sequence[Person], paths: list[Path], fou
     sources = []
     for person in persons:
         of_person = photos.get(label_of.get(person.name, -1), {})
-        sources += [of_person.get(photo, -1) for photo in source_photos(person.distorted, list(of_person))]
+        held = {photo.name for photo in of_person}  # the gallery may hold these photos out of another folder
+        others = [photo for photo in person.clean + person.unreadable if photo.name not in held]
+        sources += [of_person.get(photo, -1) for photo in source_photos(person.distorted, [*of_person, *others])]
     return Queries(
         embeddings=found.embeddings,
         truth=truth,

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -143,7 +144,7 @@ def thinned(persons: Sequence[Person], stride: int) -> list[Person]:
             counts[kind] += 1
             if count % stride == 0:
                 distorted.append(path)
-        taken.append(Person(person.name, person.clean, tuple(distorted)))
+        taken.append(replace(person, distorted=tuple(distorted)))
     return taken
 
 

@@ -391,6 +391,25 @@ def test_another_constant_or_another_files_in_out_dir_are_refused(script, three_
         script.main()
 
 
+def test_in_dir_is_one_folder_however_its_path_is_given(script, three_persons, monkeypatch, tmp_path):
+    counts = script.main()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(align_faces, "IN_DIR", Path("photos"))
+    assert script.main() == counts
+    write(tmp_path / "elsewhere/photos/ann/other.png")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"was cut with IN_DIR = .*photos', now .*elsewhere"):
+        script.main()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_note_of_the_constants_is_reported_with_the_way_out(script, three_persons, text):
+    script.main()
+    (script.OUT_DIR / "align_faces.json").write_text(text)
+    with pytest.raises(UserError, match=r"align_faces\.json: cannot be read, .* give OUT_DIR another name"):
+        script.main()
+
+
 @pytest.mark.parametrize("out", [".", "photos", "photos/cut", "photos/../photos"])
 def test_an_out_dir_in_or_around_in_dir_is_refused(script, three_persons, monkeypatch, tmp_path, out):
     before = tree(tmp_path)

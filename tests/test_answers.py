@@ -1,8 +1,11 @@
-"""The table of answers on a terminal."""
+"""The table of answers on a terminal, and the pictures."""
 
 import sys
+from pathlib import Path
 
-from answers import Answer, printable, table, width
+from conftest import write_plain
+
+from answers import Answer, annotate, printable, table, width
 
 
 def test_wide_and_unprintable_names_keep_the_columns_aligned():
@@ -17,3 +20,20 @@ def test_wide_and_unprintable_names_keep_the_columns_aligned():
 def test_names_are_printable_without_a_console_too(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert printable("李\x1b") == "李\\x1b"
+
+
+def test_a_folder_of_pictures_shows_one_run_and_keeps_what_is_not_ours(tmp_path):
+    folder, photos = tmp_path / "annotated", [tmp_path / "a.png", tmp_path / "b.png"]
+    for photo in (*photos, folder / "0003_mine.jpg"):
+        write_plain(photo, (200, 0, 0))
+    (folder / "0004_text.jpg").write_text("no picture")
+    kept = {"0003_mine.jpg", "0004_text.jpg"}
+
+    def pictures(*photos: Path) -> set[str]:
+        annotate(folder, [Answer(photo=str(photo), status="no face") for photo in photos], side=200, fraction=1)
+        return {path.name for path in folder.iterdir()} - kept
+
+    assert pictures(*photos) == {"0001_a.jpg", "0002_b.jpg"}
+    assert pictures(photos[1]) == {"0001_b.jpg"}
+    assert pictures(folder / "0001_b.jpg") == {"0001_b.jpg", "0001_0001_b.jpg"}  # given as a photo itself
+    assert kept <= {path.name for path in folder.iterdir()}

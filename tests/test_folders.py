@@ -6,21 +6,25 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import write_plain
+from conftest import MeanColour, as_float, write_plain
+from torchvision.transforms.functional import pil_to_tensor
 
 from common import UserError
 from datasets import (
     FacePairDataset,
     Person,
-    distortion_kind,
     files_digest,
     folder_of,
+    kinds_of,
     scan_persons,
     split_persons,
     warn_shared_persons,
     without_kinds,
 )
-from folders import photos_below, source_photos, walk
+from folders import distortion_kind, photos_below, source_photos, walk
+from framing import sources_of
+from gallery import embed_split
+from validation import thinned
 
 TYPED, OF_A_MAC = "Jos\u00e9", "Jose\u0301"  # é as one letter, and as e with an accent
 NO_UTF8 = os.fsdecode(b"Jos\xe9")  # out of a Latin-1 zip
@@ -154,3 +158,21 @@ def test_a_folder_that_may_not_be_opened_is_reported(tmp_path, monkeypatch, capl
     monkeypatch.setattr(os, "scandir", refuse)
     assert scan_persons(tmp_path) == [Person("ann", (photo,), ())]
     assert caplog.messages[0] == f"{locked}: left out, the folder cannot be opened (Permission denied)"
+
+
+def test_copies_of_a_damaged_photo_are_not_those_of_another_with_a_shorter_name(tmp_path):
+    names = ("clean/ann.png", "distortion/ann_foggy.png", "distortion/ann_2_blurred.png")
+    sound, own, copy = (tmp_path / "ann" / name for name in names)
+    for path in (sound, own, copy, tmp_path / "bob/clean/bob.png", tmp_path / "bob/distortion/bob_foggy.png"):
+        write_plain(path, (200, 0, 0))
+    (tmp_path / "ann/clean/ann_2.png").write_bytes(b"damaged")
+    persons = scan_persons(tmp_path)
+    assert persons[0].clean == (sound,) and persons[0].distorted == (copy, own)
+    for kept in (persons, without_kinds(persons, ("foggy",)), thinned(persons, 1)):
+        assert kinds_of(kept[0]) == ("blurred", "foggy")[: len(kept[0].distorted)]
+        assert copy not in sources_of(kept)
+    dataset = FacePairDataset(persons, pil_to_tensor)
+    assert {dataset.files(n * len(dataset))[1] for n in range(50)} == {own}
+    gallery, queries = embed_split(MeanColour(), persons, as_float, "cpu", template="mean")
+    assert queries.kinds == ["blurred", "foggy", "foggy"]
+    assert [row if row < 0 else gallery.paths[row] for row in queries.sources.tolist()[:2]] == [-1, sound]

@@ -12,7 +12,8 @@ from torch.utils.data import BatchSampler, Dataset, SequentialSampler, _utils
 import evaluate
 import loading
 from common import UserError
-from datasets import PhotoList, equal_files
+from datasets import PhotoList
+from folders import equal_files
 from loading import PhotoLoader, worth_workers
 from transforms import eval_transform
 

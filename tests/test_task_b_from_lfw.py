@@ -6,9 +6,9 @@ import pytest
 from conftest import files_in, made_with_seeds, write_photo
 
 from common import UserError
-from datasets import distortion_kind, scan_persons
+from datasets import scan_persons
 from distortions import DISTORTIONS
-from folders import source_photos
+from folders import distortion_kind, source_photos
 from tools import task_b_from_lfw
 
 LIST = """# a comment
@@ -108,7 +108,7 @@ def test_missing_photos_are_counted_and_the_first_three_named(script):
     named = r"4 of 7 photos are missing \(Ann_Lee_0002.jpg, Bo_0001.jpg, Di-Ming_0002.jpg and 1 more\).*set LFW_DIR to"
     with pytest.raises(UserError, match=f"^{re.escape(str(script.LFW_DIR))}: {named}"):
         script.main()
-    assert not script.OUT_DIR.parent.exists()
+    assert not script.OUT_DIR.exists()
 
 
 def test_a_photo_that_cannot_be_read_leaves_no_half_tree(script):
@@ -133,7 +133,7 @@ def test_a_constant_out_of_range_is_refused_before_anything_is_written(script, m
     monkeypatch.setattr(script, constant, value)
     with pytest.raises(UserError, match=f"^{constant} = {value!r}: expected a (whole )?number, "):
         script.main()
-    assert not script.OUT_DIR.parent.exists()
+    assert not script.OUT_DIR.exists()
 
 
 def test_lfw_is_downloaded_once_to_where_scikit_learn_keeps_it(script, monkeypatch, tmp_path):
@@ -154,7 +154,7 @@ def test_without_internet_the_archive_and_the_constant_are_named(script, monkeyp
     monkeypatch.setattr(script, "fetch_lfw_people", lambda min_faces_per_person: (tmp_path / "nothing").read_bytes())
     with pytest.raises(UserError, match=r"\(.*No such file.*\); fetch lfw-funneled.tgz from https://.* set LFW_DIR to"):
         script.main()
-    assert not script.OUT_DIR.parent.exists()
+    assert not script.OUT_DIR.exists()
 
 
 def test_the_list_has_the_persons_and_photos_that_the_docstring_gives():

@@ -10,7 +10,8 @@ import torch
 from conftest import write_plain
 from torchvision.transforms.functional import pil_to_tensor
 
-from datasets import Person, distortion_kind, scan_persons
+from datasets import Person, scan_persons
+from folders import distortion_kind
 from gallery import build_gallery, evaluate
 from validation import QUICK_STRIDE, check_data, summary, thinned, validate
 

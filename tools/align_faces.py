@@ -88,6 +88,7 @@ def main() -> dict[str, int]:
     check_constants()
     photos, left_out = find_all(IN_DIR)
     check_targets(photos)
+    checkpoints.check_writable("OUT_DIR", OUT_DIR, folder=True)
     claim_out_dir()
     earlier = read_rows(OUT_DIR / "align_faces.csv")
     device = common.pick_device()
@@ -222,11 +223,11 @@ def claim_out_dir() -> None:
 
     Raises UserError if OUT_DIR holds something else, or crops made with other constants.
     """
-    now = {"IN_DIR": str(IN_DIR), "WHICH": WHICH, "MIN_PROBABILITY": MIN_PROBABILITY, "MIN_FACE": MIN_FACE}
+    now = {"IN_DIR": str(IN_DIR.resolve()), "WHICH": WHICH, "MIN_PROBABILITY": MIN_PROBABILITY, "MIN_FACE": MIN_FACE}
     now |= {"MARGIN": MARGIN, "SIZE": SIZE, "JPEG_QUALITY": JPEG_QUALITY}
     path = OUT_DIR / "align_faces.json"
     if path.is_file():
-        then = json.loads(path.read_text(encoding="utf-8"))
+        then = read_constants(path)
         for name, value in now.items():
             if then.get(name) != value:
                 raise UserError(
@@ -237,6 +238,18 @@ def claim_out_dir() -> None:
         raise UserError(f"{OUT_DIR}: holds files of something else; give OUT_DIR another name")
     else:
         checkpoints.write_json(path, now)
+
+
+def read_constants(path: Path) -> dict:
+    """What an earlier run wrote to align_faces.json; IN_DIR as the folder itself, however its path was given."""
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))
+        return then | {"IN_DIR": str(Path(then["IN_DIR"]).resolve())}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path}: cannot be read, so it is not known with which constants {OUT_DIR} was cut; "
+            "delete the folder, or give OUT_DIR another name"
+        ) from error
 
 
 def read_rows(path: Path) -> dict[str, Row]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import checkpoints
 import common
 from common import UserError
 from degradations import FAMILIES, RandomDegradation
@@ -36,6 +37,7 @@ QUALITY = 82  # of the JPEG, 1..95
 
 def main() -> None:
     common.take_paths(globals())
+    checkpoints.check_writable("OUT", OUT, folder=False)
     torch.set_num_threads(1)
     chain, photos = RandomDegradation(FAMILIES, 1.0, MOST, SIDE), load_photos()
     print(f"| family | ms a photo of {SIDE} px |\n|---|---|")
@@ -44,7 +46,6 @@ def main() -> None:
         print(f"| {name} | {cost:.1f} |")
     torch.manual_seed(SEED)
     print(f"| a chain of 1 to {MOST} | {milliseconds(lambda place: chain(photo_of(photos, place))):.1f} |")
-    OUT.parent.mkdir(parents=True, exist_ok=True)
     sheet(photos, chain).save(OUT, quality=QUALITY, optimize=True)
     print(f"{OUT}: {len(FAMILIES)} families, severity 0 to 1 from left to right, and {CHAINS} rows of chains")
 

@@ -109,7 +109,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises UserError, before anything is written, where none can be.
     """
-    checkpoints.check_writable("OUT_DIR", path.parent, folder=True)
+    checkpoints.check_writable("OUT_DIR", path, folder=False)  # it is renamed into its place
     with tempfile.TemporaryDirectory(prefix=f"{path.name}.tmp", dir=path.parent) as temporary:
         root = Path(temporary) / "tree"
         root.mkdir()

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoints
 import common
 from common import UserError, derived_seed
 from folders import photos_of_person, source_photos, walk
@@ -39,6 +40,7 @@ def main() -> None:
         raise UserError(f"IN_DIR = {IN_DIR}: no photo there; expected a folder per person at any depth")
     if len({path.with_suffix("") for path in photos}) < len(photos):
         raise UserError(f"IN_DIR = {IN_DIR}: photos of one folder differ in their suffix only; rename one of them")
+    checkpoints.check_writable("OUT_DIR", OUT_DIR, folder=False)
     for path, source in tqdm(photos.items(), desc="moving", unit="photo", leave=False):
         seed = derived_seed(SEED, *(source or path).relative_to(IN_DIR).as_posix().encode())
         target = (OUT_DIR / path.relative_to(IN_DIR)).with_suffix(".png")

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+import checkpoints
 import common
 from common import UserError
 from distortions import DISTORTIONS
@@ -60,6 +61,7 @@ class Settings:
 def main() -> None:
     common.take_paths(globals())
     check_constants()
+    checkpoints.check_writable("OUT_DIR", OUT_DIR, folder=True)
     persons = TRAIN_PERSONS + VAL_PERSONS
     folders = [
         OUT_DIR / ("train" if number <= TRAIN_PERSONS else "val") / f"person_{number:04d}"

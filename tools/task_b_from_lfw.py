@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sklearn.datasets import fetch_lfw_people, get_data_home
 
+import checkpoints
 import common
 from common import UserError, list_names
 from folders import CLEAN, DISTORTION
@@ -39,6 +40,7 @@ ARCHIVE_URL = "https://ndownloader.figshare.com/files/5976015"  # lfw-funneled.t
 def main() -> None:
     common.take_paths(globals())
     check_copies(SEVERITY, SEED, JPEG_QUALITY, OUT_DIR)
+    checkpoints.check_writable("OUT_DIR", OUT_DIR, folder=False)  # before the download
     listed = read_list(PHOTO_LIST)
     lfw = download_lfw() if LFW_DIR is None else Path(LFW_DIR)
     check_complete(lfw, listed)

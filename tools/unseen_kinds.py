@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import checkpoints
 import common
 from common import UserError, derived_seed
 from datasets import kinds_of, scan_persons
@@ -42,6 +43,7 @@ def main() -> None:
         raise UserError(f"KINDS = {KINDS!r}: expected a tuple of one or more of {', '.join(known)}")
     if OUT_DIR.exists():
         raise UserError(f"{OUT_DIR}: already exists; delete it, or give OUT_DIR another name")
+    checkpoints.check_writable("OUT_DIR", OUT_DIR, folder=False)
     photos = 0
     for person in tqdm(scan_persons(SOURCE_DIR), desc="distorting", unit="person", leave=False):
         kinds = zip(person.distorted, kinds_of(person), strict=True)
