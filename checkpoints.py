@@ -31,6 +31,7 @@ FORMAT = 1  # of the checkpoint files; raised when an older file can no longer b
 STATED = {"stage": int, "model": dict, "image_size": int, "face_crop": (int, float), "dropout": (int, float)}
 STATED |= {"framing": str, "epoch": int, "selected_on": str, "persons": list, "holdout": list, "pretrained": str}
 LIMITS = {"image_size": (76, MAX_SIDE), "face_crop": (1e-3, 1), "dropout": (0, 1 - 1e-9)}  # of its numbers
+STAGE1_FACTS = ("image_size", "face_crop", "framing", "pretrained", "holdout")  # that those of stage 2 keep
 REPLACE_SECONDS = 5  # that another program may hold a file which is to be replaced
 GRACE_SECONDS = 8  # that a lock may still be held by the loader workers of a killed process: they look every 5 s
 LEFTOVER = 40  # characters of a file's name in its temporary one
@@ -184,6 +185,12 @@ def read_checkpoint(path: Path) -> dict:
     return saved
 
 
+def check_stage1(path: Path, stage1: object) -> None:
+    """Raises UserError if what a checkpoint of stage 2 states of stage 1 is damaged."""
+    if not isinstance(stage1, dict) or not set(STAGE1_FACTS) <= stage1.keys():
+        raise UserError(f"{path}: damaged, its stage1 is {reprlib.repr(stage1)}; train it again")
+
+
 def check_facts(path: Path, saved: dict, facts: dict) -> None:
     """Raises UserError for the first of a run's `facts` that differs from what its checkpoint `saved` states."""
     for name, now in facts.items():
@@ -225,10 +232,21 @@ def restore(path: Path, saved: dict, parts: dict, reason: str = "the data or a c
         if name not in saved:
             raise UserError(f"{path}: holds no {name!r}; only last.pt can be resumed")
         try:
+            if isinstance(part, nn.Module):
+                _check_numbers(saved[name], part.state_dict())
             part.load_state_dict(saved[name])
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever the file holds
             found = " ".join(str(error).split())[:300]
             raise UserError(f"{path}: its {name!r} does not fit ({found}); {reason}") from error
+
+
+def _check_numbers(saved: dict, wanted: dict) -> None:
+    """Raise ValueError for a tensor whose numbers would be taken for others, as int8's would, or are not finite."""
+    for name, tensor in saved.items():
+        if name in wanted and tensor.dtype != wanted[name].dtype and not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}, expected {wanted[name].dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} is not finite")
 
 
 def load_facenet(

@@ -51,7 +51,7 @@ def course(script: dict) -> dict:
 
 def constants_then(run_dir: Path, saved: dict) -> dict:
     """The constants with which the checkpoint `saved` in `run_dir` was trained; {} if neither it nor a file says."""
-    if "constants" in saved:
+    if isinstance(saved.get("constants"), dict):
         return saved["constants"]
     try:  # a checkpoint of an earlier version
         noted = json.loads((run_dir / "constants.json").read_text())
@@ -65,6 +65,12 @@ def check_constants(path: Path, then: dict, now: dict) -> dict[str, str]:
 
     Raises UserError for the first one that must be equal and is not.
     """
+    missing = [name for name in now if then and name not in then and name in MUST_EQUAL]
+    if missing:
+        raise UserError(
+            f"{path}: cannot be resumed, it is of a version of these scripts without {missing[0]}; give RUN_DIR "
+            "another name to start a new run"
+        )
     changed = [name for name in now if name in then and then[name] != now[name]]
     for name in changed:
         if name in MUST_EQUAL:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import UserError, derived_seed, list_names, plain_name, warn_once
+from common import UserError, check_list, derived_seed, list_names, plain_name, warn_once
 from folders import (
     DISTORTION,
     describe_left_out,
@@ -210,6 +210,7 @@ def _known_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person
     """
     if isinstance(kinds, str):
         raise UserError(f"{constant} = {kinds!r}: the comma is missing that makes it a tuple; write ({kinds!r},)")
+    check_list(constant, kinds, str, "kinds")
     found = {kind for person in persons for kind in kinds_of(person)}
     present = list_names(sorted(found), most=10) or "no distorted photos"
     for kind in kinds:
@@ -219,10 +220,12 @@ def _known_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person
 
 
 def files_digest(persons: Sequence[Person]) -> str:
-    """Identifies a set of files: their number, and 12 hexadecimal digits of the SHA-256 of their persons and names."""
-    names = [plain_name(f"{person.name}/{path.name}") for person in persons for path in person.photos]
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-    return f"{len(names)} files, {digest}"
+    """Identifies a set of files: their number, and 12 hexadecimal digits of the SHA-256 of their persons, names and
+    sizes."""
+    photos = [(person.name, path) for person in persons for path in person.photos]
+    lines = [plain_name(f"{name}/{path.name} {path.stat().st_size}") for name, path in photos]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    return f"{len(lines)} files, {digest}"
 
 
 def warn_shared_persons(train: Sequence[Person], val: Sequence[Person]) -> None:

@@ -348,8 +348,8 @@ FAMILIES: dict[str, Distortion] = {
 
 def families_without(left_out: Collection[str]) -> dict[str, Callable]:
     """FAMILIES but for those of the names WITHOUT_FAMILIES. Raises UserError for a name that no family has."""
-    unknown = [name for name in left_out if name not in FAMILIES]
-    if unknown or isinstance(left_out, str):
+    known = isinstance(left_out, (tuple, list, set)) and all(name in FAMILIES for name in left_out)
+    if not known:
         raise UserError(
             f"WITHOUT_FAMILIES = {left_out!r}: expected names of families of degradations, as in "
             f'("{next(iter(FAMILIES))}",); there are {", ".join(FAMILIES)}'

@@ -193,7 +193,7 @@ class Meter:
 
     def load_state_dict(self, state: dict) -> None:
         self.images, self.sums, self.seen = state["images"], state["sums"], state["seen"]
-        self.spent = state.get("spent", self.spent)  # a last.pt of an earlier version has none
+        self.spent = state["spent"]
         self._lap = time.perf_counter()
 
     def __str__(self) -> str:
@@ -204,7 +204,7 @@ class Meter:
 
 def time_shares(history: list[dict], meter: Meter) -> str:
     """What a run spent its time on, in one line. history: the rows of log.csv; meter: what came after the last one."""
-    rows = [row for row in [*history, meter.times()] if "seconds" in row]  # rows of an earlier version have none
+    rows = [*history, meter.times()]
     spent = {name: sum(row[name] * row["seconds"] for row in rows) for name in ACTIVITIES}
     seconds = sum(spent.values())
     shares = ", ".join(f"{name} {spent[name] / max(seconds, 1e-9):.0%}".replace("%", " %") for name in ACTIVITIES)

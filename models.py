@@ -71,7 +71,7 @@ class Crops:
     wide_weight: float  # weight of the whole frame's embedding, > 0; the face's is 1
 
     def __post_init__(self):
-        if not (in_range(self.face, float, 0, 1) and 0 < self.face < 1):
+        if not (in_range(self.face, float, 1e-3, 1) and self.face < 1):
             raise UserError(
                 f"WIDE_WEIGHT: a wide crop needs photos with more than the face in them, but stage 1's FACE_CROP is "
                 f"{self.face}; set WIDE_WEIGHT = 0, or train stage 1 with FACE_CROP < 1"
@@ -214,7 +214,7 @@ def load_pretrained(source: str | Path, constant: str = "PRETRAINED") -> dict[st
     Raises UserError if it cannot be downloaded, is no file, or is not such a state dict; the message calls the source
     by the script's `constant`.
     """
-    path = _downloaded(str(source), constant) if str(source) in PRETRAINED_URLS else Path(source)
+    path = _downloaded(str(source), constant) if str(source) in PRETRAINED_URLS else Path(source).expanduser()
     if not path.is_file():
         raise UserError(
             f"{constant} = {str(source)!r}: no such file; give the path of a state dict, "

@@ -166,6 +166,7 @@ def main() -> None:
             train_set,
             holdout,
             data=files_digest(everybody),
+            val="" if holdout else files_digest(val_persons),
             steps=len(loader),
             pretrained_weights=pretrained_weights,
         ),
@@ -195,7 +196,7 @@ def main() -> None:
         return top1, row
 
     if saved:
-        run.resume()
+        run.resume(globals())
     else:
         print(f"train: {len(train_set.persons)} persons, {len(train_set)} photos, {len(loader)} steps per epoch")
         if CENTRES_FROM_MEANS:
@@ -251,7 +252,13 @@ def check_data(train_set: FaceClassificationDataset, train_persons: list[Person]
 
 
 def checkpoint_facts(
-    train_set: FaceClassificationDataset, holdout: list[str], *, data: str, steps: int, pretrained_weights: str
+    train_set: FaceClassificationDataset,
+    holdout: list[str],
+    *,
+    data: str,
+    val: str,
+    steps: int,
+    pretrained_weights: str,
 ) -> dict:
     """What the checkpoints state besides the weights: the network, the data, and the constants."""
     return {
@@ -268,7 +275,8 @@ def checkpoint_facts(
         "holdout": holdout,
         "template": TEMPLATE,
         "chosen_by": validation.CHOICE,
-        "data": data,
+        "data": data,  # of train/ ...
+        "val": val,  # ... and of val/, where it chooses the best epoch
         "steps": steps,
         "selected_on": training.selected_on(holdout),
         "constants": course(globals()),

@@ -185,6 +185,7 @@ def main() -> None:
             image_size=image_size,
             face_crop=crop,
             data=files_digest([*everybody, Person("", tuple(extra), ())]),
+            val="" if holdout else files_digest(val_persons),
             steps=len(loader),
             teacher_weights=fingerprint(teacher),
         ),
@@ -212,7 +213,7 @@ def main() -> None:
         num_workers=NUM_WORKERS,
     )
     if saved:
-        run.resume()
+        run.resume(globals())
     else:
         of_extra = f" ({len(extra)} of EXTRA_FACES)" if extra else ""
         people, anchors = f"{len(train_set.persons)} persons", f"{len(train_set)} anchors{of_extra}"
@@ -252,7 +253,8 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
     Raises UserError if STAGE1_CHECKPOINT is not of stage 1, or what `load_facenet` and `FaceNet` raise.
     """
     stage1 = saved.get("stage1") if saved and TEACHER is not None else None
-    if stage1:
+    if stage1 is not None:
+        checkpoints.check_stage1(RUN_DIR / "last.pt", stage1)
         model = FaceNet(None, DROPOUT, FREEZE_UNTIL, mirror=MIRROR).to(device, memory_format=torch.channels_last)
     else:
         model, stage1 = checkpoints.load_facenet(
@@ -261,7 +263,7 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
         if stage1["stage"] != 1:
             found = stage1["stage"]
             raise UserError(f"STAGE1_CHECKPOINT = {STAGE1_CHECKPOINT}: of stage {found}, expected one of stage 1")
-        stage1 = {name: stage1[name] for name in ("image_size", "face_crop", "framing", "pretrained", "holdout")}
+        stage1 = {name: stage1[name] for name in checkpoints.STAGE1_FACTS}
     if TEACHER is None:
         teacher = copy.deepcopy(model)
     else:
@@ -308,6 +310,7 @@ def checkpoint_facts(
     image_size: int,
     face_crop: float,
     data: str,
+    val: str,
     steps: int,
     teacher_weights: str,
 ) -> dict:
@@ -330,7 +333,8 @@ def checkpoint_facts(
         "holdout": stage1["holdout"],
         "template": TEMPLATE,
         "chosen_by": validation.CHOICE,
-        "data": data,
+        "data": data,  # of train/ ...
+        "val": val,  # ... and of val/, where it chooses the best epoch
         "steps": steps,
         "selected_on": training.selected_on(stage1["holdout"]),
         "constants": course(globals()),

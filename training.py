@@ -7,11 +7,13 @@ import logging
 import math
 import multiprocessing
 import os
+import reprlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -242,7 +244,9 @@ class Run:
     killed and resumed therefore repeats, on the CPU bit for bit, what it would have done.
     """
 
-    PROGRESS = ("batch", "updates", "skipped", "bad_in_a_row", "rates", "history")  # attributes that last.pt holds
+    # Attributes that last.pt holds, and their types.
+    PROGRESS: ClassVar = {"batch": int, "updates": int, "skipped": int, "bad_in_a_row": int, "rates": dict}
+    PROGRESS |= {"history": list}
 
     def __init__(
         self,
@@ -472,21 +476,21 @@ class Run:
             self.journal.flush()
         self.meter.lap("saving")
 
-    def resume(self) -> None:
-        """Restore everything from last.pt.
+    def resume(self, constants: dict) -> None:
+        """Restore everything from last.pt. constants: the script's globals().
 
         Raises UserError if it is damaged, if a constant or a fact differs that must not, or if a part does not fit.
         """
         path = self.run_dir / "last.pt"
         saved = read_checkpoint(path)
-        now, then = self.facts.get("constants", {}), constants_then(self.run_dir, saved)
-        changes = check_constants(path, then, now)
+        changes = check_constants(path, constants_then(self.run_dir, saved), course(constants))
         check_facts(path, saved, {name: fact for name, fact in self.facts.items() if name not in NOT_COMPARED})
+        self._check_progress(path, saved)
         self.learner.restore(path, saved)
         self.epoch = saved["epoch"]
         for name in self.PROGRESS:
             setattr(self, name, saved[name])
-        for part, name in ((self.best, "best"), (self.best_ema, "best_ema"), (self.meter, "meter")):
+        for name, part in self._counters().items():
             part.load_state_dict(saved[name])
         self._saved_at = (self.epoch + (self.batch > 0), self.batch)
         within = f", batch {self.batch} of epoch {self.epoch + 1}" if self.batch else ""
@@ -494,8 +498,33 @@ class Run:
         if changes:
             print("changed from here on: " + ", ".join(f"{name} {change}" for name, change in changes.items()))
         if is_main():
-            if changes:
-                note_constants(self.run_dir, now, add=True)
+            note_constants(self.run_dir, plain_constants(constants), add=True)
             self.journal.rewind(self.updates, saved.get("unwritten", ()))
             if self.history:  # a kill can have come between last.pt and these
                 self.journal.tables(self.history)
+
+    def _counters(self) -> dict[str, Best | Meter]:
+        return {"best": self.best, "best_ema": self.best_ema, "meter": self.meter}
+
+    def _check_progress(self, path: Path, saved: dict) -> None:
+        """Raises UserError, before anything is restored, if what last.pt holds besides weights is damaged."""
+        odd = [name for name, kind in self.PROGRESS.items() if type(saved.get(name)) is not kind]
+        for name, part in self._counters().items():
+            state, wanted = saved.get(name), part.state_dict()
+            fits = isinstance(state, dict) and state.keys() >= wanted.keys()
+            odd += [] if fits and all(_alike(state[key], wanted[key]) for key in wanted) else [name]
+        if not odd and not all(isinstance(row, dict) and {"epoch", "top1"} <= row.keys() for row in saved["history"]):
+            odd = ["history"]
+        unwritten = saved.get("unwritten", [])
+        if not (isinstance(unwritten, list) and all(isinstance(row, dict) and "update" in row for row in unwritten)):
+            odd.append("unwritten")
+        if odd:
+            raise UserError(
+                f"{path}: damaged, its {odd[0]} is {reprlib.repr(saved.get(odd[0]))}; give RUN_DIR another name and "
+                "set RESUME = False to train again"
+            )
+
+
+def _alike(value: object, wanted: object) -> bool:
+    """Whether a number stands for a number, and a dict for a dict."""
+    return isinstance(value, (int, float) if isinstance(wanted, (int, float)) else type(wanted))

@@ -198,7 +198,15 @@ def test_a_fact_that_no_run_can_have_is_refused_before_it_is_used(tmp_path, chan
 
 
 @pytest.mark.parametrize(
-    "crops", [{"face": 0.5, "wide_size": 10**6, "wide_weight": 0.3}, {"face": torch.zeros(2)}, {}, torch.zeros(2), [1]]
+    "crops",
+    [
+        {"face": 0.5, "wide_size": 10**6, "wide_weight": 0.3},
+        {"face": 1e-9, "wide_size": 112, "wide_weight": 0.03},
+        {"face": torch.zeros(2)},
+        {},
+        torch.zeros(2),
+        [1],
+    ],
 )
 def test_crops_that_this_version_does_not_know_are_refused(tmp_path, crops):
     torch.save(FACTS | {"format": 1, "model": {}, "crops": crops}, tmp_path / "best.pt")

@@ -247,12 +247,17 @@ def test_skipped_kinds_are_left_out_and_so_are_persons_with_no_other_photo(caplo
     ]
 
 
-def test_the_digest_of_files_changes_with_names_and_persons_not_with_their_folder():
-    def digest(person: str, photo: str) -> str:
-        return files_digest([Person(person, (Path(photo),), (Path("train/1_foggy.png"),))])
+def test_the_digest_of_files_changes_with_names_persons_and_sizes_not_with_their_folder(tmp_path):
+    def digest(person: str, photo: str, size: int = 9) -> str:
+        path = tmp_path / photo
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(size))
+        return files_digest([Person(person, (path,), ())])
 
-    assert digest("ann", "train/1.png") == digest("ann", "elsewhere/1.png")
-    assert len({digest("ann", "train/1.png"), digest("bob", "train/1.png"), digest("ann", "train/2.png")}) == 3
+    first = digest("ann", "train/1.png")
+    assert first == digest("ann", "elsewhere/1.png")
+    others = {digest("bob", "train/1.png"), digest("ann", "train/2.png"), digest("ann", "train/1.png", size=10)}
+    assert len(others | {first}) == 4
 
 
 def test_the_holdout_is_a_sorted_draw_by_seed_and_leaves_two_persons():

@@ -21,6 +21,7 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
+from degradations import families_without
 from folders import distortion_kind, photos_below, source_photos, walk
 from framing import sources_of
 from gallery import embed_split
@@ -93,8 +94,9 @@ def test_a_name_typed_and_the_same_name_from_a_mac_are_one_person(tmp_path):
     assert folder_of([Person(TYPED, (second,), ())]) == tmp_path / "train"
 
 
-def test_names_of_persons_and_kinds_are_compared_however_their_accents_are_written(caplog):
-    typed, of_a_mac = (Person(name, (), (Path(f"t/{name}/1_br\u00fbm\u00e9.png"),)) for name in (TYPED, OF_A_MAC))
+def test_names_of_persons_and_kinds_are_compared_however_their_accents_are_written(tmp_path, caplog):
+    copies = {name: write_plain(tmp_path / name / "1_br\u00fbm\u00e9.png") for name in (TYPED, OF_A_MAC)}
+    typed, of_a_mac = (Person(name, (), (copy,)) for name, copy in copies.items())
     ann = Person("ann", (Path("t/ann/1.png"),), (Path("t/ann/1_bru\u0302me\u0301.png"),))
     assert split_persons([typed, ann], [OF_A_MAC]) == ([ann], [typed])
     assert split_persons([of_a_mac, ann], [TYPED]) == ([ann], [of_a_mac])
@@ -115,6 +117,16 @@ def test_files_and_folders_whose_names_are_not_utf8_are_left_out_and_counted(tmp
     expected = "3 files left out: 3 with a name or folder that is not UTF-8, to be renamed (Jos\\udce9/clean/1.png, "
     assert caplog.messages == [f"{tmp_path}: {expected}ann/Jos\\udce9.png and 1 more)"]
     assert files_digest([Person("ann", (photo,), ())]).startswith("1 files, ")
+
+
+@pytest.mark.parametrize("odd", [None, 3, ("noisy", None)])
+def test_kinds_that_are_no_list_of_texts_are_refused(task_b, odd):
+    with pytest.raises(UserError, match=r"^OFTEN = .*: expected a list of kinds"):
+        FacePairDataset(task_b / "train", transform=None, often=odd)
+    with pytest.raises(UserError, match=r"^SKIP_KINDS = .*: expected a list of kinds"):
+        without_kinds(scan_persons(task_b / "train"), odd)
+    with pytest.raises(UserError, match=r"^WITHOUT_FAMILIES = .*: expected names of families"):
+        families_without(odd)
 
 
 @pytest.mark.parametrize("constant", ["SKIP_KINDS", "OFTEN"])

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from made_up_run import (
     Items,
     column,
@@ -89,27 +88,13 @@ def test_a_resumed_run_adds_its_time_to_what_was_spent_before(tmp_path, clock):
         fit(small_run(tmp_path, RunSettings(epochs=1, save_every=1), batches=2), killed)
     run = small_run(tmp_path, RunSettings(epochs=1, save_every=1), batches=2)
     clock.now += 1000  # between the two runs
-    run.resume()
+    run.resume({})
     assert (run.batch, run.meter.seen) == (1, 4)
     fit_timed(run, clock)
     row = run.history[1]
     spent = {name: row[name] * row["seconds"] for name in journal.ACTIVITIES}
     # Of the first run a step, and the save at the end of epoch 0; of the second a step, and the save after it.
     assert spent == pytest.approx({"training": 4, "loading": 1, "validation": 4, "saving": 0.5 + 0.5})
-
-
-def test_a_checkpoint_without_times_can_be_resumed(tmp_path):
-    """As runs wrote it before the log had shares."""
-    fit(small_run(tmp_path, RunSettings(epochs=1)))
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    saved["meter"] = {"images": 0, "sums": {}, "seen": 0, "seconds": 0.0, "waited": 0.0}
-    saved["history"] = [{"epoch": row["epoch"], "top1": row["top1"], "loading": 0.5} for row in saved["history"]]
-    torch.save(saved, tmp_path / "last.pt")
-    run = small_run(tmp_path, RunSettings(epochs=2))
-    run.resume()
-    fit(run)
-    run.report_best()
-    assert "seconds" not in run.history[1] and run.history[2]["seconds"] > 0
 
 
 def test_the_meter_weighs_each_step_by_its_images(clock):
@@ -274,7 +259,7 @@ def test_what_could_not_be_written_to_the_end_is_reported_and_written_by_a_resum
     for name in NAMES:
         unblock(tmp_path / name)
     run = small_run(tmp_path, RunSettings(epochs=1))
-    run.resume()
+    run.resume({})
     assert_all_is_written(tmp_path, 1)
 
 

@@ -137,6 +137,10 @@ def test_resume_with_other_constants_or_data_is_refused_and_changes_nothing(stag
     photo = next((script.DATA_DIR / "train").glob("*/distortion/*.png"))
     photo.rename(photo.with_name(f"other_{photo.name}"))
     refused({}, r"data has changed \(21 files, \w{12} then, 21 files, \w{12} now\)")
+    photo.with_name(f"other_{photo.name}").rename(photo)
+    of_val = next((script.DATA_DIR / "val").glob("*/clean/*.png"))
+    of_val.write_bytes(of_val.read_bytes() + b"more")  # another photo under its name
+    refused({}, r"val has changed \(\d+ files, \w{12} then, \d+ files, \w{12} now\)")
     (script.DATA_DIR / "train" / "di").rename(script.DATA_DIR / "train" / "dora")
     refused({}, r"(persons|data) has changed \(.*\)")
     assert files_in(script.RUN_DIR) == before
@@ -150,16 +154,37 @@ def test_constants_that_may_change_are_reported_in_a_line_and_true_from_then_on(
     new = {name: another(usual[name]) for name in MAY_CHANGE if name in usual} | {"EPOCHS": 2, "AMP": "bf16"}
     then = usual | {"EPOCHS": 1}
     capsys.readouterr()
-    trained = train(script, "run", new | {"RESUME": True})
+    trained = train(script, "run", new | {"RESUME": True, "NUM_WORKERS": 1})
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("changed from here on: ")]
     changes = line.removeprefix("changed from here on: ").split(", ")
     assert sorted(changes) == sorted(f"{name} {then[name]!r} -> {value!r}" for name, value in new.items())
     noted = json.loads((script.RUN_DIR / "constants.json").read_text())
+    assert noted["NUM_WORKERS"] == 1  # what does not matter is true, too
     for constants in (noted, trained.last["constants"]):
         assert {name: constants[name] for name in new} == new
     groups = trained.last["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {new["WEIGHT_DECAY"]}
     assert trained.run.settings.grad_clip == new["GRAD_CLIP"]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_of_a_version_without_a_constant_that_must_be_equal_is_not_resumed(stages, train, stage):
+    script = stages[stage - 1]
+    path = train(script, "run").run.run_dir / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["constants"]["FREEZE_UNTIL"]
+    torch.save(saved, path)
+    with pytest.raises(UserError, match="cannot be resumed, it is of a version of these scripts without FREEZE_UNTIL"):
+        train(script, "run", {"RESUME": True, "EPOCHS": 2})
+
+
+def test_a_damaged_stage1_in_last_pt_is_a_sentence(stages, train):
+    path = train(stages[1], "run").run.run_dir / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    for odd in ("text", {}, {"image_size": 76}):
+        torch.save(saved | {"stage1": odd}, path)
+        with pytest.raises(UserError, match=r"last\.pt: damaged, its stage1 is "):
+            train(stages[1], "run", {"RESUME": True, "EPOCHS": 2, "TEACHER": "seed"})
 
 
 def test_resume_without_a_run_and_a_start_over_one_are_refused(stages, train):

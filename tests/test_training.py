@@ -353,7 +353,7 @@ def test_a_run_with_another_fact_is_refused_and_changes_nothing(tmp_path):
         run = small_run(tmp_path, RunSettings(epochs=2), facts=FACTS | {"persons": ["ann", "bob"], fact: now})
         message = f"{tmp_path / 'last.pt'}: cannot be resumed, {fact} has changed .{change}.; set it back"
         with pytest.raises(UserError, match=message):
-            run.resume()
+            run.resume({})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -401,7 +401,7 @@ def test_after_a_kill_at_any_file_a_run_starts_or_resumes_to_the_same_end_and_th
         training.start_run(run_dir, resume, {}, stage=1)
         run = small_run(run_dir, settings, batches=3)
         if resume:
-            run.resume()
+            run.resume({})
         fit(run, validate=of_weights)
 
     go(tmp_path / "whole", False)
@@ -434,7 +434,7 @@ def test_what_ends_a_validation_costs_the_validation_alone(tmp_path, error, epoc
     with pytest.raises(error):
         fit(run, validate=ends)
     run, steps = small_run(tmp_path / "ended", RunSettings(epochs=2, ema_decay=0.9)), []
-    run.resume()
+    run.resume({})
     fit(run, validate=of_weights, after_step=lambda: steps.append(run.batch))
     assert len(steps) == (0 if epoch else 2 * 4)
     fit(small_run(tmp_path / "whole", RunSettings(epochs=2, ema_decay=0.9)), validate=of_weights)
@@ -505,3 +505,44 @@ def test_an_epoch_draws_the_same_batches_whether_or_not_one_went_before_and_for_
     assert second_epoch(0, first=False) == expected
     assert second_epoch(1, first=False) == expected
     assert second_epoch(1, first=True) == expected
+
+
+@pytest.mark.parametrize("odd", ["missing", None, "text", 7, [1, 2], {"a": 1}], ids=repr)
+def test_a_last_pt_with_odd_parts_is_refused_with_its_path_before_anything_is_restored(tmp_path, odd):
+    fit(small_run(tmp_path, RunSettings(epochs=1)))
+    path = tmp_path / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    names = [name for name in saved if name not in ("constants", "top1", "scaler", *FACTS)]  # those are not read here
+    assert {"batch", "history", "best", "best_ema", "meter", "rates", "unwritten", "model", "optimizer"} <= {*names}
+    for name in names:
+        others = {key: value for key, value in saved.items() if key != name}
+        torch.save(others if odd == "missing" else others | {name: odd}, path)
+        run = small_run(tmp_path, RunSettings(epochs=2))
+        usual = {"unwritten": ["missing"], "rates": [{"a": 1}], "epoch": [7]}
+        usual |= {"batch": [7], "updates": [7], "skipped": [7], "bad_in_a_row": [7]}  # what they may be, or is not read
+        if odd in usual.get(name, []):
+            continue
+        try:
+            run.resume({})
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ")
+        else:
+            pytest.fail(f"{name} = {odd!r} was taken")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda t: torch.zeros_like(t, dtype=torch.int8), "is torch.int8, expected torch.float32"),
+        (lambda t: t.to(torch.complex64), "is torch.complex64, expected torch.float32"),
+        (lambda t: torch.full_like(t, math.nan), "is not finite"),
+    ],
+)
+def test_weights_of_another_type_or_not_finite_are_refused(tmp_path, spoil, message):
+    fit(small_run(tmp_path, RunSettings(epochs=1)))
+    path = tmp_path / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    first = next(iter(saved["model"]))
+    torch.save(saved | {"model": saved["model"] | {first: spoil(saved["model"][first])}}, path)
+    with pytest.raises(UserError, match=f"its 'model' does not fit .{first} {message}"):
+        small_run(tmp_path, RunSettings(epochs=2)).resume({})
