@@ -46,18 +46,22 @@ def table(answers: Sequence[Answer]) -> str:
         similar = [] if answer.person else [answer.resembles]
         similar += [f"{other['person']} {other['score']:.3f}" for other in answer.others]
         lines.append((answer.photo, answer.person or UNKNOWN, f"{answer.score:.3f}", ", ".join(similar)))
-    lines = [[printable(cell) for cell in line] for line in lines]
-    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
-    text = [
-        "  ".join(cell + " " * (most - width(cell)) for cell, most in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
     counts = Counter(answer.status for answer in answers)
     parts = [f"{counts[NAMED]} named", f"{counts[UNKNOWN]} unknown"]
     rest = {UNUSABLE: "not usable", NO_FACE: "without a face", UNREADABLE: "unreadable"}
     parts += [f"{counts[status]} {what}" for status, what in rest.items() if counts[status]]
     photos = len({answer.photo for answer in answers})
-    return "\n".join([*text, f"{counted(photos, 'photo')}: {', '.join(parts)}"])
+    return "\n".join([*aligned(lines), f"{counted(photos, 'photo')}: {', '.join(parts)}"])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table whose columns are as wide as their widest cell."""
+    lines = [[printable(cell) for cell in line] for line in lines]
+    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(cell + " " * (most - width(cell)) for cell, most in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
 
 
 def counted(count: int, noun: str) -> str:
@@ -74,7 +78,8 @@ def width(text: str) -> int:
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
 
 
-def write_json_lines(path: Path, answers: Sequence[Answer]) -> None:
+def write_json_lines(path: Path, answers: Sequence) -> None:
+    """answers: dataclasses, an Answer or a PairAnswer for each line."""
     lines = "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
     with atomic_file(path) as file:
         # Bytes of a file's name that are not UTF-8 become \udcff and the like, which JSON can hold.

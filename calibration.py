@@ -153,6 +153,19 @@ def measure(gallery: Gallery, queries: Queries) -> dict:
     }
 
 
+def measured_cosines(calibration: dict | None, source: str) -> dict[float, float]:
+    """The `cosines` of `measure`, by rate; {} without a calibration. Raises UserError if it is damaged."""
+    try:
+        return {float(rate): float(cosine) for rate, cosine in (calibration or {"cosines": {}})["cosines"].items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source}: its calibration is damaged; train it again, or set CALIBRATE_ON") from error
+
+
+def reached(cosines: dict[float, float], cosine: float) -> float | None:
+    """The lowest false accept rate whose cosine this one reaches; None if it reaches none."""
+    return min((rate for rate, lowest in cosines.items() if cosine >= lowest), default=None)
+
+
 def from_checkpoint(calibration: dict | None, far: float, persons: int, source: str) -> dict | None:
     """A threshold like that of `calibrate` for a gallery of so many `persons`, by what `measure` found.
 
@@ -160,17 +173,15 @@ def from_checkpoint(calibration: dict | None, far: float, persons: int, source: 
     rate as low as that, the lowest one that was measured counts, and `far` is what it comes to. None if there is no
     calibration, or no rate in it. Raises UserError if it is damaged.
     """
-    if not calibration:
+    cosines = measured_cosines(calibration, source)
+    if not cosines:
         return None
     try:
-        cosines = {float(rate): float(cosine) for rate, cosine in calibration["cosines"].items()}
         counts = {name: int(calibration[name]) for name in ("queries", "pairs")}
         bound = None if calibration["quality"] is None else float(calibration["quality"])
         template = str(calibration["template"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its calibration is damaged; train it again, or set CALIBRATE_ON") from error
-    if not cosines:
-        return None
     rate = max([rate for rate in cosines if rate * persons <= far], default=min(cosines))
     return {
         "cosine": cosines[rate],

@@ -54,6 +54,7 @@ RANGES = {
 
 # The scripts' constants that are paths of files and folders, and those of them that may be None.
 PATHS = ("DATA_DIR", "RUN_DIR", "STAGE1_CHECKPOINT", "RESULTS_DIR", "GALLERY", "IN_DIR", "OUT_DIR", "OUT", "SOURCE_DIR")
+PATHS += ("PAIRS_FILE",)
 PATHS_OR_NONE = (
     "CHECKPOINT",
     "COMPARE_WITH",

@@ -34,11 +34,15 @@ from faces import UNUSABLE, FaceDetector, Reading, rate, read_faces
 from folders import photos_below
 from framing import Frames, check_framing, find_frames
 from gallery import Gallery, embed_split, made_by
+from pairs import PairAnswer, compare, pair_table, read_pairs
 from scores import check_template
 from transforms import FaceCrop, Transform, eval_transform, load_image
 
 # --- the photos to identify ---
 PHOTOS = [Path("photos")]  # photos, and folders with photos at any depth; []: only update the gallery
+# Do two photos show the same person? [first, second], or the path of a CSV file with such a pair in each row; nothing
+# else is done then. None: PHOTOS are identified.
+PAIRS = None
 TOP = 1  # most similar persons to show for each face, >= 1
 
 # --- the gallery ---
@@ -83,10 +87,12 @@ BATCH_SIZE = 64  # faces embedded at a time, >= 1
 NUM_WORKERS = 2  # processes that load images, 0..CPU cores
 
 
-def main() -> list[Answer]:
-    """Update the gallery, identify PHOTOS, write and print the answers; returns them."""
+def main() -> list[Answer] | list[PairAnswer]:
+    """Update the gallery, identify PHOTOS, write and print the answers; returns them. Or those on PAIRS."""
     common.take_paths(globals())
     check_constants()
+    if PAIRS is not None:
+        return compare_pairs(read_pairs(PAIRS))
     photos = collect_photos(PHOTOS)
     persons = scan_persons(ENROLL, check_images=False) if ENROLL is not None else []
     reader = FaceReader(common.pick_device())
@@ -143,7 +149,7 @@ def check_constants() -> None:
     common.check_list("REMOVE", REMOVE, str, "names of persons")
     if ENROLL is not None and not ENROLL.is_dir():
         raise UserError(f"ENROLL = {ENROLL}: no such folder; correct it, or set it to None")
-    if ENROLL is None and not GALLERY.is_file():
+    if ENROLL is None and PAIRS is None and not GALLERY.is_file():
         raise UserError(f"{GALLERY}: no gallery; set ENROLL to a folder of persons to make one, or correct GALLERY")
     if ANNOTATED is not None:
         for folder in PHOTOS:
@@ -154,7 +160,8 @@ def check_constants() -> None:
                 )
         checkpoints.check_writable("ANNOTATED", ANNOTATED, folder=True)
     if JSON_LINES is not None:
-        if JSON_LINES.resolve() in {path.resolve() for path in (GALLERY, CHECKPOINT, *collect_photos(PHOTOS)) if path}:
+        photos = collect_photos(PHOTOS) if PAIRS is None else [photo for pair in read_pairs(PAIRS) for photo in pair]
+        if JSON_LINES.resolve() in {path.resolve() for path in (GALLERY, CHECKPOINT, *photos) if path}:
             raise UserError(f"JSON_LINES = {JSON_LINES}: would overwrite a file that is read; choose another name")
         checkpoints.check_writable("JSON_LINES", JSON_LINES, folder=False)
 
@@ -221,9 +228,13 @@ class FaceReader:
         return eval_transform(self.crop.size, self.crop.fraction, frames)
 
     def threshold(self, persons: int) -> dict | None:
-        """By the checkpoint's own calibration, for a gallery of so many persons; None: it has none."""
+        """By THRESHOLD, or by the checkpoint's own calibration for a gallery of so many persons; None: it has none."""
         found = calibration.from_checkpoint(self.calibration, FALSE_ACCEPT, persons, source=str(CHECKPOINT))
-        return found if found is None or REFUSE is not None else found | {"quality": None}
+        if found is not None and REFUSE is None:
+            found |= {"quality": None}
+        if THRESHOLD is not None:
+            return calibration.by_hand(THRESHOLD, found and found["quality"], TEMPLATE)
+        return found
 
     def read(self, photos: Sequence[Path], folder: Path, most: int | None = None) -> list[Reading]:
         """See faces.read_faces."""
@@ -282,8 +293,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
     CALIBRATE_ON has no distorted photo, or is None while the gallery was calibrated with other settings.
     """
     if THRESHOLD is not None:
-        own = reader.threshold(persons=1)
-        return calibration.by_hand(THRESHOLD, own["quality"] if own else None, TEMPLATE)
+        return reader.threshold(persons=1)
     held = gallery.threshold if gallery is not None else None
     if held is not None and (held["far"] is None or "pairs" in held):  # not of a CALIBRATE_ON
         held = None
@@ -481,6 +491,20 @@ def identify_photos(gallery: Gallery, photos: Sequence[Path], reader: FaceReader
             if person is not None:
                 answer = replace(answer, status=NAMED, person=person)
         answers.append(answer)
+    return answers
+
+
+def compare_pairs(pairs: Sequence[tuple[Path, Path]]) -> list[PairAnswer]:
+    """Compare the photos of each pair, by THRESHOLD or by FALSE_ACCEPT of the checkpoint's calibration."""
+    reader = FaceReader(common.pick_device())
+    threshold = reader.threshold(persons=1)
+    photos = list(dict.fromkeys(photo for pair in pairs for photo in pair))
+    readings, embeddings = reader.embed(photos, "photos", bound=quality_bound(threshold), most=1)
+    cosines = calibration.measured_cosines(reader.calibration, source=str(CHECKPOINT))
+    answers = compare(pairs, readings, embeddings, threshold=threshold and threshold["cosine"], cosines=cosines)
+    if JSON_LINES is not None and common.is_main():
+        write_json_lines(JSON_LINES, answers)
+    print(pair_table(answers))
     return answers
 
 

@@ -511,6 +511,23 @@ def test_a_threshold_by_hand_comes_before_all(calibrated, capsys):
     assert identify.main()[0].threshold == 0.95
 
 
+def test_pairs_are_compared_by_the_calibration_or_by_hand_and_no_gallery_is_touched(calibrated, capsys):
+    calibrated(CALIBRATION)
+    Path("pairs.csv").write_text("photos/a.png,people/ann/clean/ann_1.png\nphotos/a.png,people/bob/bob_1.png\n")
+    identify.PAIRS, identify.CALIBRATE_ON, identify.ENROLL, identify.PHOTOS = Path("pairs.csv"), None, None, ["nowhere"]
+    identify.FALSE_ACCEPT, identify.JSON_LINES = 0.01, Path("pairs.jsonl")
+    same, different = identify.main()
+    assert (same.status, different.status) == ("same", "different") and not Path("gallery.pt").exists()
+    assert same.cosine == pytest.approx(cosine(shade(ANN, 3), ANN), abs=1e-5) and same.threshold == 0.95
+    assert same.far == 0.001 and "at most 0.1 % of pairs of different persons reach it" in capsys.readouterr().out
+    assert [json.loads(line)["status"] for line in Path("pairs.jsonl").read_text().splitlines()] == [
+        "same",
+        "different",
+    ]
+    identify.PAIRS, identify.THRESHOLD = ["photos/a.png", "people/bob/bob_1.png"], -1.0
+    assert [answer.status for answer in identify.main()] == ["same"]
+
+
 def test_a_damaged_calibration_is_refused(calibrated):
     calibrated({"cosines": [1]})
     identify.CALIBRATE_ON = None
