@@ -1,13 +1,15 @@
 """From which cosine on is a face known? Thresholds by the scores of strangers, for a gallery or a checkpoint."""
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import metrics
-from checkpoints import atomic_file, load_facenet, read_checkpoint
+from checkpoints import atomic_file, read_checkpoint, restore
 from common import UserError, is_main
 from datasets import Person
 from gallery import Gallery, Queries, score
@@ -104,6 +106,7 @@ def quality_bound(gallery: Gallery, refuse: float) -> float | None:
 
 def calibrate_checkpoint(
     path: Path,
+    model: nn.Module,
     persons: Sequence[Person],
     transform: Transform,
     degraded: Transform,
@@ -115,17 +118,17 @@ def calibrate_checkpoint(
 ) -> None:
     """Add to a checkpoint the calibration by the persons that its epoch was chosen on, for `identify.py`.
 
-    transform, degraded, template, quick: as in validation.validate, but for the mirror images, which count here. Under
+    model: of any weights, for those of the checkpoint; it stays as it is. transform, degraded, template, quick: as in validation.validate, but for the mirror images, which count here. Under
     torchrun all processes embed and one writes.
     """
-    model, _ = load_facenet(path, device)
+    saved, model = read_checkpoint(path), copy.deepcopy(model)
+    restore(path, saved, {"model": model})
     gallery, queries = embed_persons(
         model, persons, transform, degraded, device, template=template, quick=quick, num_workers=num_workers
     )
     if is_main():
-        saved = read_checkpoint(path) | {"calibration": measure(gallery, queries)}
         with atomic_file(path) as file:
-            torch.save(saved, file)
+            torch.save(saved | {"calibration": measure(gallery, queries)}, file)
 
 
 def measure(gallery: Gallery, queries: Queries) -> dict:

@@ -219,11 +219,18 @@ def _known_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person
     return set(map(plain_name, kinds))
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # whoever loads the file will report it
+        return 0
+
+
 def files_digest(persons: Sequence[Person]) -> str:
     """Identifies a set of files: their number, and 12 hexadecimal digits of the SHA-256 of their persons, names and
     sizes."""
     photos = [(person.name, path) for person in persons for path in person.photos]
-    lines = [plain_name(f"{name}/{path.name} {path.stat().st_size}") for name, path in photos]
+    lines = [plain_name(f"{name}/{path.name} {_size(path)}") for name, path in photos]
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
     return f"{len(lines)} files, {digest}"
 

@@ -235,6 +235,7 @@ def main() -> None:
     for path in run.report_best():
         calibration.calibrate_checkpoint(
             path,
+            model,
             val_persons,
             transform,
             degraded,

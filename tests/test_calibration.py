@@ -81,7 +81,7 @@ def test_both_scripts_add_a_calibration_to_the_best_checkpoint(stages, train):
         assert "calibration" not in trained.last
 
 
-@pytest.mark.parametrize("broken", [[], {"cosines": {}}, {"cosines": {"0.1": "x"}}, "much"])
+@pytest.mark.parametrize("broken", [[], {"cosines": {"0.1": 0.5}}, {"cosines": {"0.1": "x"}}, "much"])
 def test_a_damaged_calibration_is_a_sentence(broken):
     if broken:
         with pytest.raises(UserError, match=r"best\.pt: its calibration is damaged"):
