@@ -118,8 +118,8 @@ def calibrate_checkpoint(
 ) -> None:
     """Add to a checkpoint the calibration by the persons that its epoch was chosen on, for `identify.py`.
 
-    model: of any weights, for those of the checkpoint; it stays as it is. transform, degraded, template, quick: as in validation.validate, but for the mirror images, which count here. Under
-    torchrun all processes embed and one writes.
+    model: of any weights, for those of the checkpoint; it stays as it is. transform, degraded, template, quick: as in
+    validation.validate, but for the mirror images, which count here. Under torchrun all processes embed and one writes.
     """
     saved, model = read_checkpoint(path), copy.deepcopy(model)
     restore(path, saved, {"model": model})
