@@ -197,6 +197,11 @@ def check_facts(path: Path, saved: dict, facts: dict) -> None:
         then = saved.get(name)
         if then == now:
             continue
+        if name not in saved:
+            raise UserError(
+                f"{path}: cannot be resumed, it is of a version of these scripts that did not state {name}; give "
+                "RUN_DIR another name to start a new run"
+            )
         if name in ("persons", "holdout"):  # of hundreds of names show those that differ
             old, new = {*then}, {*now}
             then, now = list_names(sorted(old - new)) or "none", list_names(sorted(new - old)) or "none"

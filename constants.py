@@ -1,6 +1,6 @@
 """The constants of both training scripts: which ones a resumed run takes over, and which ones may change."""
 
-import json
+import reprlib
 from pathlib import Path
 
 from checkpoints import write_json
@@ -49,23 +49,18 @@ def course(script: dict) -> dict:
     return {name: value for name, value in plain_constants(script).items() if name in MUST_EQUAL + MAY_CHANGE}
 
 
-def constants_then(run_dir: Path, saved: dict) -> dict:
-    """The constants with which the checkpoint `saved` in `run_dir` was trained; {} if neither it nor a file says."""
-    if isinstance(saved.get("constants"), dict):
-        return saved["constants"]
-    try:  # a checkpoint of an earlier version
-        noted = json.loads((run_dir / "constants.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return noted if isinstance(noted, dict) else {}
+def check_constants(path: Path, saved: dict, now: dict) -> dict[str, str]:
+    """The constants that changed since the checkpoint `saved` at `path`, with "<then> -> <now>"; all of them may.
 
-
-def check_constants(path: Path, then: dict, now: dict) -> dict[str, str]:
-    """The constants that changed since the checkpoint at `path`, with "<then> -> <now>"; all of them may change.
-
-    Raises UserError for the first one that must be equal and is not.
+    Raises UserError for the first one that must be equal and is not, or for a checkpoint that does not state them.
     """
-    missing = [name for name in now if then and name not in then and name in MUST_EQUAL]
+    then = saved.get("constants")
+    if not isinstance(then, dict):
+        raise UserError(
+            f"{path}: cannot be resumed, its constants are {reprlib.repr(then)}; give RUN_DIR another name and set "
+            "RESUME = False to start a new run"
+        )
+    missing = [name for name in now if name not in then and name in MUST_EQUAL]
     if missing:
         raise UserError(
             f"{path}: cannot be resumed, it is of a version of these scripts without {missing[0]}; give RUN_DIR "
@@ -81,7 +76,6 @@ def check_constants(path: Path, then: dict, now: dict) -> dict[str, str]:
     return {name: f"{then[name]!r} -> {now[name]!r}" for name in changed}
 
 
-def note_constants(run_dir: Path, constants: dict, *, add: bool) -> None:
-    """Write `constants` to `run_dir`/constants.json; `add`: to what is noted there already."""
-    noted = constants_then(run_dir, {}) if add else {}
-    write_json(run_dir / "constants.json", noted | constants)
+def note_constants(run_dir: Path, constants: dict) -> None:
+    """Write `constants`, those of the last start or resumption, to `run_dir`/constants.json."""
+    write_json(run_dir / "constants.json", constants)

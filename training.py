@@ -34,7 +34,7 @@ from common import (
     rank_and_world,
     warn_once,
 )
-from constants import check_constants, constants_then, course, note_constants, plain_constants
+from constants import check_constants, course, note_constants, plain_constants
 from distributed import any_process, stop_requests
 from journal import Journal, Meter, time_shares
 from loading import PhotoLoader
@@ -92,12 +92,12 @@ def start_run(run_dir: Path, resume: bool, constants: dict, stage: int) -> dict 
     _check_folder(run_dir, resume)
     if not resume:
         if is_main():
-            note_constants(run_dir, plain_constants(constants), add=False)
+            note_constants(run_dir, plain_constants(constants))
         return None
     path = run_dir / "last.pt"
     saved = read_checkpoint(path)
     check_facts(path, saved, {"stage": stage})
-    check_constants(path, constants_then(run_dir, saved), course(constants))
+    check_constants(path, saved, course(constants))
     return {name: value for name, value in saved.items() if name not in WEIGHTS}
 
 
@@ -483,7 +483,7 @@ class Run:
         """
         path = self.run_dir / "last.pt"
         saved = read_checkpoint(path)
-        changes = check_constants(path, constants_then(self.run_dir, saved), course(constants))
+        changes = check_constants(path, saved, course(constants))
         check_facts(path, saved, {name: fact for name, fact in self.facts.items() if name not in NOT_COMPARED})
         self._check_progress(path, saved)
         self.learner.restore(path, saved)
@@ -498,7 +498,7 @@ class Run:
         if changes:
             print("changed from here on: " + ", ".join(f"{name} {change}" for name, change in changes.items()))
         if is_main():
-            note_constants(self.run_dir, plain_constants(constants), add=True)
+            note_constants(self.run_dir, plain_constants(constants))
             self.journal.rewind(self.updates, saved.get("unwritten", ()))
             if self.history:  # a kill can have come between last.pt and these
                 self.journal.tables(self.history)
@@ -513,7 +513,9 @@ class Run:
             state, wanted = saved.get(name), part.state_dict()
             fits = isinstance(state, dict) and state.keys() >= wanted.keys()
             odd += [] if fits and all(_alike(state[key], wanted[key]) for key in wanted) else [name]
-        if not odd and not all(isinstance(row, dict) and {"epoch", "top1"} <= row.keys() for row in saved["history"]):
+        if not odd and not all(
+            isinstance(row, dict) and {"epoch", "top1", "seconds"} <= row.keys() for row in saved["history"]
+        ):
             odd = ["history"]
         unwritten = saved.get("unwritten", [])
         if not (isinstance(unwritten, list) and all(isinstance(row, dict) and "update" in row for row in unwritten)):

@@ -16,7 +16,7 @@ from training import RunSettings
 
 CPU = torch.device("cpu")
 FACTS = {"stage": 1, "seed": 0, "image_size": 160, "face_crop": 0.52, "dropout": 0.0, "persons": [], "holdout": []}
-FACTS |= {"selected_on": "val", "template": "mean", "pretrained": "None"}
+FACTS |= {"selected_on": "val", "template": "mean", "pretrained": "None", "constants": {}, "pretrained_weights": None}
 
 
 class Items(Dataset):
