@@ -33,6 +33,7 @@ import models
 import optimisation
 import training
 import validation
+from common import UserError
 from constants import course
 from datasets import (
     FaceClassificationDataset,
@@ -244,6 +245,12 @@ def load_network(saved: dict | None) -> tuple[FaceNet, str]:
 
 def check_data(train_set: FaceClassificationDataset, train_persons: list[Person], val_persons: list[Person]) -> None:
     """Raises UserError for data that cannot be trained or validated on; warns of what makes figures misleading."""
+    if len(train_set) < BATCH_SIZE:
+        raise UserError(
+            f"BATCH_SIZE = {BATCH_SIZE}: train/ has {len(train_set)} photos of {len(train_set.persons)} persons; set "
+            f"BATCH_SIZE to at most {len(train_set)}, and PERSONS_PER_BATCH of train_stage2.py to at most "
+            f"{len(train_set.persons)} (see docs/own_photos.md)"
+        )
     warn_shared_persons(train_persons, val_persons)
     validation.check_data(
         train_set.persons,
