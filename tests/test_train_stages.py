@@ -322,8 +322,8 @@ def test_both_stages_train_float32_weights_in_the_precision_selected(stages, tra
         (
             1,
             {"BATCH_SIZE": 22},
-            "BATCH_SIZE = 22: train/ has 21 photos of 4 persons; set BATCH_SIZE to at most 21, and PERSONS_PER_BATCH of "
-            "train_stage2.py to at most 4",
+            "BATCH_SIZE = 22: train/ has 21 photos of 4 persons; set BATCH_SIZE to at most 21, and PERSONS_PER_BATCH "
+            "of train_stage2.py to at most 4",
         ),
         (1, {"DATA_DIR": Path("nowhere")}, "nowhere/train: no such folder"),
         (2, {"PERSONS_PER_BATCH": 5}, "PERSONS_PER_BATCH = 5: only 4 persons have pairs; lower it"),
