@@ -18,7 +18,7 @@ import train_stage1
 import train_stage2
 from common import UserError, set_constants
 from models import load_pretrained
-from report import top1_table
+from result_tables import top1_table
 from tools import sample_faces
 
 OUT_DIR = Path("demo_output")  # faces, checkpoints and pictures; an earlier demo's is replaced

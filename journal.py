@@ -198,8 +198,34 @@ class Meter:
 
     def __str__(self) -> str:
         means = self.means()
-        shown = "".join(f"{name} {means[name]:.3f}, " for name in ("loss", "accuracy") if name in means)
-        return f"{shown}{means['images_per_second']:.1f} images/s"
+        loss = f"loss {means['loss']:.3f}, " if "loss" in means else ""
+        accuracy = f"accuracy {100 * means['accuracy']:.1f} %, " if "accuracy" in means else ""
+        return f"{loss}{accuracy}{means['images_per_second']:.1f} images/s"
+
+
+def percent(share: float) -> str:
+    """0.875 -> "87.50 %"."""
+    return f"{100 * share:.2f} %"
+
+
+def epoch_line(history: list[dict], epochs: int, top1: str) -> str:
+    """What is printed of the last epoch. history: the rows of log.csv; top1: of the model and its average, with the
+    marks of the best."""
+    row = history[-1]
+    parts = [f"epoch {row['epoch']}/{epochs}"]
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "accuracy" in row:
+        parts.append(f"accuracy {percent(row['accuracy'])}")
+    parts.append(f"top-1 {top1}")
+    parts += [f"{name} {percent(row[f'top1_{name}'])}" for name in ("cross", "clean") if f"top1_{name}" in row]
+    if "images_per_second" in row:
+        parts.append(f"{row['images_per_second']:.0f} images/s")
+    recent = [of["seconds"] for of in history[-3:] if of["epoch"] > 0]  # the speed of a machine can change meanwhile
+    if recent and row["epoch"] < epochs:
+        minutes = (epochs - row["epoch"]) * sum(recent) / len(recent) / 60
+        parts.append(f"{minutes:.0f} min left" if minutes >= 1 else "less than 1 min left")
+    return "  ".join(parts)
 
 
 def time_shares(history: list[dict], meter: Meter) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from scipy.cluster.hierarchy import leaves_list, linkage
@@ -22,17 +23,25 @@ from common import safe_text
 
 DPI = 110
 
-# One style per evaluation. Colour-blind readers can distinguish the colours (Okabe & Ito 2008), and in grey print the
-# lines, markers and hatches differ. Later lines are thinner, so that an equal one beneath still shows.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
-MARKERS = ("o", "s", "D", "^", "v", "P")
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo")
-WIDTHS = (3.2, 2.4, 1.8, 1.8, 1.4, 1.4)  # points
+# One style per curve. Colour-blind readers can distinguish the first six colours (Okabe & Ito 2008), and in grey print
+# the lines, markers and hatches differ. Later lines are thinner, so that an equal one beneath still shows.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#5c5c00")
+LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (8, 3)), (0, (3, 1, 1, 1)))
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "oo", "++", "--")
+WIDTHS = (3.2, 2.4, 1.8, 1.8, 1.4, 1.4, 1.4, 1.4)  # points
 GREY = "#707070"  # of what is not measured
 
 MARKED_FAR = (1e-2, 1e-3, 1e-4)  # the false accept rates that papers report
-LONGEST_NAME = 60  # characters; a longer one would leave no room for the plot
+LONGEST_NAME = 40  # characters; a longer one would leave no room for the plot, or be cut
+# The overall curves of a run: column of log.csv, less "ema_" -> label. The others that begin with top1_ are kinds.
+OVERALL = {
+    "top1": "what chooses the epoch",
+    "top1_mean": "same, template mean",
+    "top1_best": "same, template best",
+    "top1_cross": "cross",
+    "top1_clean": "clean",
+}
 RESOLVED_PAIRS = 10  # a rate that rests on fewer accepted pairs is mostly chance
 
 
@@ -164,7 +173,7 @@ def discard(left: dict[str, Sequence[float] | Tensor]) -> Figure:
             axes.plot([0, 100], [100, 0], ":", color=GREY, linewidth=1.2, label="by chance")
         axes.set(xlim=(0, 100), ylim=(0, 102), xlabel="queries refused, lowest quality first, %")
         axes.grid(alpha=0.35)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=1 + (len(titles) > 1), frameon=False)
+        _legend_below(axes, axes.lines, columns=1 + (len(titles) > 1 and max(map(len, titles)) <= 16))
     figure.axes[0].set(title="Wrong answers left", ylabel="of the wrong answers, %")
     figure.axes[1].set(title="The same within each kind")
     return figure
@@ -279,76 +288,82 @@ def similarity_matrix(cosine: Tensor, query_labels: Sequence[int], persons: Sequ
     return figure
 
 
-def mistakes_sheet(rows: Sequence[tuple[Sequence[Image.Image], Sequence[str]]]) -> Figure:
+def mistakes_sheet(rows: Sequence[tuple[Sequence[Image.Image], Sequence[tuple[str, str]]]], title: str) -> Figure:
     """A row per mistake: query, photo of the true person, photo of the predicted one, each with its caption.
 
-    rows: three images and three captions each; none at all gives a sheet that says so.
+    rows: three images and three captions of two lines each; none at all gives a sheet that says so.
     """
+    figure = Figure(figsize=(6.6, 2.25 * len(rows) + 0.7), layout="constrained", dpi=DPI)
+    figure.suptitle(title, fontsize=10)
     if not rows:
-        figure = Figure(figsize=(5, 1), dpi=DPI)
-        figure.text(0.5, 0.5, "no mistakes", ha="center", va="center")
+        figure.text(0.5, 0.3, "no mistakes", ha="center", va="center")
         return figure
-    figure = Figure(figsize=(6.6, 2.1 * len(rows) + 0.4), layout="constrained", dpi=DPI)
     grid = figure.subplots(len(rows), 3, squeeze=False)
     for axes_row, (images, captions) in zip(grid, rows, strict=True):
         for axes, image, caption in zip(axes_row, images, captions, strict=True):
             axes.imshow(image)
-            axes.set_xlabel(_plain(caption), fontsize=7)
+            axes.set_xlabel("\n".join(map(_plain, caption)), fontsize=7)
             axes.set(xticks=[], yticks=[])
-    for axes, title in zip(grid[0], ("query", "true person", "predicted person"), strict=True):
-        axes.set_title(title, fontsize=9)
+    for axes, head in zip(grid[0], ("query", "true person", "predicted person"), strict=True):
+        axes.set_title(head, fontsize=9)
     return figure
 
 
 def curves(history: Sequence[dict], steps: Sequence[dict]) -> Figure:
     """A run at a glance: loss and learning rate per step, top-1 per epoch, overall and per kind.
 
-    history: rows of log.csv, with epoch, top1_mean, top1_best, top1_cross, top1_clean, top1_<kind>; steps: rows of
-    steps.csv, as text.
+    history: rows of log.csv, with epoch, top1 (what chooses the epoch), top1_mean, top1_best, top1_cross, top1_clean,
+    top1_<kind>, and the same of the averaged weights with ema_ in front; steps: rows of steps.csv, as text.
     """
-    figure = Figure(figsize=(13, 4), layout="constrained", dpi=DPI)
-    loss_axes, top1_axes, kind_axes = figure.subplots(1, 3)
-    loss_axes.set(title="loss per step", xlabel="step")
+    epochs = pd.DataFrame(history)
+    columns = [name for name in epochs.columns if name.removeprefix("ema_").startswith("top1")]
+    overall = [name for name in columns if name.removeprefix("ema_") in OVERALL]
+    kinds = [name for name in columns if name not in overall and name.removeprefix("ema_").startswith("top1_")]
+    figure = Figure(figsize=(15, 4.4 + 0.22 * max(len(overall), len(kinds))), layout="constrained", dpi=DPI)
+    loss_axes, overall_axes, kind_axes = figure.subplots(1, 3)
+    loss_axes.set(title="loss and learning rate per step", xlabel="step")
     loss_axes.xaxis.get_major_locator().set_params(integer=True)
     if steps:
         _draw_steps(loss_axes, pd.DataFrame(steps).astype(float))
-
-    epochs = pd.DataFrame(history)
-    for column in epochs.columns:
-        name = column.removeprefix("ema_").removeprefix("top1_")
-        averaged = column.startswith("ema_top1_")  # of the averaged weights
-        if not averaged and not column.startswith("top1_"):
-            continue
-        axes = top1_axes if name in ("mean", "best", "cross", "clean") else kind_axes
-        style = {"linestyle": "--" if averaged else "-", "marker": "o", "markersize": 3, "linewidth": 1.2}
-        axes.plot(epochs["epoch"], 100 * epochs[column], label="averaged: " * averaged + _plain(name), **style)
-    top1_axes.set(title="top-1, %, by template and protocol", xlabel="epoch")
-    kind_axes.set(title="top-1, %, by kind", xlabel="epoch")
-    for axes in (top1_axes, kind_axes):
+    for axes, shown in ((overall_axes, overall), (kind_axes, kinds)):
+        names = list(dict.fromkeys(name.removeprefix("ema_") for name in shown))
+        styles = dict(zip(names, _styles(), strict=False))
+        for column in shown:
+            name = column.removeprefix("ema_")
+            style, averaged = styles[name], column != name
+            label = "averaged: " * averaged + _plain(OVERALL.get(name, name.removeprefix("top1_")))
+            (line,) = axes.plot(epochs["epoch"], 100 * epochs[column], label=label)
+            line.set(color=style.color, linestyle=style.line, linewidth=2.4 if name == "top1" else 1.3)
+            line.set(marker=style.marker, markersize=5, markerfacecolor="white" if averaged else style.color)
         axes.grid(alpha=0.3)
         axes.set_ylim(top=101)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if axes.lines:
-            axes.legend(frameon=False, fontsize=8)
+        axes.set(xlabel="epoch", ylabel="top-1, %")
+        _legend_below(axes, axes.lines)
+    overall_axes.set(title="top-1 of all, by protocol and template")
+    kind_axes.set(title="top-1 by kind, protocol same")
     return figure
 
 
 def _draw_steps(axes: Axes, steps: pd.DataFrame) -> None:
     """The loss with its trend, and on a second axis the learning rates."""
-    axes.plot(steps["update"], steps["loss"], color="#b0b0b0", linewidth=0.6)
+    lines = axes.plot(steps["update"], steps["loss"], color="#b0b0b0", linewidth=0.6, label="loss")
     if len(steps) >= 20:  # the trend under the noise of single batches; a skipped step's NaN leaves a gap
-        trend = steps["loss"].rolling(max(5, len(steps) // 50)).mean()
-        axes.plot(steps["update"], trend, color="#0072b2", linewidth=1.8)
+        window = max(5, len(steps) // 50)
+        trend = steps["loss"].rolling(window).mean()
+        lines += axes.plot(
+            steps["update"], trend, color="#0072b2", linewidth=1.8, label=f"loss, mean of {window} steps"
+        )
     rates = steps.filter(regex="_lr$")
     rate_axes = axes.twinx()
     rate_axes.tick_params(colors="#d55e00")
-    for name, line in zip(rates, ("--", ":"), strict=False):
-        label = name.replace("_", " ")
-        rate_axes.plot(steps["update"], rates[name], line, color="#d55e00", linewidth=1, label=label)
+    for name, line in zip(rates, LINES[1:], strict=False):
+        label = name.removesuffix("_lr").replace("_", " ") + " learning rate (right)"
+        lines += rate_axes.plot(steps["update"], rates[name], linestyle=line, color="#d55e00", linewidth=1, label=label)
     if (rates > 0).any(axis=None):
         rate_axes.set_yscale("log")  # head and backbone differ by orders of magnitude
-    if len(rates.columns):
-        rate_axes.legend(loc="upper right", frameon=False, fontsize=8)
+    axes.set_ylabel("loss")
+    _legend_below(axes, lines)
 
 
 def _one_plot(legend_rows: int) -> tuple[Figure, Axes]:
@@ -363,8 +378,22 @@ def _legend(figure: Figure, axes: Axes, place: str) -> None:
     figure.legend(handles, labels, loc=place, ncols=columns, handlelength=3.5, frameon=False)
 
 
+def _legend_below(axes: Axes, lines: Sequence[Line2D], columns: int = 1) -> None:
+    """Under the axes, where it hides no curve."""
+    if lines:
+        axes.figure.get_layout_engine().set(h_pad=0.1)  # inches: it places such a legend only within a few pixels
+        axes.legend(
+            handles=lines,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.16),
+            ncols=columns,
+            handlelength=3.5,
+            frameon=False,
+        )
+
+
 class Style(NamedTuple):
-    """Of one evaluation's curve: width in points, the others as matplotlib names them."""
+    """Of one curve: width in points, the others as matplotlib names them."""
 
     color: str
     line: str | tuple
@@ -373,7 +402,7 @@ class Style(NamedTuple):
 
 
 def _styles() -> Iterator[Style]:
-    """The style of the first, second, ... evaluation; the seventh has that of the first."""
+    """The style of the first, second, ... curve; the ninth has that of the first."""
     return map(Style, cycle(COLOURS), cycle(LINES), cycle(WIDTHS), cycle(MARKERS))
 
 

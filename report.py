@@ -1,4 +1,4 @@
-"""What an evaluation shows and writes: tables, JSON and CSV files, pictures, and report.html, which holds all of it."""
+"""What an evaluation prints and writes: JSON and CSV files, pictures, and report.html, which holds all of it."""
 
 import base64
 import io
@@ -20,18 +20,31 @@ import checkpoints
 import metrics
 import plots
 from gallery import Gallery, Queries, score
+from result_tables import comparison_cells, comparison_table, figures_cells, figures_frame, figures_table, summary_cells
 from scores import TEMPLATES, mean_templates
 from transforms import Frame, eval_crop, load_image
 
 log = logging.getLogger(__name__)
 # What of a checkpoint is worth repeating beside its figures; the rest is weights and names.
 FACTS = ("stage", "epoch", "pretrained", "image_size", "face_crop", "selected_on", "template", "made_by")
-COMPARED = ("rank-1", "mAP", "TAR@FAR=0.001", "DIR@FPIR=0.01")  # in the printed comparison; the page has all figures
 # The files of an evaluation.
 WRITTEN = re.compile(
     r"figures\.json|(figures|comparison|queries|persons)\.csv|report\.html"
     r"|((cmc|roc|scores|kinds|discard)_(same|cross|clean)|tsne|similarity|mistakes)\.(png|jpg)"
 )
+# What the queries of a protocol are, for a reader who does not know its name.
+ASKED = {
+    "same": "distorted photos, with the clean photo that each was made from in the gallery",
+    "cross": "distorted photos, none of them compared with the clean photo that it was made from",
+    "clean": "clean photos, none of them compared with itself",
+}
+# The page's tables, so that each fits a screen: caption -> figures.
+TASKS = {
+    "Closed set, which person is it?": metrics.FIGURES[: metrics.FIGURES.index("EER")],
+    "Verification and open set, is it that person, and is it anybody known?": (
+        metrics.FIGURES[metrics.FIGURES.index("EER") :]
+    ),
+}
 REFUSED = 0.2  # of the queries, where the share of the wrong answers left is one number and not a curve
 
 
@@ -49,114 +62,6 @@ class Evaluated:
     measured: dict[str, dict]  # of gallery.measure: template -> group -> Measured
     discard_curves: dict[str, dict]  # of gallery.discard_curves, under the template that counts
     frames: Frame | None = None  # how a photo is framed before its crop, see transforms.eval_transform
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def top1_table(evaluations: dict[str, dict]) -> str:
-    """Text table of top-1 in %: a row per kind with its number of queries, columns mean and best per evaluation.
-
-    evaluations: title -> details of `gallery.retrieve`, all of the same queries.
-    """
-    first = next(iter(evaluations.values()))
-    queries = pd.Series({kind: figures["queries"] for kind, figures in first["per_kind"].items()})
-    columns = {
-        (title, template): {kind: figures["top1"][template] for kind, figures in details["per_kind"].items()}
-        for title, details in evaluations.items()
-        for template in TEMPLATES
-    }
-    top1 = pd.DataFrame(columns)
-    # A tight crop cannot see FACECOM's sunny at all, which drags the overall figure down: the others have a row too.
-    others = queries.drop("sunny", errors="ignore")
-    if 0 < len(others) < len(queries):
-        top1.loc["without sunny"] = top1.loc[others.index].mul(others, axis=0).sum() / others.sum()
-        queries["without sunny"] = others.sum()
-    top1.loc["all"] = [evaluations[title]["top1"][template] for title, template in top1]
-    queries["all"] = first["queries"]
-    table = 100 * top1
-    table.insert(0, ("queries", ""), queries)
-    return table.rename_axis(columns=["top-1, %", "template"]).to_string(float_format="{:.1f}".format)
-
-
-def figures_frame(groups: dict[str, metrics.Measured]) -> pd.DataFrame:
-    """A row per group: its number of queries; value, low and high of each figure, shares in 0..1 or NaN."""
-    rows = []
-    for measured in groups.values():
-        row = {}
-        for name, figure in measured.figures.items():
-            row |= {name: figure["value"], f"{name} low": figure["low"], f"{name} high": figure["high"]}
-        rows.append(row)
-    frame = pd.DataFrame(rows, index=list(groups), dtype=float)
-    frame.insert(0, "queries", [len(measured.values["rank-1"]) for measured in groups.values()])
-    return frame
-
-
-def figures_table(groups: dict[str, metrics.Measured]) -> str:
-    """Text table in %: a row per group with its number of queries, rank-1 with its 95 % interval, then the others.
-
-    A dash: too few samples for that figure.
-    """
-    frame = figures_frame(groups)
-    table = 100 * frame[list(metrics.FIGURES)]
-    table.insert(0, "queries", frame["queries"])
-    table.insert(2, "95 % interval", [interval(measured.figures["rank-1"]) for measured in groups.values()])
-    table.columns = table.columns.str.replace("@FAR=", "@").str.replace("@FPIR=", "@")
-    return table.rename_axis(columns="%").to_string(float_format="{:.1f}".format, na_rep="-")
-
-
-def comparison_table(differences: dict[str, dict[str, dict]]) -> str:
-    """Text table in percentage points: group -> figure -> {value, low, high} of `metrics.compare`."""
-    return comparison_cells(differences, COMPARED).rename_axis(columns="points").to_string()
-
-
-def figures_cells(groups: dict[str, metrics.Measured]) -> pd.DataFrame:
-    """Every figure with its interval, in %: the cells of the page's table."""
-    rows = [
-        {"queries": len(measured.values["rank-1"])}
-        | {name: percent(measured.figures[name]) for name in metrics.FIGURES}
-        for measured in groups.values()
-    ]
-    return pd.DataFrame(rows, index=list(groups)).rename_axis(columns="kind")
-
-
-def comparison_cells(differences: dict[str, dict[str, dict]], names: Sequence[str]) -> pd.DataFrame:
-    """The differences of some figures in percentage points, with a star where the interval excludes 0."""
-
-    def cell(difference: dict | None) -> str:
-        if difference is None:
-            return "-"
-        if difference["low"] is None:
-            return percent(difference, "+")
-        return percent(difference, "+") + ("*" if difference["low"] > 0 or difference["high"] < 0 else " ")
-
-    rows = [{name: cell(of_group.get(name)) for name in names} for of_group in differences.values()]
-    return pd.DataFrame(rows, index=list(differences)).rename_axis(columns="kind")
-
-
-def summary_cells(after: Evaluated) -> pd.DataFrame:
-    """Top-1 under the template that counts, a row per protocol."""
-    rows = [
-        {
-            "top-1, %": f"{100 * details['top1'][after.gallery.template]:.2f}",
-            "queries": details["queries"],
-            "persons with a query": len(details["per_person"]),
-        }
-        for details in after.details.values()
-    ]
-    return pd.DataFrame(rows, index=list(after.details)).rename_axis(columns="protocol")
-
-
-def percent(figure: dict, sign: str = "") -> str:
-    """'98.1 [97.0, 99.0]', in %; '-' without a value. sign: '+' for a difference."""
-    if figure["value"] is None:
-        return "-"
-    return f"{100 * figure['value']:{sign}.1f} {interval(figure, sign)}".rstrip()
-
-
-def interval(figure: dict, sign: str = "") -> str:
-    """'[97.0, 99.0]', in %; nothing where there is no interval."""
-    return "" if figure["low"] is None else f"[{100 * figure['low']:{sign}.1f}, {100 * figure['high']:{sign}.1f}]"
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------
@@ -177,8 +82,25 @@ def print_results(after: Evaluated, before: Evaluated | None, comparison: dict) 
             print(comparison_table(comparison[protocol]))
     for line in missing_figures(after):
         print(line)
-    print(f"\n{template} template")
-    print(summary_cells(after).to_string())
+    print(f"\n{template} template; in brackets the 95 % interval")
+    print(summary_cells(of_all_queries(after)).to_string())
+
+
+def of_all_queries(after: Evaluated) -> dict[str, metrics.Measured]:
+    """protocol -> figures of all its queries, under the template that counts."""
+    return {protocol: measured[after.gallery.template]["all"] for protocol, measured in after.measured.items()}
+
+
+def headline(after: Evaluated) -> str:
+    """The result in one sentence, by the protocol that measures face recognition where it has queries."""
+    protocol = "cross" if "cross" in after.details else next(iter(after.details))
+    persons, all_queries = after.details[protocol]["persons"], of_all_queries(after)[protocol]
+    rank1 = all_queries.figures["rank-1"]
+    sure = "" if rank1["low"] is None else f" (95 % interval {100 * rank1['low']:.1f} to {100 * rank1['high']:.1f})"
+    asked = f"{len(all_queries.values['rank-1']):,} {ASKED[protocol]}"
+    return (
+        f"{after.title} finds the right one of {persons:,} persons for {100 * rank1['value']:.1f} %{sure} of {asked}."
+    )
 
 
 def describe(details: dict) -> str:
@@ -343,8 +265,9 @@ def draw_pictures(
     first = next(iter(after.details))
     pictures |= embedding_pictures(after.gallery, after.queries[first], persons, seed)
     seen = eval_crop(after.facts["image_size"], after.facts["face_crop"], after.frames)
-    rows = mistake_rows(after.gallery, after.details[first], seen, most=mistakes, most_per_kind=mistakes_per_kind)
-    return pictures | {"mistakes": plots.mistakes_sheet(rows)}
+    rows = mistake_rows(after, first, seen, most=mistakes, most_per_kind=mistakes_per_kind)
+    title = f"Protocol “{first}”: wrong answers of the highest cosine"
+    return pictures | {"mistakes": plots.mistakes_sheet(rows, title)}
 
 
 def protocol_pictures(models: Sequence[Evaluated], protocol: str) -> dict[str, Figure]:
@@ -404,22 +327,32 @@ def embedding_pictures(gallery: Gallery, queries: Queries, persons: int, seed: i
 
 
 def mistake_rows(
-    gallery: Gallery, details: dict, crop: Callable[[Image.Image], Image.Image], *, most: int, most_per_kind: int
-) -> list[tuple[Sequence[Image.Image], Sequence[str]]]:
-    """The wrong answers of highest score: cropped images, as the network sees them, and captions.
+    after: Evaluated, protocol: str, crop: Callable[[Image.Image], Image.Image], *, most: int, most_per_kind: int
+) -> list[tuple[Sequence[Image.Image], Sequence[tuple[str, str]]]]:
+    """The wrong answers of highest score: cropped images, as the network sees them, and captions with the cosines.
 
     At most `most` of them, and `most_per_kind` of a kind, so that one hopeless kind does not fill the sheet.
     """
-    first_photo = {}
+    gallery, details, first_photo = after.gallery, after.details[protocol], {}
     for path, label in zip(gallery.paths, gallery.labels.tolist(), strict=True):
         first_photo.setdefault(gallery.persons[label], path)
     answers = pd.DataFrame([query | query[details["template"]] for query in details["per_query"]])
     wrong = answers[answers["predicted"] != answers["person"]].sort_values("score", ascending=False, kind="stable")
+    wrong = wrong.groupby("kind").head(most_per_kind).head(most)
+    if wrong.empty:
+        return []
+    queries = after.queries[protocol].subset(torch.tensor(wrong.index))
+    scores = score(gallery, queries)[gallery.template]
     rows = []
-    for query in wrong.groupby("kind").head(most_per_kind).head(most).itertuples():
+    for query, truth, cosines in zip(wrong.itertuples(), scores.truth.tolist(), scores.matrix, strict=True):
         true_photo = first_photo.get(query.person, query.path)  # not enrolled: no clean photo to show
         images = [crop(load_image(Path(path))) for path in (query.path, true_photo, first_photo[query.predicted])]
-        captions = (Path(query.path).name, query.person, f"{query.predicted}  (cosine {query.score:.2f})")
+        right = "not enrolled" if truth < 0 else f"cosine {cosines[truth]:.2f}"
+        captions = (
+            (Path(query.path).name, query.kind),
+            (query.person, right),
+            (query.predicted, f"cosine {query.score:.2f}"),
+        )
         rows.append((images, captions))
     return rows
 
@@ -473,14 +406,20 @@ def page(pictures: dict[str, Picture], after: Evaluated, before: Evaluated | Non
     template = after.gallery.template
     protocols = []
     for protocol, details in after.details.items():
-        tables = {f"Template “{name}”, %": figures_cells(groups) for name, groups in after.measured[protocol].items()}
+        tables = {
+            f"{task} Template “{name}”, %": figures_cells(groups, figures)
+            for name, groups in after.measured[protocol].items()
+            for task, figures in TASKS.items()
+        }
         if before:
             groups = comparison[protocol]
-            names = [name for name in metrics.FIGURES if any(name in of_group for of_group in groups.values())]
+            compared = {name for of_group in groups.values() for name in of_group}
             caption = (
                 f"Template “{template}”: difference to {before.title}, percentage points; *: the interval excludes 0"
             )
-            tables[caption] = comparison_cells(groups, names)
+            for task, figures in TASKS.items():
+                if names := [name for name in figures if name in compared]:
+                    tables[f"{task} {caption}"] = comparison_cells(groups, names)
         protocols.append({"name": protocol, "sizes": describe(details), "tables": tables})
     facts = after.facts
     framed = " of the square around the face" if facts.get("framing") == "detected" else ""
@@ -494,9 +433,11 @@ def page(pictures: dict[str, Picture], after: Evaluated, before: Evaluated | Non
     )
     return environment.get_template("report.html.jinja").render(
         title=f"{after.title} on {after.split}",
-        subtitle=f"{after.source}: {size}",
+        headline=headline(after),
+        model=f"{after.source}: {size}",
         template=template,
-        summary=summary_cells(after),
+        summary=summary_cells(of_all_queries(after)),
+        asked=ASKED,
         protocols=protocols,
         missing=missing_figures(after),
         pictures=pictures,

@@ -36,7 +36,7 @@ from common import (
 )
 from constants import check_constants, course, note_constants, plain_constants
 from distributed import any_process, stop_requests
-from journal import Journal, Meter, time_shares
+from journal import Journal, Meter, epoch_line, percent, time_shares
 from loading import PhotoLoader
 from optimisation import Learner, Update
 from scores import check_template
@@ -195,7 +195,7 @@ class Best:
         if clean_drop > self.max_clean_drop + 1e-6:
             return f" (forgot {clean_drop:.1f} points of clean photos, not kept)"
         self.epoch, self.top1 = epoch, top1
-        return " *"
+        return " (best so far)"
 
     def state_dict(self) -> dict:
         return {"epoch": self.epoch, "top1": self.top1}
@@ -211,20 +211,10 @@ def warn_of_photos(history: list[dict], template: str | None) -> None:
         return
     if last[same] > first[same] and last["top1_cross"] < first["top1_cross"]:
         warn_once(
-            f"epoch {last['epoch']} finds photos better than the network as loaded (same: {first[same]:.4f}, now "
-            f"{last[same]:.4f}), and persons worse (cross: {first['top1_cross']:.4f}, now {last['top1_cross']:.4f})"
+            f"epoch {last['epoch']} finds photos better than the network as loaded (same: {percent(first[same])}, now "
+            f"{percent(last[same])}), and persons worse (cross: {percent(first['top1_cross'])}, now "
+            f"{percent(last['top1_cross'])})"
         )
-
-
-def epoch_line(row: dict, epochs: int, top1: str) -> str:
-    """What is printed of an epoch. row: of log.csv; top1: of the model and its average, with the marks of the best."""
-    parts = [f"epoch {row['epoch']}/{epochs}"]
-    parts += [f"{name} {row[name]:.4f}" for name in ("loss", "accuracy") if name in row]
-    parts.append(f"top-1 {top1}")
-    parts += [f"{name} {row[f'top1_{name}']:.4f}" for name in ("cross", "clean") if f"top1_{name}" in row]
-    if "images_per_second" in row:
-        parts.append(f"{row['images_per_second']:.0f} images/s")
-    return "  ".join(parts)
 
 
 class Run:
@@ -418,15 +408,15 @@ class Run:
         self.meter.lap("validation")
         if self.meter.seen:
             row = self.meter.means() | self.rates | {"skipped": self.skipped} | row
-        marked = f"{top1:.4f}" + self._keep_best(self.best, "best.pt", top1, row, self.learner.networks)
+        marked = percent(top1) + self._keep_best(self.best, "best.pt", top1, row, self.learner.networks)
         if self.learner.ema:
             network = self.learner.ema.module
             # Before the first step it is the model.
             ema_top1, ema_row = validate(network) if self.epoch else (top1, row)
             self.meter.lap("validation")
-            marked += f"  averaged {ema_top1:.4f}"
+            marked += f"  averaged {percent(ema_top1)}"
             marked += self._keep_best(self.best_ema, "best_ema.pt", ema_top1, ema_row, {"model": network})
-            row = row | {f"ema_{name}": value for name, value in ema_row.items()}
+            row = row | {"ema_top1": ema_top1} | {f"ema_{name}": value for name, value in ema_row.items()}
         self.history.append({"epoch": self.epoch, "top1": top1} | row | self.meter.times())
         warn_of_photos(self.history, self.facts.get("template"))
         self.meter, self.batch, self.skipped = Meter(), 0, 0
@@ -434,7 +424,7 @@ class Run:
         if is_main():
             self.journal.epoch(self.history)
         self.meter.lap("saving")
-        print(epoch_line(self.history[-1], self.settings.epochs, marked), flush=True)
+        print(epoch_line(self.history, self.settings.epochs, marked), flush=True)
 
     def _keep_best(self, best: Best, name: str, top1: float, row: dict, networks: dict[str, nn.Module]) -> str:
         """Save `networks` if `best` takes the epoch; returns what its line says about that."""
@@ -454,7 +444,7 @@ class Run:
         ]
         for best, name in kept:
             which = f"epoch {best.epoch}" if best.epoch else "the network as loaded, no epoch was better"
-            print(f"best: {which}, top-1 {best.top1:.4f} on {self.facts['selected_on']}: {self.run_dir / name}")
+            print(f"best: {which}, top-1 {percent(best.top1)} on {self.facts['selected_on']}: {self.run_dir / name}")
         print(time_shares(self.history, self.meter))
         return [self.run_dir / name for _, name in kept]
 

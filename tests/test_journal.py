@@ -71,7 +71,7 @@ def test_the_log_states_what_the_time_of_each_epoch_was_spent_on(tmp_path, clock
     assert column(tmp_path, "images_per_second") == pytest.approx([4 / 3] * 4)
     assert column(tmp_path, "loading") == pytest.approx([1 / 3] * 4)
     *_, best, times = capsys.readouterr().out.splitlines()
-    assert best == f"best: the network as loaded, no epoch was better, top-1 0.0000 on val: {tmp_path / 'best.pt'}"
+    assert best == f"best: the network as loaded, no epoch was better, top-1 0.00 % on val: {tmp_path / 'best.pt'}"
     # 27.5 s: 8 training, 4 loading, 12 validation, 3.5 saving, the last of them after the last row
     assert times == "time: training 29 %, loading 15 %, validation 44 %, saving 13 % of 0.5 min"
 
@@ -105,7 +105,7 @@ def test_the_meter_weighs_each_step_by_its_images(clock):
         clock.now += images
         assert meter.lap("training") == images
     assert meter.means() == pytest.approx({"loss": (2 + 18) / 8, "accuracy": (2 + 3) / 8, "images_per_second": 1.0})
-    assert str(meter) == "loss 2.500, accuracy 0.625, 1.0 images/s"
+    assert str(meter) == "loss 2.500, accuracy 62.5 %, 1.0 images/s"
 
 
 # --- the journal ------------------------------------------------------------------------------------------------------
@@ -128,7 +128,9 @@ def test_curves_are_drawn_of_every_step_and_kind_and_of_the_averages():
     loss, top1, kind, rates = REAL_CURVES(history, steps).axes
     assert list(loss.lines[0].get_xdata()) == list(range(1, 31)) and loss.lines[0].get_ydata()[29] == 6.0
     assert len(rates.lines) == 2
-    assert {line.get_label() for line in top1.lines} == {"mean", "best", "averaged: mean", "averaged: best"}
+    same = [f"same, template {name}" for name in ("mean", "best")]
+    expected = ["what chooses the epoch", *same, *(f"averaged: {name}" for name in same)]
+    assert [line.get_label() for line in top1.lines] == expected
     assert {line.get_label() for line in kind.lines} == {"blurred", "averaged: blurred"}
     assert list(kind.lines[0].get_ydata()) == [75, 75, 75]
     assert REAL_CURVES([{"epoch": 0, "top1": 0.5, "top1_mean": 0.5}], []).axes  # before the first step
@@ -281,3 +283,23 @@ def test_half_a_row_on_a_full_disk_is_taken_back_and_written_whole_later(tmp_pat
     full.clear()
     log.flush()
     assert column(tmp_path, "update") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        ([{"epoch": 0, "top1_clean": 0.25, "seconds": 900}], "epoch 0/5  top-1 T  clean 25.00 %"),
+        (
+            [{"epoch": 0, "seconds": 900}, {"epoch": 1, "loss": 2, "accuracy": 0.5, "top1_cross": 1.0, "seconds": 75}],
+            "epoch 1/5  loss 2.0000  accuracy 50.00 %  top-1 T  cross 100.00 %  5 min left",  # without epoch 0
+        ),
+        (
+            [{"epoch": epoch, "seconds": 10**epoch} for epoch in range(1, 5)],
+            "epoch 4/5  top-1 T  62 min left",  # (100 + 1000 + 10000) / 3 seconds
+        ),
+        ([{"epoch": 4, "seconds": 59}], "epoch 4/5  top-1 T  less than 1 min left"),
+        ([{"epoch": 5, "seconds": 900, "images_per_second": 99.6}], "epoch 5/5  top-1 T  100 images/s"),
+    ],
+)
+def test_an_epochs_line_is_in_percent_and_ends_with_the_minutes_left_by_the_last_three_epochs(rows, expected):
+    assert journal.epoch_line(rows, 5, "T") == expected

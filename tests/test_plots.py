@@ -72,11 +72,11 @@ def test_cmc_ticks_are_whole_ranks_and_its_y_axis_fits_the_rates_without_a_tick_
     assert not [tick for tick in axes.get_yticks() if 100 + 1e-9 < tick <= high]
 
 
-def test_six_evaluations_differ_in_colour_line_and_marker_a_seventh_is_drawn_and_later_lines_are_thinner():
-    lines = plots.cmc({f"run {number}": [0.9, 1.0] for number in range(7)}).axes[0].lines
+def test_eight_evaluations_differ_in_colour_line_and_marker_a_ninth_is_drawn_and_later_lines_are_thinner():
+    lines = plots.cmc({f"run {number}": [0.9, 1.0] for number in range(9)}).axes[0].lines
     styles = [(line.get_color(), str(line._dash_pattern), line.get_marker()) for line in lines]
-    assert len(styles) == 7 and [len(set(values)) for values in zip(*styles[:6], strict=True)] == [6, 6, 6]
-    widths = [line.get_linewidth() for line in lines[:6]]
+    assert len(styles) == 9 and [len(set(values)) for values in zip(*styles[:8], strict=True)] == [8, 8, 8]
+    widths = [line.get_linewidth() for line in lines[:8]]
     assert widths[0] > widths[1] > widths[2] and widths == sorted(widths, reverse=True)
 
 
@@ -223,7 +223,7 @@ def test_the_similarity_matrix_takes_few_equal_and_opposite_templates(templates)
 
 
 NAMES = ["_ann", "b$o$b", r"c\frac", "d$", "e\n\x1b[31m", "f" * 300]
-SHOWN = [" _ann", r"b\$o\$b", r"c\frac", r"d\$", r"e\n\x1b[31m", "f" * 59 + "…"]  # \$: a plain dollar
+SHOWN = [" _ann", r"b\$o\$b", r"c\frac", r"d\$", r"e\n\x1b[31m", "f" * 39 + "…"]  # \$: a plain dollar
 
 
 def curves_of_kinds(kinds) -> Figure:
@@ -255,14 +255,59 @@ def test_names_appear_unchanged_and_not_as_formulas_or_escape_codes(draw, texts_
     found = [text.get_text().removesuffix(" (rank 1: 100.0 %)").removesuffix(" (80 % left at 20 %)") for text in texts]
     assert sorted(found) == sorted(SHOWN)
     assert all(text._preprocess_math(text.get_text())[1] is False for text in texts)
-    assert names(plots.mistakes_sheet([]).texts) == ["no mistakes"]
+    assert names(plots.mistakes_sheet([], "a title").texts) == ["a title", "no mistakes"]
 
 
 def test_curves_show_kinds_beside_the_overall_figures_whatever_they_are_called():
     row = {"epoch": 0, "top1": 0.1, "top1_mean": 0.2, "ema_top1_mean": 0.3, "top1_ema_x": 0.4, "cosine_top1_y": 0.5}
     _, overall, kinds = plots.curves([row | {"top1_so_top1_mean": 0.6}], []).axes
-    assert [line.get_label() for line in overall.lines] == ["mean", "averaged: mean"]
+    expected = ["what chooses the epoch", "same, template mean", "averaged: same, template mean"]
+    assert [line.get_label() for line in overall.lines] == expected
+    assert [line.get_ydata().tolist() for line in overall.lines] == [[10], [20], [30]]
     assert [line.get_label() for line in kinds.lines] == ["ema_x", "so_top1_mean"]
+
+
+def run_of(kinds) -> Figure:
+    """The curves of three epochs with averaged weights, and their steps."""
+    row = {f"{start}top1{name}": 0.5 for start in ("", "ema_") for name in ("", "_mean", "_cross", *kinds)}
+    steps = [{"update": str(number), "loss": "2", "backbone_lr": "1e-5", "head_lr": "1e-3"} for number in range(1, 30)]
+    return plots.curves([row | {"epoch": epoch} for epoch in range(3)], steps)
+
+
+def test_every_curve_of_a_run_is_labelled_and_eight_kinds_differ_in_colour_and_dash():
+    figure = drawn(run_of([f"_kind {number}" for number in range(8)]))
+    loss, overall, kinds, rates = figure.axes
+    for axes, lines in ((loss, [*loss.lines, *rates.lines]), (overall, overall.lines), (kinds, kinds.lines)):
+        assert names(axes.get_legend().get_texts()) == [line.get_label() for line in lines]
+        assert not any(line.get_label().startswith("_") for line in lines)
+    model, averaged = kinds.lines[:8], kinds.lines[8:]
+    assert len({line.get_color() for line in model}) == len({str(line._dash_pattern) for line in model}) == 8
+    assert [line.get_color() for line in model] == [line.get_color() for line in averaged]
+    assert {line.get_markerfacecolor() for line in averaged} == {"white"}
+
+
+WIDE = [f"{'w' * 300}{number}" for number in range(8)]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plots.cmc({name: [0.5, 1] for name in WIDE}),
+        lambda: plots.roc({name: (FAR, TAR) for name in WIDE}, 100_000),
+        lambda: plots.discard({"all": [1, 0]} | {name: [1, 0] for name in WIDE}),
+        lambda: plots.bars(["fog"], {name: [(0.5, None, None)] for name in WIDE}),
+        lambda: run_of([f"_{name}" for name in WIDE]),
+        lambda: plots.tsne(torch.eye(80), [*range(40)] * 2, [False] * 40 + [True] * 40, 5 * WIDE, 0),
+    ],
+    ids=["cmc", "roc", "discard", "bars", "curves", "tsne"],
+)
+def test_legends_of_eight_long_names_and_of_forty_persons_are_inside_the_picture(draw):
+    figure = drawn(draw())
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    assert legends
+    for legend in legends:
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
 
 
 @pytest.fixture

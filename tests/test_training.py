@@ -177,8 +177,8 @@ def test_the_best_checkpoint_is_the_highest_top1_and_the_earlier_where_equal(tmp
     assert not same_tensors(best["model"], end["model"])
     assert "optimizer" in end and "optimizer" not in best
     lines = [line.partition("  top-1 ")[2] for line in capsys.readouterr().out.splitlines()[:4]]
-    assert lines[0] == "0.5000 *  clean 0.2500"
-    assert [line.startswith("0.7500 * ") for line in lines[1:]] == [True, False, False]
+    assert lines[0] == "50.00 % (best so far)  clean 25.00 %"
+    assert [line.startswith("75.00 % (best so far)") for line in lines[1:]] == [True, False, False]
 
 
 @pytest.mark.parametrize("drop, kept", [(0.0, 1), (2.0, 2), (3.0, 3), (100.0, 4)])
@@ -221,7 +221,7 @@ def test_the_best_epoch_of_the_average_is_chosen_on_its_own(tmp_path, of_model, 
 def test_finding_photos_better_and_persons_worse_is_warned_of(tmp_path, caplog, top1, cross, warned):
     rows = iter([{"top1_mean": 0.5, "top1_cross": 0.5}, {"top1_mean": top1} | ({"top1_cross": cross} if cross else {})])
     fit(small_run(tmp_path, RunSettings(epochs=1)), validate=lambda network: (0.5, next(rows)))
-    message = "epoch 1 finds photos better than the network as loaded (same: 0.5000, now 0.9000), and persons worse"
+    message = "epoch 1 finds photos better than the network as loaded (same: 50.00 %, now 90.00 %), and persons worse"
     assert (message in caplog.text) == warned
 
 
