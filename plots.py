@@ -293,7 +293,7 @@ def mistakes_sheet(rows: Sequence[tuple[Sequence[Image.Image], Sequence[tuple[st
 
     rows: three images and three captions of two lines each; none at all gives a sheet that says so.
     """
-    figure = Figure(figsize=(6.6, 2.25 * len(rows) + 0.7), layout="constrained", dpi=DPI)
+    figure = Figure(figsize=(6.6, 2.25 * max(len(rows), 0.3) + 0.7), layout="constrained", dpi=DPI)
     figure.suptitle(title, fontsize=10)
     if not rows:
         figure.text(0.5, 0.3, "no mistakes", ha="center", va="center")

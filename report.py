@@ -98,9 +98,8 @@ def headline(after: Evaluated) -> str:
     rank1 = all_queries.figures["rank-1"]
     sure = "" if rank1["low"] is None else f" (95 % interval {100 * rank1['low']:.1f} to {100 * rank1['high']:.1f})"
     asked = f"{len(all_queries.values['rank-1']):,} {ASKED[protocol]}"
-    return (
-        f"{after.title} finds the right one of {persons:,} persons for {100 * rank1['value']:.1f} %{sure} of {asked}."
-    )
+    found = f"{100 * rank1['value']:.1f} %{sure} of {asked}"
+    return f"The {after.title} network finds the right one of {persons:,} persons for {found}."
 
 
 def describe(details: dict) -> str:

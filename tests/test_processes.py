@@ -47,7 +47,7 @@ class Child:
     def printed(self, name: str) -> str:
         """What job `name` printed, without what the clock says."""
         lines = self.stdout.partition(f"# {name}\n")[2].partition("\n# ")[0]
-        return re.sub(r"  \d+ images/s|\ntime: .*", "", lines).strip()
+        return re.sub(r"  \d+ images/s|  (\d+|less than 1) min left|\ntime: .*", "", lines).strip()
 
 
 @contextmanager

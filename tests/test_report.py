@@ -233,7 +233,7 @@ def attributes(page: str, tag: str, name: str) -> list[str]:
 def test_the_page_opens_with_a_sentence_and_a_table_of_protocols_by_name_and_all_else_is_folded_away(page):
     opening, _, folded = page.partition("<body>")[2].partition("<details")
     explained = "distorted photos, none of them compared with the clean photo that it was made from"
-    found = "stage2 finds the right one of 3 persons for 33.3 % (95 % interval 25.0 to 87.5) of 3"
+    found = "The stage2 network finds the right one of 3 persons for 33.3 % (95 % interval 25.0 to 87.5) of 3"
     assert texts(opening, "p") == [f"{found} {explained}."]
     assert texts(opening, "th") == ["protocol", "top-1, %", "queries", f"cross<small>{explained}</small>"]
     assert texts(opening, "td") == ["33.3 <small>[25.0, 87.5]</small>", "3"]

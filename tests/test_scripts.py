@@ -128,7 +128,7 @@ def test_evaluate_reports_every_protocol_on_one_page_with_pictures_that_open(tra
     assert {name: found["queries"] for name, found in protocols.items()} == {"same": 6, "cross": 4, "clean": 2}
     assert set(protocols["same"]["figures"]["best"]["all"]) == set(metrics.FIGURES)
     page = (trained / "report.html").read_text(encoding="utf-8")
-    assert all(f"<h2>Protocol “{name}”</h2>" in page for name in protocols)
+    assert all(f"<h2>Protocol “{name}”: " in page for name in protocols)
     assert "http:" not in page and "https:" not in page
     pictures = {path.stem: path for path in trained.iterdir() if path.suffix in (".png", ".jpg")}
     drawn = {f"{kind}_{name}" for kind in ("kinds", "cmc", "roc", "scores") for name in protocols}
