@@ -29,6 +29,8 @@ def precision(device: torch.device, amp: str | None) -> torch.dtype | None:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if amp not in ("bf16", "fp16"):
         raise UserError(f"AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None")
+    if device.type == "mps":
+        raise UserError(f"AMP = {amp!r}: on a Mac's GPU networks are trained in float32; set AMP to 'auto' or None")
     if amp == "fp16" and not cuda:
         raise UserError("AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU")
     return torch.bfloat16 if amp == "bf16" else torch.float16

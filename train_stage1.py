@@ -116,13 +116,13 @@ EMA_DECAY = 0.0  # of the exponential moving average of the weights (best_ema.pt
 FREEZE_BATCHNORM = True
 
 # --- speed ---
-NUM_WORKERS = 2  # processes that load images, for each GPU, 0..CPU cores
+NUM_WORKERS = "auto"  # processes that load images, for each GPU, 0..; "auto": one per core, at most 16
 AMP = "auto"  # "auto": bfloat16 or float16 on a GPU, float32 on the CPU; "bf16", "fp16"; None: float32
 COMPILE = False  # True: torch.compile the network; the first steps then take minutes, the others less
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     device = common.pick_device()
     saved = training.start_run(RUN_DIR, RESUME, globals(), stage=1)
 

@@ -32,7 +32,7 @@ FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 def main() -> tuple[float, float]:
     """Export, check, write, print how to use it; returns what `differences` returns."""
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     checkpoints.check_writable("OUT", OUT, folder=False)
     model, facts = checkpoints.load_model(
         checkpoint=CHECKPOINT,
