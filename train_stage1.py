@@ -54,6 +54,7 @@ from losses import ArcMarginProduct
 from models import FaceNet, fingerprint
 from samplers import ShuffledBatches
 from transforms import Transform, eval_transform, train_transform
+from validation import ValidationSet
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -141,7 +142,15 @@ def main() -> None:
     val_frames = find_frames(FRAMING, photos_of(val_persons), device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP, val_frames)
     degradation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=round(IMAGE_SIZE / FACE_CROP))
-    degraded = eval_transform(IMAGE_SIZE, FACE_CROP, val_frames, degradation)
+    val_set = ValidationSet(
+        val_persons,
+        transform,
+        degraded=eval_transform(IMAGE_SIZE, FACE_CROP, val_frames, degradation),
+        device=device,
+        template=TEMPLATE,
+        quick=QUICK_VALIDATION,
+        num_workers=NUM_WORKERS,
+    )
     clean_val = clean_val_loader(val_persons, train_set, transform, device)
 
     # Model, head and optimizer.
@@ -182,16 +191,7 @@ def main() -> None:
 
     def validate(network: FaceNet) -> tuple[float, dict]:
         """The figure that chooses the best epoch, and the row for the log."""
-        top1, row = validation.validate(
-            network,
-            val_persons,
-            transform,
-            degraded,
-            device,
-            template=TEMPLATE,
-            quick=QUICK_VALIDATION,
-            num_workers=NUM_WORKERS,
-        )
+        top1, row = validation.validate(network, val_set)
         if clean_val and run.epoch:  # at epoch 0 the head is not trained
             row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
         return top1, row
@@ -211,17 +211,7 @@ def main() -> None:
         train_one_epoch(run, ddp_model, ddp_head, head, device)
         run.finish_epoch(validate)
     for path in run.report_best():
-        calibration.calibrate_checkpoint(
-            path,
-            model,
-            val_persons,
-            transform,
-            degraded,
-            device,
-            template=TEMPLATE,
-            quick=QUICK_VALIDATION,
-            num_workers=NUM_WORKERS,
-        )
+        calibration.calibrate_checkpoint(path, model, val_set)
 
 
 def augmentation(frames: Frames | None = None) -> Transform:

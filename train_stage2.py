@@ -58,6 +58,7 @@ from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, we
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
 from transforms import Transform, eval_transform, train_transform
+from validation import ValidationSet
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -200,18 +201,16 @@ def main() -> None:
 
     val_frames = find_frames(framing, photos_of(val_persons), device)
     in_validation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=frame_size(stage1))
-    transform = eval_transform(image_size, crop, val_frames)
-    degraded = eval_transform(image_size, crop, val_frames, in_validation)
-    validate = functools.partial(
-        validation.validate,
-        root=val_persons,
-        transform=transform,
-        degraded=degraded,
+    val_set = ValidationSet(
+        val_persons,
+        eval_transform(image_size, crop, val_frames),
+        degraded=eval_transform(image_size, crop, val_frames, in_validation),
         device=device,
         template=TEMPLATE,
         quick=QUICK_VALIDATION,
         num_workers=NUM_WORKERS,
     )
+    validate = functools.partial(validation.validate, on=val_set)
     if saved:
         run.resume(globals())
     else:
@@ -233,17 +232,7 @@ def main() -> None:
         train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
     for path in run.report_best():
-        calibration.calibrate_checkpoint(
-            path,
-            model,
-            val_persons,
-            transform,
-            degraded,
-            device,
-            template=TEMPLATE,
-            quick=QUICK_VALIDATION,
-            num_workers=NUM_WORKERS,
-        )
+        calibration.calibrate_checkpoint(path, model, val_set)
 
 
 def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, FaceNet, dict]:
