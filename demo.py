@@ -16,8 +16,8 @@ import common
 import evaluate
 import train_stage1
 import train_stage2
+from backbones import load_pretrained
 from common import UserError, set_constants
-from models import load_pretrained
 from report import top1_table
 from tools import sample_faces
 

@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.utils.data import BatchSampler, SequentialSampler
 
+import backbones
 import calibration
 import common
 import distributed
 import gallery
-import models
 import optimisation
 import training
 import validation
@@ -73,9 +73,10 @@ QUICK_VALIDATION = True  # validate on every third distorted photo, without mirr
 PATIENCE = 0  # stop after this many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
+BACKBONE = "facenet"  # "facenet": InceptionResnetV1; "resnet50": torchvision's, with PRETRAINED = "imagenet"
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160; the pretrained networks saw 160
-FREEZE_UNTIL = None  # freeze the blocks up to and including this one, such as "mixed_6a" (see models.BLOCKS)
+FREEZE_UNTIL = None  # freeze the blocks up to and including this one, such as "mixed_6a" (see backbones.py)
 FACE_CROP = 0.52  # side of the centre square that is kept, over the shorter side, 0.3..1; 1: photos are face crops
 FRAMING = "centre"  # of the face: at the "centre" of the photo; "detected": MTCNN finds it, see framing.py
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
@@ -157,7 +158,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     model, pretrained_weights = load_network(saved)
     model = model.to(device, memory_format=torch.channels_last)
-    head = ArcMarginProduct(models.EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
+    head = ArcMarginProduct(backbones.EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},
@@ -228,8 +229,8 @@ def load_network(saved: dict | None) -> tuple[FaceNet, str]:
     where it has changed, for the run to notice other weights by their fingerprint.
     """
     if saved and saved["pretrained"] == str(PRETRAINED):
-        return FaceNet(None, DROPOUT, FREEZE_UNTIL), saved.get("pretrained_weights", "")
-    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL)
+        return FaceNet(None, DROPOUT, FREEZE_UNTIL, backbone=BACKBONE), saved.get("pretrained_weights", "")
+    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL, backbone=BACKBONE)
     return model, fingerprint(model)
 
 
@@ -265,6 +266,7 @@ def checkpoint_facts(
         "image_size": IMAGE_SIZE,
         "face_crop": FACE_CROP,
         "framing": FRAMING,
+        "backbone": BACKBONE,
         "dropout": DROPOUT,
         "pretrained": str(PRETRAINED),
         "pretrained_weights": pretrained_weights,

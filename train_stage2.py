@@ -79,9 +79,9 @@ QUICK_VALIDATION = True  # validate on every third distorted photo, without mirr
 PATIENCE = 0  # stop after this many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
-FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (see models.BLOCKS)
-# The frozen network whose embeddings of clean photos are the targets: "vggface2", "casia-webface", the path of a state
-# dict, or None: the network of stage 1.
+FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (see backbones.py)
+# The frozen network whose embeddings of clean photos are the targets: a facenet, whatever stage 1's BACKBONE is, of
+# weights "vggface2", "casia-webface" or the path of a state dict; or None: the network of stage 1.
 TEACHER = "vggface2"
 # Weight of the whole frame's embedding, where the face has 1: 0.01..0.3, or 0 for the face alone. The frame matches
 # photos (hair, clothes, background), not people. At 0.03 it decides where no face shows, and nothing else; photos that
@@ -245,7 +245,8 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
     stage1 = saved.get("stage1") if saved and TEACHER is not None else None
     if stage1 is not None:
         checkpoints.check_stage1(RUN_DIR / "last.pt", stage1)
-        model = FaceNet(None, DROPOUT, FREEZE_UNTIL, mirror=MIRROR).to(device, memory_format=torch.channels_last)
+        model = FaceNet(None, DROPOUT, FREEZE_UNTIL, mirror=MIRROR, backbone=stage1["backbone"])
+        model = model.to(device, memory_format=torch.channels_last)
     else:
         model, stage1 = checkpoints.load_facenet(
             STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
@@ -313,6 +314,7 @@ def checkpoint_facts(
         "face_crop": face_crop,
         "framing": stage1.get("framing", "centre"),
         "crops": crops and asdict(crops),
+        "backbone": stage1["backbone"],
         "dropout": DROPOUT,
         "mirror": MIRROR,
         "pretrained": stage1["pretrained"],

@@ -13,10 +13,11 @@ from torch import nn
 
 import checkpoints
 import common
+from backbones import EMBEDDING_DIM
 from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
 from framing import FRAME
-from models import EMBEDDING_DIM, fingerprint
+from models import fingerprint
 
 # --- what to export ---
 CHECKPOINT = Path("runs/stage2/best.pt")  # states its image size and crop; None: the PRETRAINED network
