@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +10,9 @@ from torch import nn
 import metrics
 from checkpoints import atomic_file, read_checkpoint, restore
 from common import UserError, is_main
-from datasets import Person
 from gallery import Gallery, Queries, score
 from scores import TIE
-from transforms import Transform
-from validation import embed_persons
+from validation import ValidationSet
 
 LEAST_RATED = 100  # clean photos from which on their worst say what is usable; of 20, the worst is any photo
 RATES = (1e-1, 1e-2, 1e-3, 1e-4)  # false accept rates of pairs that a checkpoint's calibration states
@@ -104,28 +101,15 @@ def quality_bound(gallery: Gallery, refuse: float) -> float | None:
 # --- of a checkpoint --------------------------------------------------------------------------------------------------
 
 
-def calibrate_checkpoint(
-    path: Path,
-    model: nn.Module,
-    persons: Sequence[Person],
-    transform: Transform,
-    degraded: Transform,
-    device: torch.device,
-    *,
-    template: str,
-    quick: bool,
-    num_workers: int = 0,
-) -> None:
+def calibrate_checkpoint(path: Path, model: nn.Module, on: ValidationSet) -> None:
     """Add to a checkpoint the calibration by the persons that its epoch was chosen on, for `identify.py`.
 
-    model: of any weights, for those of the checkpoint; it stays as it is. transform, degraded, template, quick: as in
-    validation.validate, but for the mirror images, which count here. Under torchrun all processes embed and one writes.
+    model: of any weights, for those of the checkpoint; it stays as it is. Mirror images count, other than in quick
+    validation. Under torchrun all processes embed and one writes.
     """
     saved, model = read_checkpoint(path), copy.deepcopy(model)
     restore(path, saved, {"model": model})
-    gallery, queries = embed_persons(
-        model, persons, transform, degraded, device, template=template, quick=quick, num_workers=num_workers
-    )
+    gallery, queries = on.embed(model)
     if is_main():
         with atomic_file(path) as file:
             torch.save(saved | {"calibration": measure(gallery, queries)}, file)

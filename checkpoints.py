@@ -19,6 +19,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import nn
 from torch.optim import Optimizer
 
+from backbones import BACKBONES
 from common import MAX_SIDE, UserError, csv_cell, in_range, list_names, read_plain, warn_once
 from models import Crops, FaceNet
 
@@ -29,9 +30,10 @@ log = logging.getLogger(__name__)
 FORMAT = 1  # of the checkpoint files; raised when an older file can no longer be read
 # What every checkpoint states, besides its weights.
 STATED = {"stage": int, "model": dict, "image_size": int, "face_crop": (int, float), "dropout": (int, float)}
-STATED |= {"framing": str, "epoch": int, "selected_on": str, "persons": list, "holdout": list, "pretrained": str}
+STATED |= {"framing": str, "backbone": str, "epoch": int, "selected_on": str, "persons": list, "holdout": list}
+STATED |= {"pretrained": str}
 LIMITS = {"image_size": (76, MAX_SIDE), "face_crop": (1e-3, 1), "dropout": (0, 1 - 1e-9)}  # of its numbers
-STAGE1_FACTS = ("image_size", "face_crop", "framing", "pretrained", "holdout")  # that those of stage 2 keep
+STAGE1_FACTS = ("backbone", "image_size", "face_crop", "framing", "pretrained", "holdout")  # that those of stage 2 keep
 REPLACE_SECONDS = 5  # that another program may hold a file which is to be replaced
 GRACE_SECONDS = 8  # that a lock may still be held by the loader workers of a killed process: they look every 5 s
 LEFTOVER = 40  # characters of a file's name in its temporary one
@@ -173,11 +175,13 @@ def read_checkpoint(path: Path) -> dict:
     if type(saved["format"]) is not int or saved["format"] != FORMAT:
         found = reprlib.repr(saved["format"])
         raise UserError(f"{path}: checkpoint format {found}, these scripts read {FORMAT}; train it again")
-    saved.setdefault("framing", "centre")  # which earlier versions do not state
+    for name, before in (("framing", "centre"), ("backbone", "facenet")):  # which earlier versions do not state
+        saved.setdefault(name, before)
     odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
     if not odd:
         odd = [name for name, (low, high) in LIMITS.items() if not in_range(saved[name], float, low, high)]
         odd += ["framing"] * (saved["framing"] not in ("centre", "detected"))
+        odd += ["backbone"] * (saved["backbone"] not in BACKBONES)
         odd += [name for name in ("persons", "holdout") if not all(isinstance(person, str) for person in saved[name])]
     if odd:
         found = reprlib.repr(saved.get(odd[0]))  # shortened: a file can hold a list without end
@@ -280,6 +284,7 @@ def load_facenet(
         freeze_until=freeze_until,
         crops=crops,
         mirror=saved.get("mirror") is True if mirror is None else mirror,
+        backbone=saved["backbone"],
     )
     reason = "it is damaged, or of another version of these scripts; train it again"
     restore(path, saved, {"model": model}, reason)

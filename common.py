@@ -236,20 +236,25 @@ def _exit(message: str) -> NoReturn:
 
 
 def pick_device() -> torch.device:
-    """A CUDA GPU if there is one, else the CPU; under torchrun this process's own, and the processes are joined.
+    """A CUDA GPU if there is one, else a Mac's (MPS), else the CPU; under torchrun this process's own GPU, or the CPU,
+    and the processes are joined.
 
     TF32 is allowed: 10 bits of mantissa in the products, as trained nets tolerate, for several times the speed.
     Here the main() of a script begins: what an earlier one in this process has warned of comes up again.
     """
     warn_once.cache_clear()
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if not cuda and not several and torch.backends.mps.is_available():
+        device = torch.device("mps")
+        warn_once("this Mac's GPU is used, in float32")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # every batch has the same shape
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if several and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
         if not is_main():  # one process speaks for all; its siblings only tell why they fail
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -351,11 +356,14 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def take_paths(script: dict) -> None:
-    """Turn the texts among the path constants of a script's globals() into Paths, with ~ as the user's home folder.
+def resolve_constants(script: dict) -> None:
+    """Turn the texts among the path constants of a script's globals() into Paths, with ~ as the user's home folder, and
+    NUM_WORKERS = "auto" into a number.
 
     "pretrained" stays, which COMPARE_WITH may be. Raises UserError for what is no path.
     """
+    if script.get("NUM_WORKERS") == "auto":
+        script["NUM_WORKERS"] = usable_cores()
     for name in set(PATHS + PATHS_OR_NONE) & script.keys():
         value = script[name]
         if value == "pretrained" or (value is None and name in PATHS_OR_NONE):
@@ -363,6 +371,15 @@ def take_paths(script: dict) -> None:
         if not isinstance(value, (str, Path)) or not str(value).strip():
             raise UserError(f'{name} = {value!r}: expected a path, such as Path("folder/name")')
         script[name] = Path(value).expanduser()
+
+
+def usable_cores() -> int:
+    """Cores for the workers of one process: those it may use, shared with torchrun's others here, at most 16."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no such limit
+        cores = os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def set_constants(script, **constants) -> None:

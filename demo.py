@@ -16,8 +16,8 @@ import common
 import evaluate
 import train_stage1
 import train_stage2
+from backbones import load_pretrained
 from common import UserError, set_constants
-from models import load_pretrained
 from result_tables import top1_table
 from tools import sample_faces
 
@@ -39,7 +39,7 @@ SECONDS = {"faces": 18, "stage 1": 92, "stage 2": 64, "evaluation": 53}  # of ea
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     started = time.time()
     data_dir, results = OUT_DIR / "Task_B", OUT_DIR / "results"
     stage1, stage2 = OUT_DIR / "runs" / "stage1", OUT_DIR / "runs" / "stage2"

@@ -64,7 +64,8 @@ FRAMING = "centre"  # of the face: at the "centre" of the photo; "detected": MTC
 BACKEND = "torch"
 INT8_PHOTOS = 300  # of DATA_DIR/train, to fit the ranges of "openvino-int8", 100..1000
 BATCH_SIZE = 64  # photos embedded at a time, >= 1
-NUM_WORKERS = 2  # processes that load images, 0..CPU cores; 0 where the network itself keeps the cores busy
+# Processes that load images, 0..; "auto": one per core, at most 16; 0 where the network itself keeps the cores busy.
+NUM_WORKERS = "auto"
 
 # --- pictures ---
 PICTURES = True  # False: figures only
@@ -76,7 +77,7 @@ SEED = 0  # of t-SNE, the intervals and the halves of the open-set test
 
 def main() -> dict:
     """Evaluate, write the files, print the tables; returns gallery.retrieve's details of the first protocol."""
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     check_constants()
     device = common.pick_device()
     fast.check_backend(BACKEND, device)

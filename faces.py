@@ -51,7 +51,10 @@ class FaceDetector:
         if not 0 <= min_probability <= 1:
             raise UserError(f"MIN_PROBABILITY = {min_probability}: expected a number in 0..1")
         self.min_face, self.min_probability = min_face, min_probability
-        self.mtcnn = MTCNN(keep_all=True, min_face_size=min_face, device=torch.device(device)).eval()
+        device = torch.device(device)
+        if device.type == "mps":  # which lacks operations that MTCNN needs
+            device = torch.device("cpu")
+        self.mtcnn = MTCNN(keep_all=True, min_face_size=min_face, device=device).eval()
         # A candidate wholly outside the image has no pixels to score: MTCNN drops it from the scores but not from the
         # list of candidates, and stops with an IndexError.
         detect_face.pad = _pixels_of

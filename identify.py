@@ -84,12 +84,12 @@ ANNOTATED_SIDE = 1024  # px, longer side of those pictures, 200..4096
 
 # --- speed ---
 BATCH_SIZE = 64  # faces embedded at a time, >= 1
-NUM_WORKERS = 2  # processes that load images, 0..CPU cores
+NUM_WORKERS = "auto"  # processes that load images, 0..; "auto": one per core, at most 16
 
 
 def main() -> list[Answer] | list[PairAnswer]:
     """Update the gallery, identify PHOTOS, write and print the answers; returns them. Or those on PAIRS."""
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     check_constants()
     if PAIRS is not None:
         return compare_pairs(read_pairs(PAIRS))

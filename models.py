@@ -1,62 +1,17 @@
-"""The network: one module from images to unit embeddings, and the pretrained weights that it starts from."""
+"""The network: one module from images to unit embeddings."""
 
 import copy
 import hashlib
-import http.client
 import math
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from facenet_pytorch import InceptionResnetV1
-from facenet_pytorch.models.inception_resnet_v1 import get_torch_home
 from torch import Tensor, nn
 
-from common import MAX_SIDE, UserError, first_line, in_range, read_plain
-
-# --- the backbone: another one replaces build_backbone and BLOCKS -----------------------------------------------------
-
-EMBEDDING_DIM = 512  # numbers in the embedding of a face
-# Blocks that FREEZE_UNTIL may name, in the order of the data. The last linear layer and its BatchNorm always train.
-BLOCKS = (
-    "conv2d_1a",
-    "conv2d_2a",
-    "conv2d_2b",
-    "conv2d_3b",
-    "conv2d_4a",
-    "conv2d_4b",
-    "repeat_1",
-    "mixed_6a",
-    "repeat_2",
-    "mixed_7a",
-    "repeat_3",
-    "block8",
-)
-
-
-def build_backbone(dropout: float) -> nn.Module:
-    """A network with random weights: face crops (B, 3, H, W) -> features (B, EMBEDDING_DIM), not normalized.
-
-    InceptionResnetV1: Szegedy et al. 2016, arXiv:1602.07261, as in facenet-pytorch. `dropout` (0..1) acts before the
-    last linear layer, in training only.
-    """
-    network = InceptionResnetV1(pretrained=None, dropout_prob=dropout)
-    network.classify, network.logits = True, nn.Identity()  # else it returns normalized features
-    return network
-
-
-_RELEASE = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
-PRETRAINED_URLS = {
-    "vggface2": _RELEASE + "20180402-114759-vggface2.pt",  # 107 MB
-    "casia-webface": _RELEASE + "20180408-102900-casia-webface.pt",  # 111 MB
-}
-CONNECT_TIMEOUT = 30  # seconds without a response after which a download is given up
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
+from backbones import BACKBONES, check_backbone, load_pretrained
+from common import MAX_SIDE, UserError, in_range
 
 BURNT = (250 - 127.5) / 128  # standardized pixel from which a channel counts as burnt out: 250 of 255
 BURNT_SHARE = 0.8  # share of burnt-out pixels (in all channels) above which a face crop shows no face
@@ -88,8 +43,9 @@ class FaceNet(nn.Module):
     """Images (B, 3, H, W) float -> embeddings (B, D) float32 of norm 1: Schroff et al. 2015, arXiv:1503.03832.
 
     Images are standardized as (x - 127.5) / 128.
-    pretrained: "vggface2", "casia-webface" (downloaded once), the path of a state dict, or None for random weights.
-    dropout: see build_backbone. freeze_until: the last of the BLOCKS that stay as loaded; None: everything trains.
+    backbone: of BACKBONES. pretrained: released weights by their name ("vggface2"; downloaded once), the path of a
+    state dict, or None for random weights. dropout: before the last linear layer, in training only. freeze_until: the
+    last of the backbone's blocks that stay as loaded; None: everything trains.
     Frozen weights take no gradient, so no backward pass runs through them, and frozen BatchNorm keeps its statistics
     in train mode too.
 
@@ -116,20 +72,23 @@ class FaceNet(nn.Module):
         crops: Crops | None = None,
         mirror: bool = False,
         constant: str = "PRETRAINED",
+        backbone: str = "facenet",
     ):
         super().__init__()
         self.mirror = mirror
-        if freeze_until is not None and freeze_until not in BLOCKS:
-            raise UserError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, BLOCKS))}")
+        check_backbone(backbone)
+        blocks = BACKBONES[backbone].blocks
+        if freeze_until is not None and freeze_until not in blocks:
+            raise UserError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, blocks))}")
         if not 0 <= dropout < 1:
             raise UserError(f"DROPOUT = {dropout}: expected a probability in [0, 1)")
-        self.backbone = build_backbone(dropout)
-        if pretrained is not None:
-            self.backbone.load_state_dict(load_pretrained(pretrained, constant))
+        self.backbone = BACKBONES[backbone].build(dropout)
+        if pretrained is not None:  # what released weights lack stays as it was drawn
+            self.backbone.load_state_dict(load_pretrained(pretrained, constant, backbone), strict=False)
         self.crops, self.wide = None, None
         if crops is not None:
             self.widen(crops)
-        frozen = BLOCKS[: BLOCKS.index(freeze_until) + 1] if freeze_until else ()
+        frozen = blocks[: blocks.index(freeze_until) + 1] if freeze_until else ()
         self._frozen = [self.backbone.get_submodule(name).requires_grad_(False) for name in frozen]
         self.train()
 
@@ -202,99 +161,3 @@ def fingerprint(model: nn.Module) -> str:
         numbers = value.detach().cpu().contiguous().flatten()
         digest.update(numbers.view(torch.uint8).numpy().tobytes())  # as bytes: NumPy has no bfloat16
     return digest.hexdigest()[:16]
-
-
-# --- pretrained weights -----------------------------------------------------------------------------------------------
-
-
-def load_pretrained(source: str | Path, constant: str = "PRETRAINED") -> dict[str, Tensor]:
-    """State dict of the backbone, checked for names and shapes, without the classifier (`logits`) of released files.
-
-    source: see FaceNet; a state dict may lie under "state_dict" or "model", and its names have a prefix ("module.").
-    Raises UserError if it cannot be downloaded, is no file, or is not such a state dict; the message calls the source
-    by the script's `constant`.
-    """
-    path = _downloaded(str(source), constant) if str(source) in PRETRAINED_URLS else Path(source).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"{constant} = {str(source)!r}: no such file; give the path of a state dict, "
-            f"{' or '.join(map(repr, PRETRAINED_URLS))}, or None"
-        )
-    way_out = "delete it and download it again, or save the state_dict() of its network alone"
-    saved = read_plain(path, "not a state dict that torch can read", way_out)
-    with torch.device("meta"):  # names, shapes and types only: no memory, no random numbers drawn
-        network = build_backbone(dropout=0.0)
-    wanted = network.state_dict()
-    state = _without_prefix(path, _unwrapped(path, saved), list(wanted))
-    state = {name: value for name, value in state.items() if not name.startswith("logits.")}
-    if faults := _faults(state, wanted):
-        raise UserError(f"{path}: not a state dict of {type(network).__name__}: {faults}")
-    return state
-
-
-def _unwrapped(path: Path, saved: object) -> dict[str, Tensor]:
-    """The state dict that a file holds, bare or beside other things. Raises UserError if there is none."""
-    expected = f"{path}: expected a state dict (parameter name -> tensor)"
-    if isinstance(saved, dict) and {"stage", "model"} <= saved.keys():
-        raise UserError(
-            f"{expected}; this is a checkpoint, which evaluate.py and identify.py take as CHECKPOINT, and "
-            "train_stage2.py as STAGE1_CHECKPOINT"
-        )
-    if isinstance(saved, dict):
-        saved = next((saved[name] for name in ("state_dict", "model") if isinstance(saved.get(name), dict)), saved)
-    if not isinstance(saved, dict) or not all(isinstance(n, str) and isinstance(v, Tensor) for n, v in saved.items()):
-        raise UserError(expected)
-    return saved
-
-
-def _without_prefix(path: Path, state: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """`state` under the `names` of the network, without what wrappers such as DataParallel put before them."""
-    prefixes = [name.removesuffix(names[0]) for name in state if name.endswith("." + names[0])]
-    if names[0] in state or not prefixes:
-        return state
-    if len(prefixes) > 1:
-        raise UserError(
-            f"{path}: holds several networks, {', '.join(map(repr, prefixes[:3]))}; save the state_dict() of one alone"
-        )
-    return {name.removeprefix(prefixes[0]): value for name, value in state.items()}
-
-
-def _faults(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
-    """Up to three parameters each that are missing, unknown, of another shape or type than in `wanted`; "": none."""
-    common = [name for name in wanted if name in state]
-    shapes = [name for name in common if state[name].shape != wanted[name].shape]
-    # An int8 weight would be taken for the number that it stands for.
-    types = [n for n in common if wanted[n].is_floating_point() and not state[n].is_floating_point()]
-    faults = {
-        "missing": [name for name in wanted if name not in state],
-        "unknown": [name for name in state if name not in wanted],
-        "of another shape": [f"{n} {tuple(state[n].shape)}, expected {tuple(wanted[n].shape)}" for n in shapes],
-        "of another type": [f"{n} {state[n].dtype}, expected {wanted[n].dtype}" for n in types],
-    }
-    return "; ".join(
-        f"{len(names)} {fault}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-        for fault, names in faults.items()
-        if names
-    )
-
-
-def _downloaded(name: str, constant: str) -> Path:
-    """The cached file of a named pretrained network, downloaded first if it is not there (whole or not at all)."""
-    url = PRETRAINED_URLS[name]
-    folder = Path(get_torch_home()) / "checkpoints"  # facenet-pytorch's own cache, so nothing is downloaded twice
-    path = folder / os.path.basename(url)
-    if path.is_file():
-        return path
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_TIMEOUT)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
-    except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise UserError(
-            f"{constant} = {name!r}: the weights could not be downloaded ({first_line(error)}); fetch {url} "
-            f"where there is internet and put the file into {folder}, or set {constant} to its path"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return path

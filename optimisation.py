@@ -29,6 +29,8 @@ def precision(device: torch.device, amp: str | None) -> torch.dtype | None:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if amp not in ("bf16", "fp16"):
         raise UserError(f"AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None")
+    if device.type == "mps":
+        raise UserError(f"AMP = {amp!r}: on a Mac's GPU networks are trained in float32; set AMP to 'auto' or None")
     if amp == "fp16" and not cuda:
         raise UserError("AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU")
     return torch.bfloat16 if amp == "bf16" else torch.float16
@@ -68,11 +70,11 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     """A copy of `model` whose weights follow: w <- d w + (1 - d) new, d = min(decay, (1 + n) / (10 + n)) at update n,
     so that a short run's average is not mostly its start. BatchNorm's statistics, averages already, are copied."""
 
-    def average(averaged: Tensor, new: Tensor, updates: Tensor | int) -> Tensor:
-        n = int(updates)
-        return averaged.lerp(new, 1 - min(decay, (1 + n) / (10 + n)))
+    def average(averaged: list[Tensor], new: list[Tensor], updates: Tensor) -> None:
+        n = int(average_of.n_averaged)  # on the CPU; `updates`, its copy on the GPU, would have to be waited for
+        torch._foreach_lerp_(averaged, new, 1 - min(decay, (1 + n) / (10 + n)))
 
-    average_of = AveragedModel(model, avg_fn=average)
+    average_of = AveragedModel(model, multi_avg_fn=average)
     average_of.n_averaged.fill_(1)  # at 0 the first update would copy, and forget where the model started
     return average_of
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbones import EMBEDDING_DIM
 from common import UserError
-from models import EMBEDDING_DIM
 
 TEMPLATES = ("mean", "best")  # a person's mean embedding, or the best match over its photos
 TIE = 1e-6  # cosines closer than this are equal: float32 rounding

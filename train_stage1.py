@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.utils.data import BatchSampler, SequentialSampler
 
+import backbones
 import calibration
 import common
 import distributed
 import gallery
-import models
 import optimisation
 import training
 import validation
@@ -54,6 +54,7 @@ from losses import ArcMarginProduct
 from models import FaceNet, fingerprint
 from samplers import ShuffledBatches
 from transforms import Transform, eval_transform, train_transform
+from validation import ValidationSet
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -72,9 +73,10 @@ QUICK_VALIDATION = True  # validate on every third distorted photo, without mirr
 PATIENCE = 0  # stop after this many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
+BACKBONE = "facenet"  # "facenet": InceptionResnetV1; "resnet50": torchvision's, with PRETRAINED = "imagenet"
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160; the pretrained networks saw 160
-FREEZE_UNTIL = None  # freeze the blocks up to and including this one, such as "mixed_6a" (see models.BLOCKS)
+FREEZE_UNTIL = None  # freeze the blocks up to and including this one, such as "mixed_6a" (see backbones.py)
 FACE_CROP = 0.52  # side of the centre square that is kept, over the shorter side, 0.3..1; 1: photos are face crops
 FRAMING = "centre"  # of the face: at the "centre" of the photo; "detected": MTCNN finds it, see framing.py
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
@@ -116,13 +118,13 @@ EMA_DECAY = 0.0  # of the exponential moving average of the weights (best_ema.pt
 FREEZE_BATCHNORM = True
 
 # --- speed ---
-NUM_WORKERS = 2  # processes that load images, for each GPU, 0..CPU cores
+NUM_WORKERS = "auto"  # processes that load images, for each GPU, 0..; "auto": one per core, at most 16
 AMP = "auto"  # "auto": bfloat16 or float16 on a GPU, float32 on the CPU; "bf16", "fp16"; None: float32
 COMPILE = False  # True: torch.compile the network; the first steps then take minutes, the others less
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     device = common.pick_device()
     saved = training.start_run(RUN_DIR, RESUME, globals(), stage=1)
 
@@ -141,14 +143,22 @@ def main() -> None:
     val_frames = find_frames(FRAMING, photos_of(val_persons), device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP, val_frames)
     degradation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=round(IMAGE_SIZE / FACE_CROP))
-    degraded = eval_transform(IMAGE_SIZE, FACE_CROP, val_frames, degradation)
+    val_set = ValidationSet(
+        val_persons,
+        transform,
+        degraded=eval_transform(IMAGE_SIZE, FACE_CROP, val_frames, degradation),
+        device=device,
+        template=TEMPLATE,
+        quick=QUICK_VALIDATION,
+        num_workers=NUM_WORKERS,
+    )
     clean_val = clean_val_loader(val_persons, train_set, transform, device)
 
     # Model, head and optimizer.
     torch.manual_seed(SEED)
     model, pretrained_weights = load_network(saved)
     model = model.to(device, memory_format=torch.channels_last)
-    head = ArcMarginProduct(models.EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
+    head = ArcMarginProduct(backbones.EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},
@@ -182,16 +192,7 @@ def main() -> None:
 
     def validate(network: FaceNet) -> tuple[float, dict]:
         """The figure that chooses the best epoch, and the row for the log."""
-        top1, row = validation.validate(
-            network,
-            val_persons,
-            transform,
-            degraded,
-            device,
-            template=TEMPLATE,
-            quick=QUICK_VALIDATION,
-            num_workers=NUM_WORKERS,
-        )
+        top1, row = validation.validate(network, val_set)
         if clean_val and run.epoch:  # at epoch 0 the head is not trained
             row["val_clean_accuracy"] = accuracy(network, head, clean_val, device)
         return top1, row
@@ -211,17 +212,7 @@ def main() -> None:
         train_one_epoch(run, ddp_model, ddp_head, head, device)
         run.finish_epoch(validate)
     for path in run.report_best():
-        calibration.calibrate_checkpoint(
-            path,
-            model,
-            val_persons,
-            transform,
-            degraded,
-            device,
-            template=TEMPLATE,
-            quick=QUICK_VALIDATION,
-            num_workers=NUM_WORKERS,
-        )
+        calibration.calibrate_checkpoint(path, model, val_set)
 
 
 def augmentation(frames: Frames | None = None) -> Transform:
@@ -238,8 +229,8 @@ def load_network(saved: dict | None) -> tuple[FaceNet, str]:
     where it has changed, for the run to notice other weights by their fingerprint.
     """
     if saved and saved["pretrained"] == str(PRETRAINED):
-        return FaceNet(None, DROPOUT, FREEZE_UNTIL), saved.get("pretrained_weights", "")
-    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL)
+        return FaceNet(None, DROPOUT, FREEZE_UNTIL, backbone=BACKBONE), saved.get("pretrained_weights", "")
+    model = FaceNet(PRETRAINED, DROPOUT, FREEZE_UNTIL, backbone=BACKBONE)
     return model, fingerprint(model)
 
 
@@ -275,6 +266,7 @@ def checkpoint_facts(
         "image_size": IMAGE_SIZE,
         "face_crop": FACE_CROP,
         "framing": FRAMING,
+        "backbone": BACKBONE,
         "dropout": DROPOUT,
         "pretrained": str(PRETRAINED),
         "pretrained_weights": pretrained_weights,

@@ -58,6 +58,7 @@ from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, we
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
 from transforms import Transform, eval_transform, train_transform
+from validation import ValidationSet
 
 # --- files ---
 DATA_DIR = Path("Task_B")  # holds train/ and val/, in each one folder per person
@@ -78,9 +79,9 @@ QUICK_VALIDATION = True  # validate on every third distorted photo, without mirr
 PATIENCE = 0  # stop after this many epochs without a better top-1, 2..20; 0: never
 
 # --- network ---
-FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (see models.BLOCKS)
-# The frozen network whose embeddings of clean photos are the targets: "vggface2", "casia-webface", the path of a state
-# dict, or None: the network of stage 1.
+FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (see backbones.py)
+# The frozen network whose embeddings of clean photos are the targets: a facenet, whatever stage 1's BACKBONE is, of
+# weights "vggface2", "casia-webface" or the path of a state dict; or None: the network of stage 1.
 TEACHER = "vggface2"
 # Weight of the whole frame's embedding, where the face has 1: 0.01..0.3, or 0 for the face alone. The frame matches
 # photos (hair, clothes, background), not people. At 0.03 it decides where no face shows, and nothing else; photos that
@@ -128,13 +129,13 @@ EMA_DECAY = 0.0  # of the exponential moving average of the weights (best_ema.pt
 FREEZE_BATCHNORM = True  # keep the statistics as loaded; those of a few persons at a time are too noisy
 
 # --- speed ---
-NUM_WORKERS = 2  # processes that load images, for each GPU, 0..CPU cores
+NUM_WORKERS = "auto"  # processes that load images, for each GPU, 0..; "auto": one per core, at most 16
 AMP = "auto"  # "auto": bfloat16 or float16 on a GPU, float32 on the CPU; "bf16", "fp16"; None: float32
 COMPILE = False  # True: torch.compile the network; the first steps then take minutes, the others less
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     device = common.pick_device()
     saved = training.start_run(RUN_DIR, RESUME, globals(), stage=2)
 
@@ -200,18 +201,16 @@ def main() -> None:
 
     val_frames = find_frames(framing, photos_of(val_persons), device)
     in_validation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=frame_size(stage1))
-    transform = eval_transform(image_size, crop, val_frames)
-    degraded = eval_transform(image_size, crop, val_frames, in_validation)
-    validate = functools.partial(
-        validation.validate,
-        root=val_persons,
-        transform=transform,
-        degraded=degraded,
+    val_set = ValidationSet(
+        val_persons,
+        eval_transform(image_size, crop, val_frames),
+        degraded=eval_transform(image_size, crop, val_frames, in_validation),
         device=device,
         template=TEMPLATE,
         quick=QUICK_VALIDATION,
         num_workers=NUM_WORKERS,
     )
+    validate = functools.partial(validation.validate, on=val_set)
     if saved:
         run.resume(globals())
     else:
@@ -233,17 +232,7 @@ def main() -> None:
         train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
     for path in run.report_best():
-        calibration.calibrate_checkpoint(
-            path,
-            model,
-            val_persons,
-            transform,
-            degraded,
-            device,
-            template=TEMPLATE,
-            quick=QUICK_VALIDATION,
-            num_workers=NUM_WORKERS,
-        )
+        calibration.calibrate_checkpoint(path, model, val_set)
 
 
 def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, FaceNet, dict]:
@@ -256,7 +245,8 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
     stage1 = saved.get("stage1") if saved and TEACHER is not None else None
     if stage1 is not None:
         checkpoints.check_stage1(RUN_DIR / "last.pt", stage1)
-        model = FaceNet(None, DROPOUT, FREEZE_UNTIL, mirror=MIRROR).to(device, memory_format=torch.channels_last)
+        model = FaceNet(None, DROPOUT, FREEZE_UNTIL, mirror=MIRROR, backbone=stage1["backbone"])
+        model = model.to(device, memory_format=torch.channels_last)
     else:
         model, stage1 = checkpoints.load_facenet(
             STAGE1_CHECKPOINT, device, freeze_until=FREEZE_UNTIL, dropout=DROPOUT, mirror=MIRROR
@@ -324,6 +314,7 @@ def checkpoint_facts(
         "face_crop": face_crop,
         "framing": stage1.get("framing", "centre"),
         "crops": crops and asdict(crops),
+        "backbone": stage1["backbone"],
         "dropout": DROPOUT,
         "mirror": MIRROR,
         "pretrained": stage1["pretrained"],

@@ -30,12 +30,6 @@ HEIF = (".heic", ".heif", ".hif")  # photos of iPhones, where pillow-heif is ins
 MOST_PIXELS = 10**8  # decoded at once by the threads of a process; a larger photo is decoded alone. 400 MB in RGB
 Transform = Callable[[Image.Image], Tensor]
 Frame = Callable[[Image.Image], Image.Image]
-# fixed_image_standardization of facenet: (x - 127.5) / 128 on 0..255, here on 0..1.
-_TO_TENSOR = (
-    v2.PILToTensor(),
-    v2.ToDtype(torch.float32, scale=True),
-    v2.Normalize(mean=[127.5 / 255] * 3, std=[128 / 255] * 3),
-)
 
 
 @functools.cache
@@ -209,6 +203,14 @@ class FaceCrop:
         return image.resize((self.size, self.size), Image.Resampling.BILINEAR, box=box)
 
 
+def to_tensor(image: Image.Image) -> Tensor:
+    """PIL RGB image -> (3, H, W) float32, each value (x - 127.5) / 128: facenet's fixed_image_standardization."""
+    pixels = np.asarray(image).transpose(2, 0, 1)
+    standardized = np.subtract(pixels, np.float32(127.5), dtype=np.float32, order="C")
+    standardized /= 128
+    return torch.from_numpy(standardized)
+
+
 def eval_crop(image_size: int, face_crop: float, frames: Frame | None = None, distort: Frame | None = None) -> Frame:
     """PIL image -> what the network sees of it, image_size x image_size pixels.
 
@@ -222,7 +224,7 @@ def eval_transform(
     image_size: int, face_crop: float, frames: Frame | None = None, distort: Frame | None = None
 ) -> Transform:
     """PIL RGB image -> (3, image_size, image_size) float32 in about -1..1: `eval_crop` and standardization."""
-    return v2.Compose([eval_crop(image_size, face_crop, frames, distort), *_TO_TENSOR])
+    return v2.Compose([eval_crop(image_size, face_crop, frames, distort), to_tensor])
 
 
 def train_transform(
@@ -241,4 +243,4 @@ def train_transform(
     before = [step for step in (frames, distort) if step]
     after = [v2.RandomHorizontalFlip()] if mirror else []
     crop = FaceCrop(image_size, face_crop, zoom=zoom, shift=shift)
-    return v2.Compose([*before, crop, *after, *_TO_TENSOR])
+    return v2.Compose([*before, crop, *after, to_tensor])

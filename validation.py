@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from common import UserError, list_names, warn_once
-from datasets import Person, Split, folder_of, kinds_of, persons_of
+from datasets import Person, folder_of, kinds_of
 from embedding import embed
 from gallery import (
     Gallery,
@@ -31,72 +31,62 @@ DEGRADED = "degraded"  # kind of the clean photos that are degraded on the fly
 QUICK_STRIDE = 3  # quick validation takes a third of the distorted photos
 
 
-def validate(
-    model: nn.Module,
-    root: Split,
-    transform: Transform,
-    degraded: Transform,
-    device: torch.device | str,
-    *,
-    template: str,
-    quick: bool = False,
-    num_workers: int = 0,
-) -> tuple[float, dict[str, float]]:
-    """The figure that the best epoch is chosen by, and a row for the log, on persons that are not trained on.
+@dataclass(frozen=True)
+class ValidationSet:
+    """The persons that epochs are compared on, none of them trained on, and how their photos are seen.
 
-    The figure: the mean of top-1 under the protocols "same" and "cross", by `template`. "same" alone rewards finding
-    the photo again, a stranger's as well as a friend's; "cross" alone leaves out the persons with one photo. Where no
-    query is left under "cross", it is top-1 under "same", with a warning.
-    Queries are the distorted photos and, once each, the clean ones through `degraded`: `transform` with a
-    FixedDegradation in it. The former are soon all answered, or are hopeless; by the latter epochs differ.
-    The row: `summary` of "same"; top1_cross and top1_clean where those protocols have queries; cosine_<kind>, see
-    `copy_cosines`.
-    quick: only every QUICK_STRIDE-th distorted photo, and no mirror images. Such figures compare epochs; those to
-    report are `gallery.evaluate`'s.
-    Raises what `gallery.build_gallery` raises.
+    degraded: `transform` with a FixedDegradation in it. template: by which persons are matched. quick: only every
+    QUICK_STRIDE-th distorted photo, and in `validate` no mirror images.
     """
-    persons = persons_of(root)
-    with _without_mirror(model) if quick else contextlib.nullcontext():
-        gallery, queries = embed_persons(
-            model, persons, transform, degraded, device, template=template, quick=quick, num_workers=num_workers
-        )
+
+    persons: Sequence[Person]
+    transform: Transform
+    degraded: Transform
+    device: torch.device
+    template: str
+    quick: bool
+    num_workers: int = 0
+
+    def embed(self, model: nn.Module) -> tuple[Gallery, Queries]:
+        """The clean photos as a gallery; as queries the distorted ones and, once each, the clean ones degraded.
+
+        Raises what `gallery.build_gallery` raises.
+        """
+        persons, device, workers = self.persons, self.device, self.num_workers
+        gallery = build_gallery(model, persons, self.transform, device, template=self.template, num_workers=workers)
+        found = embed(model, gallery.paths, self.degraded, device, num_workers=workers, description="degraded")
+        queries = own_queries(gallery, found, kind=DEGRADED)
+        if any(person.distorted for person in persons):
+            asked = thinned(persons, QUICK_STRIDE) if self.quick else persons
+            queries = embed_queries(model, gallery, asked, self.transform, device, num_workers=workers) + queries
+        return gallery, queries
+
+
+def validate(model: nn.Module, on: ValidationSet) -> tuple[float, dict[str, float]]:
+    """The figure that the best epoch is chosen by, and a row for the log.
+
+    The figure: the mean of top-1 under the protocols "same" and "cross". "same" alone rewards finding the photo again,
+    a stranger's as well as a friend's; "cross" alone leaves out the persons with one photo. Where no query is left
+    under "cross", it is top-1 under "same", with a warning. Distorted photos are soon all answered, or are hopeless; by
+    the degraded ones epochs differ.
+    The row: `summary` of "same"; top1_cross and top1_clean where those protocols have queries; cosine_<kind>, see
+    `copy_cosines`. Quick figures compare epochs; those to report are `gallery.evaluate`'s.
+    """
+    with _without_mirror(model) if on.quick else contextlib.nullcontext():
+        gallery, queries = on.embed(model)
     details = _answers(gallery, queries, "same", TEMPLATES)
-    same, row = details["top1"][template], summary(details)
+    same, row = details["top1"][on.template], summary(details)
     for protocol in ("cross", "clean"):
         with contextlib.suppress(NoQueries):
-            row[f"top1_{protocol}"] = _answers(gallery, queries, protocol, [template])["top1"][template]
+            row[f"top1_{protocol}"] = _answers(gallery, queries, protocol, [on.template])["top1"][on.template]
     row |= copy_cosines(gallery, queries)
     if "top1_cross" in row:
         return (same + row["top1_cross"]) / 2, row
     warn_once(
-        f"{folder_of(persons)}: no distorted photo shows a person with a second clean photo, so the best epoch is "
+        f"{folder_of(on.persons)}: no distorted photo shows a person with a second clean photo, so the best epoch is "
         "chosen by how well photos are found again, which says little about recognising people"
     )
     return same, row
-
-
-def embed_persons(
-    model: nn.Module,
-    persons: Sequence[Person],
-    transform: Transform,
-    degraded: Transform,
-    device: torch.device | str,
-    *,
-    template: str,
-    quick: bool,
-    num_workers: int = 0,
-) -> tuple[Gallery, Queries]:
-    """The clean photos as a gallery, and the queries: distorted photos, and the clean ones through `degraded`.
-
-    quick: only every QUICK_STRIDE-th distorted photo. Raises what `gallery.build_gallery` raises.
-    """
-    gallery = build_gallery(model, persons, transform, device, template=template, num_workers=num_workers)
-    found = embed(model, gallery.paths, degraded, device, num_workers=num_workers, description="degraded")
-    queries = own_queries(gallery, found, kind=DEGRADED)
-    if any(person.distorted for person in persons):
-        asked = thinned(persons, QUICK_STRIDE) if quick else persons
-        queries = embed_queries(model, gallery, asked, transform, device, num_workers=num_workers) + queries
-    return gallery, queries
 
 
 def check_data(train: Sequence[str], val_persons: Sequence[Person], *, max_clean_drop: float) -> None:

@@ -84,7 +84,16 @@ def task_b(tmp_path) -> Path:
 class TinyNet(FaceNet):
     """FaceNet, crops and gate included, on a network of 10,000 weights with BatchNorm and dropout."""
 
-    def __init__(self, pretrained=None, dropout=0.4, freeze_until=None, crops=None, mirror=False, constant=None):
+    def __init__(
+        self,
+        pretrained=None,
+        dropout=0.4,
+        freeze_until=None,
+        crops=None,
+        mirror=False,
+        constant=None,
+        backbone="facenet",
+    ):
         nn.Module.__init__(self)
         self.backbone = nn.Sequential(
             nn.Conv2d(3, 16, 3, stride=4),

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import common
 import evaluate
 from common import UserError, derived_seed
+from optimisation import precision
 
 
 def raising(error: BaseException):
@@ -189,13 +191,13 @@ def test_every_path_of_a_script_may_be_given_as_a_text(script, monkeypatch):
     assert paths or script.startswith("tools.benchmark")
     for name in paths:
         monkeypatch.setitem(constants, name, f"~/{name}")
-    common.take_paths(constants)
+    common.resolve_constants(constants)
     assert [constants[name] for name in paths] == [Path.home() / name for name in paths]
 
 
 def test_words_that_are_no_paths_stay_and_what_cannot_be_one_is_refused():
     constants = {"COMPARE_WITH": "pretrained", "CHECKPOINT": None, "PRETRAINED": "vggface2", "ENROLL": "a/b"}
-    common.take_paths(constants)
+    common.resolve_constants(constants)
     assert constants == {
         "COMPARE_WITH": "pretrained",
         "CHECKPOINT": None,
@@ -204,4 +206,28 @@ def test_words_that_are_no_paths_stay_and_what_cannot_be_one_is_refused():
     }
     for name, value in (("DATA_DIR", None), ("DATA_DIR", ""), ("OUT", 3), ("ENROLL", ["a"])):
         with pytest.raises(UserError, match=rf"^{name} = .*: expected a path, such as Path\("):
-            common.take_paths({name: value})
+            common.resolve_constants({name: value})
+
+
+@pytest.mark.parametrize("cores, processes, expected", [(2, 1, 2), (64, 1, 16), (8, 4, 2), (1, 4, 1)])
+def test_auto_workers_are_the_cores_of_this_process_at_most_16(monkeypatch, cores, processes, expected):
+    monkeypatch.setattr(common.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    script = {"NUM_WORKERS": "auto"}
+    common.resolve_constants(script)
+    assert script["NUM_WORKERS"] == expected
+    monkeypatch.delattr(common.os, "sched_getaffinity")  # macOS, Windows
+    monkeypatch.setattr(common.os, "cpu_count", lambda: cores)
+    assert common.usable_cores() == expected
+
+
+def test_a_mac_s_gpu_is_used_in_float32_and_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    device = common.pick_device()
+    assert device == torch.device("mps") and caplog.messages == ["this Mac's GPU is used, in float32"]
+    assert precision(device, "auto") is precision(device, None) is None
+    for amp in ("bf16", "fp16"):
+        with pytest.raises(UserError, match=f"AMP = '{amp}': on a Mac's GPU"):
+            precision(device, amp)

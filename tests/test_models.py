@@ -18,18 +18,17 @@ import torch.nn.functional as F
 import torchvision
 from conftest import FRAME, MakesFolderWhenLoaded, noise_frames, same_tensors, tell_apart, write_photo
 from PIL import Image
-from torch import nn
 
-import models
 import train_stage2
+from backbones import BACKBONES, EMBEDDING_DIM, load_pretrained
 from common import UserError
 from distortions import DISTORTIONS
 from embedding import embed
 from losses import ArcMarginProduct
-from models import BLOCKS, EMBEDDING_DIM, PRETRAINED_URLS, Crops, FaceNet, fingerprint, load_pretrained
+from models import Crops, FaceNet, fingerprint
 from transforms import eval_transform
 
-URL = PRETRAINED_URLS["vggface2"]
+BLOCKS, URL = BACKBONES["facenet"].blocks, BACKBONES["facenet"].weights["vggface2"]
 CACHED_NAME = "20180402-114759-vggface2.pt"
 CROPS = Crops(face=0.52, wide_size=76, wide_weight=0.3)
 
@@ -176,6 +175,7 @@ def test_a_misspelt_name_or_path_is_refused_with_the_choices(name):
 def test_stage_2_calls_a_missing_teacher_by_its_own_constant(monkeypatch):
     stage1 = {
         "stage": 1,
+        "backbone": "facenet",
         "image_size": 160,
         "face_crop": 0.52,
         "framing": "centre",
@@ -613,39 +613,64 @@ def test_a_mirrored_embedding_is_the_mean_over_an_image_and_its_mirror_image_in_
 # --- another backbone -------------------------------------------------------------------------------------------------
 
 
-def resnet50(dropout: float) -> nn.Module:
-    network = torchvision.models.resnet50(weights=None)
-    network.fc = nn.Sequential(nn.Dropout(dropout), nn.Linear(2048, EMBEDDING_DIM))
-    return network
-
-
-@pytest.fixture
-def swapped(monkeypatch) -> None:
-    """torchvision's ResNet-50 as the backbone: the block "the backbone" of models.py is all that changes."""
-    monkeypatch.setattr(models, "build_backbone", resnet50)
-    monkeypatch.setattr(models, "BLOCKS", ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"))
-
-
-def test_another_backbone_trains_embeds_a_photo_and_freezes(swapped, tmp_path):
-    torch.manual_seed(0)
-    network, head = FaceNet(None, dropout=0.0, freeze_until="layer2"), ArcMarginProduct(EMBEDDING_DIM, 2, s=32, m=0.5)
-    optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], 1e-3)
-    photos, labels, losses = torch.randn(4, 3, 76, 76), torch.tensor([0, 0, 1, 1]), []
-    for _ in range(2):
-        losses.append(F.cross_entropy(head(network(photos), labels), labels))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[1] < losses[0]
-    assert network.backbone.conv1.weight.grad is None and network.backbone.layer3[0].conv1.weight.grad.abs().max() > 0
+def test_a_step_of_each_backbone_lowers_the_loss_and_the_blocks_freeze(tmp_path):
     write_photo(tmp_path / "ann.png", (90, 120, 150), seed=0)
-    found = embed(network, [tmp_path / "ann.png"], eval_transform(76, 0.52), "cpu")
-    assert found.embeddings.shape == (1, 512) and is_unit(found.embeddings) and found.quality.shape == (1,)
+    for name, until, frozen, trained in (
+        ("facenet", "repeat_1", "conv2d_1a.conv.weight", "mixed_6a.branch0.conv.weight"),
+        ("resnet50", "layer2", "conv1.weight", "layer3.0.conv1.weight"),
+    ):
+        torch.manual_seed(0)
+        network = FaceNet(None, dropout=0.0, freeze_until=until, backbone=name)
+        head = ArcMarginProduct(EMBEDDING_DIM, 2, s=32, m=0.5)
+        optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], 1e-3)
+        photos, labels, losses = torch.randn(4, 3, 76, 76), torch.tensor([0, 0, 1, 1]), []
+        for _ in range(2):
+            losses.append(F.cross_entropy(head(network(photos), labels), labels))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+        assert losses[1] < losses[0]
+        parameters = dict(network.backbone.named_parameters())
+        assert parameters[frozen].grad is None and parameters[trained].grad.abs().max() > 0
+        found = embed(network, [tmp_path / "ann.png"], eval_transform(76, 0.52), "cpu")
+        assert found.embeddings.shape == (1, EMBEDDING_DIM) and is_unit(found.embeddings)
 
 
-def test_pretrained_weights_are_checked_against_the_backbone_in_use(swapped, slim_state, tmp_path):
+def test_resnet50_sees_imagenet_s_standardization():
+    network, seen = FaceNet(None, dropout=0.0, backbone="resnet50").eval(), []
+    pixels = torch.rand(1, 3, 76, 76)
+    network.backbone.conv1.register_forward_pre_hook(lambda module, images: seen.append(images[0]))
+    network((pixels * 255 - 127.5) / 128)
+    expected = torchvision.transforms.functional.normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_imagenet_s_weights_start_a_resnet50_but_for_its_last_layer(tmp_path):
+    released = torchvision.models.resnet50(weights=None).state_dict()
+    path = save(released, tmp_path / "resnet50.pth")
+    network = FaceNet(path, dropout=0.0, backbone="resnet50")
+    state = network.backbone.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in released.items() if not name.startswith("fc."))
+    again = FaceNet(save(state, tmp_path / "trained.pt"), dropout=0.0, backbone="resnet50")
+    assert torch.equal(again.backbone.fc[1].weight, network.backbone.fc[1].weight)  # weights of our own are whole
+    del released["layer1.0.conv1.weight"]
+    with pytest.raises(UserError, match=r"not a state dict of ResNet50: 1 missing: layer1\.0\.conv1\.weight"):
+        FaceNet(save(released, path), dropout=0.0, backbone="resnet50")
+
+
+@pytest.mark.parametrize("name", ["vgg16", None, ["facenet"]])
+def test_an_unknown_backbone_is_refused(name):
+    with pytest.raises(UserError, match=r"^BACKBONE = .*: expected one of 'facenet', 'resnet50'$"):
+        FaceNet(None, dropout=0.0, backbone=name)
+
+
+def test_weights_and_blocks_of_one_backbone_are_none_of_another(slim_state, tmp_path):
+    with pytest.raises(UserError, match=r"PRETRAINED = 'vggface2': no such file; .* 'imagenet', or None"):
+        FaceNet("vggface2", dropout=0.0, backbone="resnet50")
+    with pytest.raises(UserError, match="FREEZE_UNTIL = 'mixed_6a': expected None or one of 'conv1'"):
+        FaceNet(None, dropout=0.0, freeze_until="mixed_6a", backbone="resnet50")
     path = save(slim_state, tmp_path / "facenet.pt")
     with pytest.raises(
-        UserError, match=r"no.* state dict of ResNet: 320 missing: conv1\.weight, .* unknown: conv2d_1a"
+        UserError, match=r"no.* state dict of ResNet50: 318 missing: conv1\.weight, .* unknown: conv2d_1a"
     ):
-        FaceNet(path, dropout=0.0)
+        FaceNet(path, dropout=0.0, backbone="resnet50")

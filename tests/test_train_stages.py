@@ -17,6 +17,7 @@ import checkpoints
 import common
 import datasets
 import degradations
+import models
 import training
 from common import UserError
 from constants import DOES_NOT_MATTER, MAY_CHANGE, MUST_EQUAL, PLAIN, plain_constants
@@ -551,3 +552,19 @@ def test_both_folder_layouts_give_the_same_run(stages, train):
     flat = [train(script, f"flat_{script.__name__}").state() for script in stages]
     for ours, theirs in zip(flat, clean, strict=True):
         assert {name for name in theirs if ours[name] != theirs[name]} <= {"data"}
+
+
+def test_both_stages_train_a_resnet50_and_the_checkpoint_says_so(stages, train, monkeypatch, tmp_path):
+    stage1, stage2 = stages
+    for script in stages:
+        monkeypatch.setattr(script, "FaceNet", models.FaceNet)
+    monkeypatch.setattr(checkpoints, "FaceNet", models.FaceNet)
+    small = {"EPOCHS": 1, "DATA_DIR": stage1.DATA_DIR}
+    best = train(stage1, "one", small | {"BACKBONE": "resnet50", "PRETRAINED": None, "BATCH_SIZE": 7}).best
+    assert best["backbone"] == "resnet50"
+    teacher = tmp_path / "facenet.pt"  # of another backbone
+    torch.save(models.FaceNet(None, dropout=0.0).backbone.state_dict(), teacher)
+    constants = {"STAGE1_CHECKPOINT": stage1.RUN_DIR / "best.pt", "TEACHER": teacher, "PERSONS_PER_BATCH": 4}
+    train(stage2, "two", small | constants)
+    model, saved = checkpoints.load_facenet(stage2.RUN_DIR / "best.pt", CPU)
+    assert type(model.backbone).__name__ == "ResNet50" and saved["stage1"]["backbone"] == "resnet50"

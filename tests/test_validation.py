@@ -13,7 +13,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from datasets import Person, scan_persons
 from folders import distortion_kind
 from gallery import build_gallery, evaluate
-from validation import QUICK_STRIDE, check_data, summary, thinned, validate
+from validation import QUICK_STRIDE, ValidationSet, check_data, summary, thinned, validate
 
 
 class MeanColour(torch.nn.Module):
@@ -45,8 +45,13 @@ def two_worlds(tmp_path) -> Path:
     return tmp_path
 
 
+def on(root, *, transform=pil_to_tensor, degraded=pil_to_tensor, template="best", quick=False) -> ValidationSet:
+    persons = scan_persons(root) if isinstance(root, Path) else root
+    return ValidationSet(persons, transform, degraded, torch.device("cpu"), template=template, quick=quick)
+
+
 def validated(root, quick: bool = False, model: torch.nn.Module | None = None) -> tuple[float, dict[str, float]]:
-    return validate(model or MeanColour(), root, pil_to_tensor, pil_to_tensor, "cpu", template="best", quick=quick)
+    return validate(model or MeanColour(), on(root, quick=quick))
 
 
 # --- the choice of an epoch -------------------------------------------------------------------------------------------
@@ -65,7 +70,7 @@ def test_clean_photos_are_queries_too_degraded_on_the_fly(two_worlds):
     def invert(image):
         return 255 - pil_to_tensor(image)
 
-    _, row = validate(MeanColour(), two_worlds, pil_to_tensor, invert, "cpu", template="best")
+    _, row = validate(MeanColour(), on(two_worlds, degraded=invert))
     assert row["top1_degraded"] == pytest.approx(1 / 3) and row["top1_foggy"] == row["top1_rainy"] == 1
     assert row["top1_best"] == pytest.approx((3 + 1) / 6)
 
@@ -111,7 +116,7 @@ def test_without_quick_the_figures_are_those_of_evaluate(two_worlds, template):
     model = MeanColour()
     gallery = build_gallery(model, two_worlds, pil_to_tensor, "cpu", template=template)
     _, details = evaluate(model, gallery, two_worlds, pil_to_tensor, "cpu")
-    _, row = validate(model, two_worlds, pil_to_tensor, pil_to_tensor, "cpu", template=template, quick=False)
+    _, row = validate(model, on(two_worlds, template=template))
     kinds = {name: value for name, value in summary(details).items() if name not in ("top1_mean", "top1_best")}
     assert kinds.items() <= row.items() and set(kinds) == {"top1_foggy", "top1_rainy"}
     assert len(model.seen) == 2 * len(TWO_WORLDS) + 3 and all(model.seen)  # with its mirror image
@@ -154,5 +159,5 @@ def test_quick_validation_embeds_a_third_of_the_distorted_photos_without_mirror_
 def test_quick_validation_that_fails_restores_the_mirroring(two_worlds):
     model = MeanColour()
     with pytest.raises(ZeroDivisionError):
-        validate(model, two_worlds, lambda image: 1 / 0, pil_to_tensor, "cpu", template="best", quick=True)
+        validate(model, on(two_worlds, transform=lambda image: 1 / 0, quick=True))
     assert model.mirror

@@ -84,7 +84,7 @@ class Photo:
 
 def main() -> dict[str, int]:
     """Cut every face that has not been cut yet; returns how many photos have each value of the column `done`."""
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     check_constants()
     photos, left_out = find_all(IN_DIR)
     check_targets(photos)

@@ -30,11 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import train_stage1
+from backbones import EMBEDDING_DIM
 from common import UserError, set_constants
 from embedding import embed
 from fast import BACKENDS, INPUT, PACKAGES, accelerated, to_onnx
 from losses import ArcMarginProduct
-from models import EMBEDDING_DIM, FaceNet
+from models import FaceNet
 from search import nearest
 from transforms import eval_transform, load_image
 
@@ -47,7 +48,7 @@ BATCH_SIZE = 32  # photos per step, >= 2
 IMAGE_SIZE = 160  # pixels, 76..160
 STEPS = 8  # timed steps of each row in each round, >= 3, after an untimed one
 ROUNDS = 2  # the rows take turns, so that a busy spell affects all of them, >= 1
-FREEZE_UNTIL = "mixed_6a"  # of the row with a frozen trunk, see models.BLOCKS
+FREEZE_UNTIL = "mixed_6a"  # of the row with a frozen trunk, see backbones.py
 PERSONS = 32  # synthetic, for the head and the files, >= 4
 GEMM_SIZE = 2048  # rows and columns of the matrices multiplied
 COMPILED = True  # False: leave out torch.compile, which takes a minute before its first batch

@@ -36,7 +36,7 @@ QUALITY = 82  # of the JPEG, 1..95
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     checkpoints.check_writable("OUT", OUT, folder=False)
     torch.set_num_threads(1)
     chain, photos = RandomDegradation(FAMILIES, 1.0, MOST, SIDE), load_photos()

@@ -38,7 +38,7 @@ LEAST_PERSONS = 4  # two to tell apart in train/, two in val/
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     check_constants()
     persons = [person for person in scan_persons(IN_DIR) if person.clean]
     if len(persons) < LEAST_PERSONS:

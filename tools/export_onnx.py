@@ -13,10 +13,11 @@ from torch import nn
 
 import checkpoints
 import common
+from backbones import EMBEDDING_DIM
 from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
 from framing import FRAME
-from models import EMBEDDING_DIM, fingerprint
+from models import fingerprint
 
 # --- what to export ---
 CHECKPOINT = Path("runs/stage2/best.pt")  # states its image size and crop; None: the PRETRAINED network
@@ -32,7 +33,7 @@ FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 def main() -> tuple[float, float]:
     """Export, check, write, print how to use it; returns what `differences` returns."""
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     checkpoints.check_writable("OUT", OUT, folder=False)
     model, facts = checkpoints.load_model(
         checkpoint=CHECKPOINT,

@@ -33,7 +33,7 @@ PRETRAINED = "vggface2"  # only for None: "vggface2", "casia-webface", path of a
 IMAGE_SIZE = 160  # only for None: pixels, 76..160
 FACE_CROP = 0.52  # only for None: centre share of the shorter side that is kept, 0.3..1
 FRAMING = "centre"  # only for None: of the face, at the "centre" of the photo; "detected": found, see framing.py
-NUM_WORKERS = 2  # processes that load images, 0..CPU cores
+NUM_WORKERS = "auto"  # processes that load images, 0..; "auto": one per core, at most 16
 
 RATES = (1e-2, 1e-3)  # false accept rates
 
@@ -50,7 +50,7 @@ class Pairs:
 
 def main() -> dict[str, float]:
     """Embed, print and return the figures: accuracy and standard_error (0..1), and TAR@FAR=<rate>."""
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     device = common.pick_device()
     pairs = read_pairs(PAIRS_FILE, LFW_DIR)
     model, facts = checkpoints.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, device, FRAMING)

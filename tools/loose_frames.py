@@ -30,7 +30,7 @@ SEED = 0  # 0, 1, 2, ...
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     if not IN_DIR.is_dir():
         raise UserError(f"IN_DIR = {IN_DIR}: no such folder; set it to a tree with a folder per person")
     if OUT_DIR.exists() or OUT_DIR.resolve().is_relative_to(IN_DIR.resolve()):

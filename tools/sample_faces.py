@@ -59,7 +59,7 @@ class Settings:
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     check_constants()
     checkpoints.check_writable("OUT_DIR", OUT_DIR, folder=True)
     persons = TRAIN_PERSONS + VAL_PERSONS

@@ -38,7 +38,7 @@ ARCHIVE_URL = "https://ndownloader.figshare.com/files/5976015"  # lfw-funneled.t
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     check_copies(SEVERITY, SEED, JPEG_QUALITY, OUT_DIR)
     checkpoints.check_writable("OUT_DIR", OUT_DIR, folder=False)  # before the download
     listed = read_list(PHOTO_LIST)

@@ -34,7 +34,7 @@ SEED = 0  # 0, 1, 2, ...
 
 
 def main() -> None:
-    common.take_paths(globals())
+    common.resolve_constants(globals())
     if not common.in_range(SEVERITY, float, 0, 1):
         raise UserError(f"SEVERITY = {SEVERITY!r}: expected a number, 0..1")
     known = UNSEEN | DISTORTIONS | FAMILIES
