@@ -215,6 +215,33 @@ def check_facts(path: Path, saved: dict, facts: dict) -> None:
         )
 
 
+def check_progress(path: Path, saved: dict, attributes: dict[str, type], counters: dict[str, dict]) -> None:
+    """Raises UserError if what last.pt holds of a run, besides facts and weights, is damaged.
+
+    attributes: name -> type; counters: name -> a state_dict, of whose form the saved one has to be.
+    """
+    odd = [name for name, kind in attributes.items() if type(saved.get(name)) is not kind]
+    for name, wanted in counters.items():
+        state = saved.get(name)
+        fits = isinstance(state, dict) and state.keys() >= wanted.keys()
+        odd += [] if fits and all(_alike(state[key], wanted[key]) for key in wanted) else [name]
+    rows = {"history": ("epoch", "top1", "seconds"), "unwritten": ("update",)}
+    for name, keys in rows.items():
+        values = saved.get(name, [])
+        if not (isinstance(values, list) and all(isinstance(row, dict) and row.keys() >= {*keys} for row in values)):
+            odd.append(name)
+    if odd:
+        raise UserError(
+            f"{path}: damaged, its {odd[0]} is {reprlib.repr(saved.get(odd[0]))}; give RUN_DIR another name and "
+            "set RESUME = False to train again"
+        )
+
+
+def _alike(value: object, wanted: object) -> bool:
+    """Whether a number stands for a number, and a dict for a dict."""
+    return isinstance(value, (int, float) if isinstance(wanted, (int, float)) else type(wanted))
+
+
 def check_disk(run_dir: Path, networks: dict[str, nn.Module], optimizer: Optimizer, *, average: bool) -> None:
     """Raises UserError, before the first step, where the checkpoints will not fit. average: there is a best_ema.pt."""
     weights = sum(t.numel() * t.element_size() for n in networks.values() for t in n.state_dict().values())

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from common import list_names, plain_name, warn_once
+from common import UserError, list_names, plain_name, warn_once
 from transforms import HEIF, suffixes
 
 CLEAN, DISTORTION = "clean", "distortion"
@@ -101,6 +101,29 @@ def photos_below(root: Path) -> list[Path]:
     if left_out:
         warn_once(describe_left_out(root, left_out))
     return [path for path, reason in reasons.items() if reason is None]
+
+
+def collect_photos(constant: str, places: Sequence[Path | str]) -> list[Path]:
+    """The photos at `places` in the order given, each once: files of any suffix, and the visible photos of folders.
+
+    constant: of the script, which holds `places`, for messages. Photos of a folder, at any depth, come sorted. Raises
+    UserError for a path that does not exist, or if there is no photo.
+    """
+    found: list[Path] = []
+    for place in (Path(place).expanduser() for place in places):
+        if not place.exists():
+            raise UserError(f"{constant}: {place}: no such photo or folder")
+        if place.is_dir():
+            found += photos_below(place)
+        else:
+            found.append(place)
+    if places and not found:
+        raise UserError(f"{constant}: no photo in {', '.join(map(str, places))}; give photos, or folders with photos")
+    once = {path.resolve(): path for path in reversed(found)}  # reversed: the first of equals stays
+    photos = [path for path in found if once[path.resolve()] is path]
+    if len(photos) < len(found):
+        print(f"{constant}: {len(found) - len(photos)} of {len(found)} photos are repeats, skipped")
+    return photos
 
 
 def why_no_photo(path: Path) -> str | None:

@@ -31,7 +31,7 @@ from common import UserError
 from datasets import Person, photos_of, scan_persons
 from embedding import embed
 from faces import UNUSABLE, FaceDetector, Reading, rate, read_faces
-from folders import photos_below
+from folders import collect_photos
 from framing import Frames, check_framing, find_frames
 from gallery import Gallery, embed_split, made_by
 from pairs import PairAnswer, compare, pair_table, read_pairs
@@ -93,7 +93,7 @@ def main() -> list[Answer] | list[PairAnswer]:
     check_constants()
     if PAIRS is not None:
         return compare_pairs(read_pairs(PAIRS))
-    photos = collect_photos(PHOTOS)
+    photos = collect_photos("PHOTOS", PHOTOS)
     persons = scan_persons(ENROLL, check_images=False) if ENROLL is not None else []
     reader = FaceReader(common.pick_device())
     # One of several processes locks and writes.
@@ -160,33 +160,11 @@ def check_constants() -> None:
                 )
         checkpoints.check_writable("ANNOTATED", ANNOTATED, folder=True)
     if JSON_LINES is not None:
-        photos = collect_photos(PHOTOS) if PAIRS is None else [photo for pair in read_pairs(PAIRS) for photo in pair]
+        pairs = [] if PAIRS is None else read_pairs(PAIRS)
+        photos = [photo for pair in pairs for photo in pair] or collect_photos("PHOTOS", PHOTOS)
         if JSON_LINES.resolve() in {path.resolve() for path in (GALLERY, CHECKPOINT, *photos) if path}:
             raise UserError(f"JSON_LINES = {JSON_LINES}: would overwrite a file that is read; choose another name")
         checkpoints.check_writable("JSON_LINES", JSON_LINES, folder=False)
-
-
-def collect_photos(places: Sequence[Path | str]) -> list[Path]:
-    """The photos at `places` in the order given, each once: files of any suffix, and the visible photos of folders.
-
-    Photos of a folder, at any depth, come sorted. Raises UserError for a path that does not exist, or if there is no
-    photo.
-    """
-    found: list[Path] = []
-    for place in (Path(place).expanduser() for place in places):
-        if not place.exists():
-            raise UserError(f"PHOTOS: {place}: no such photo or folder")
-        if place.is_dir():
-            found += photos_below(place)
-        else:
-            found.append(place)
-    if places and not found:
-        raise UserError(f"PHOTOS: no photo in {', '.join(map(str, places))}; give photos, or folders with photos")
-    once = {path.resolve(): path for path in reversed(found)}  # reversed: the first of equals stays
-    photos = [path for path in found if once[path.resolve()] is path]
-    if len(photos) < len(found):
-        print(f"PHOTOS: {len(found) - len(photos)} of {len(found)} photos are repeats, skipped")
-    return photos
 
 
 # --- photo -> face -> embedding ---------------------------------------------------------------------------------------

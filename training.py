@@ -7,7 +7,6 @@ import logging
 import math
 import multiprocessing
 import os
-import reprlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from checkpoints import check_disk, check_facts, check_writable, locked, read_checkpoint, save_checkpoint
+from checkpoints import (
+    check_disk,
+    check_facts,
+    check_progress,
+    check_writable,
+    locked,
+    read_checkpoint,
+    save_checkpoint,
+)
 from common import (
     RANGES,
     UserError,
@@ -475,7 +482,8 @@ class Run:
         saved = read_checkpoint(path)
         changes = check_constants(path, saved, course(constants))
         check_facts(path, saved, {name: fact for name, fact in self.facts.items() if name not in NOT_COMPARED})
-        self._check_progress(path, saved)
+        counters = {name: part.state_dict() for name, part in self._counters().items()}
+        check_progress(path, saved, attributes=self.PROGRESS, counters=counters)
         self.learner.restore(path, saved)
         self.epoch = saved["epoch"]
         for name in self.PROGRESS:
@@ -495,28 +503,3 @@ class Run:
 
     def _counters(self) -> dict[str, Best | Meter]:
         return {"best": self.best, "best_ema": self.best_ema, "meter": self.meter}
-
-    def _check_progress(self, path: Path, saved: dict) -> None:
-        """Raises UserError, before anything is restored, if what last.pt holds besides weights is damaged."""
-        odd = [name for name, kind in self.PROGRESS.items() if type(saved.get(name)) is not kind]
-        for name, part in self._counters().items():
-            state, wanted = saved.get(name), part.state_dict()
-            fits = isinstance(state, dict) and state.keys() >= wanted.keys()
-            odd += [] if fits and all(_alike(state[key], wanted[key]) for key in wanted) else [name]
-        if not odd and not all(
-            isinstance(row, dict) and {"epoch", "top1", "seconds"} <= row.keys() for row in saved["history"]
-        ):
-            odd = ["history"]
-        unwritten = saved.get("unwritten", [])
-        if not (isinstance(unwritten, list) and all(isinstance(row, dict) and "update" in row for row in unwritten)):
-            odd.append("unwritten")
-        if odd:
-            raise UserError(
-                f"{path}: damaged, its {odd[0]} is {reprlib.repr(saved.get(odd[0]))}; give RUN_DIR another name and "
-                "set RESUME = False to train again"
-            )
-
-
-def _alike(value: object, wanted: object) -> bool:
-    """Whether a number stands for a number, and a dict for a dict."""
-    return isinstance(value, (int, float) if isinstance(wanted, (int, float)) else type(wanted))

@@ -205,7 +205,13 @@ def test_visible_photos_of_folders_are_collected_at_any_depth_and_each_once(here
     Path("photos/note.txt").write_text("no photo")
     Image.new("RGB", (40, 40), BOB).save("bob.gif")  # given itself: any suffix
     places = [Path("photos/more/s.png"), "photos", here / "photos" / "a.png", Path("bob.gif")]
-    assert [path.name for path in identify.collect_photos(places)] == ["s.png", "a.png", "x.PNG", "b.png", "bob.gif"]
+    assert [path.name for path in identify.collect_photos("PHOTOS", places)] == [
+        "s.png",
+        "a.png",
+        "x.PNG",
+        "b.png",
+        "bob.gif",
+    ]
     assert "PHOTOS: 2 of 7 photos are repeats, skipped" in capsys.readouterr().out
 
 
