@@ -83,12 +83,8 @@ def main() -> None:
     print(f"\n{VAL_PERSONS} synthetic persons that training never saw, starting from {weights}:\n")
     print(top1_table(evaluations))
     print(f"\n{reached(results / 'val_stage2' / 'figures.json')} ({time.time() - started:.0f} s in all)")
-    print(
-        f"Pictures and all figures: {results / 'val_stage2' / 'report.html'}; the faces: {data_dir / 'sample_faces.png'}"
-    )
-    print(
-        "Next: your own photos in five commands, docs/own_photos.md; or set DATA_DIR in the three scripts and run them."
-    )
+    print(f"Pictures and all figures: {results / 'val_stage2' / 'report.html'}; faces: {data_dir / 'sample_faces.png'}")
+    print("Next: your own photos in five commands (docs/own_photos.md), or DATA_DIR of the three scripts, run in turn.")
 
 
 def reached(figures: Path) -> str:

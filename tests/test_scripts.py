@@ -334,6 +334,17 @@ def test_a_broken_file_and_a_person_without_clean_photos_stop_nothing(trained, t
     assert "1 persons without a clean photo" in caplog.text and "fay" in caplog.text
 
 
+@pytest.mark.parametrize("low, interval", [(None, ""), (0.612, " (95 % interval 61 to 90)")])
+def test_demo_ends_with_what_was_reached_under_cross(tmp_path, low, interval):
+    rank1 = {"value": 0.754, "low": low, "high": None if low is None else 0.9}
+    cross = {"template": "best", "queries": 56, "persons": 20, "figures": {"best": {"all": {"rank-1": rank1}}}}
+    (tmp_path / "figures.json").write_text(json.dumps({"protocols": {"cross": cross}}))
+    said = demo.reached(tmp_path / "figures.json")
+    assert said.startswith("Of 56 distorted photos, ") and said.endswith(
+        f"75 %{interval} got the right one of 20 names"
+    )
+
+
 def test_demo_goes_on_from_scratch_where_weights_cannot_be_had(monkeypatch, capsys):
     def offline(name):
         raise UserError("the weights could not be downloaded")
