@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import importlib
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn, TextIO
 
 import torch
@@ -65,7 +67,7 @@ PATHS_OR_NONE = (
     "LFW_DIR",
     "PHOTOS_DIR",
 )
-PATHS_OR_NONE += ("EXTRA_FACES",)
+PATHS_OR_NONE += ("EXTRA_FACES", "FIGURES")
 
 
 class UserError(ValueError):
@@ -97,6 +99,20 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
 def plain_name(name: str) -> str:
     """`name` as names are compared: in Unicode's NFC. From a Mac, "é" may come as e and an accent, two characters."""
     return unicodedata.normalize("NFC", name)
+
+
+def optional_package(name: str, needed: Sequence[str], way_out: str = "") -> ModuleType:
+    """The optional package `name`. Raises UserError, with all that is `needed`, if it is missing or broken."""
+    if name == "nncf":
+        os.environ.setdefault("NNCF_CI", "1")  # else it sends usage statistics over the internet
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a package that does not fit to another one raises anything
+        missing = isinstance(error, ModuleNotFoundError)
+        fault, upgrade = ("is not installed", "") if missing else ("cannot be imported", "--upgrade ")
+        raise UserError(
+            f"the package {name} {fault} ({first_line(error)}): pip install {upgrade}{' '.join(needed)}{way_out}"
+        ) from error
 
 
 def in_range(value: object, kind: type, low: float, high: float) -> bool:

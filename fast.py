@@ -1,10 +1,8 @@
 """Faster embedding: a copy of the network with fused layers, a compiled one, and ONNX files with their runtimes."""
 
 import copy
-import importlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -15,7 +13,7 @@ from facenet_pytorch.models.inception_resnet_v1 import BasicConv2d, InceptionRes
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from common import UserError, check_compiler, first_line
+from common import UserError, check_compiler, optional_package
 from models import FaceNet
 
 # Backends that run outside torch, on the CPU, and the optional packages that they need.
@@ -71,7 +69,7 @@ def check_backend(backend: str, device: torch.device | str) -> None:
             f"BACKEND = {backend!r}: runs on the CPU only, not on {device}; set BACKEND = 'fused' or 'compiled'"
         )
     for package in PACKAGES.get(backend, ()):
-        _package(package, PACKAGES[backend], ", or set BACKEND = 'fused'")
+        optional_package(package, PACKAGES[backend], ", or set BACKEND = 'fused'")
     if backend == "compiled":
         check_compiler(device, setting="BACKEND = 'compiled'", way_out="BACKEND = 'fused'")
 
@@ -108,7 +106,7 @@ def to_onnx(model: FaceNet, image_size: int, metadata: Mapping[str, object]) -> 
     metadata: fingerprint, face_crop and the like, kept as strings in metadata_props; image_size is added.
     Raises UserError if the package onnx is not installed.
     """
-    onnx = _package("onnx")
+    onnx = optional_package("onnx", PACKAGES["onnxruntime"])
     network = fused(model).cpu().to(memory_format=torch.contiguous_format)
     example, file = torch.zeros(2, 3, image_size, image_size), io.BytesIO()
     with warnings.catch_warnings():
@@ -157,7 +155,7 @@ class _Exported(nn.Module):
 
     def __init__(self, exported: bytes):
         super().__init__()
-        self._load(_package(self.package), exported)
+        self._load(optional_package(self.package, PACKAGES["onnxruntime"]), exported)
 
     def _load(self, runtime: ModuleType, exported: bytes) -> None:
         raise NotImplementedError
@@ -226,24 +224,10 @@ class Int8FaceNet(OpenVinoFaceNet):
         super().__init__(exported)
 
     def _prepared(self, network: object) -> object:
-        nncf = _package("nncf")
+        nncf = optional_package("nncf", PACKAGES["openvino-int8"])
         logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level() would silence other packages too
         images = nncf.Dataset(self._photos, lambda image: {INPUT: image[None].numpy()})
         # The convolutions take the time. What turns their results into an embedding, gate included, stays exact.
         exact = nncf.IgnoredScope(types=EXACT, patterns=["^(/network)?/Mul.*"], validate=False)
         mixed = nncf.QuantizationPreset.MIXED  # for activations that are not symmetric around 0, as after a ReLU
         return nncf.quantize(network, images, preset=mixed, subset_size=len(self._photos), ignored_scope=exact)
-
-
-def _package(name: str, needed: Sequence[str] = PACKAGES["onnxruntime"], way_out: str = "") -> ModuleType:
-    """The optional package `name`. Raises UserError, with all that is `needed`, if it is missing or broken."""
-    if name == "nncf":
-        os.environ.setdefault("NNCF_CI", "1")  # else it sends usage statistics over the internet
-    try:
-        return importlib.import_module(name)
-    except Exception as error:  # a package that does not fit to another one raises anything
-        missing = isinstance(error, ModuleNotFoundError)
-        fault, upgrade = ("is not installed", "") if missing else ("cannot be imported", "--upgrade ")
-        raise UserError(
-            f"the package {name} {fault} ({first_line(error)}): pip install {upgrade}{' '.join(needed)}{way_out}"
-        ) from error

@@ -1,13 +1,14 @@
-"""Nearest templates by cosine, of a thousand rows or of millions: exact in blocks, or through FAISS."""
+"""Nearest templates by cosine, of a thousand rows or of millions: exact in blocks, through FAISS, or in Milvus."""
 
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common import UserError, warn_once
+from common import UserError, first_line, optional_package, warn_once
 from scores import TIE
 
 # `_faiss` imports FAISS, so torch comes first: on Linux FAISS then shares torch's OpenMP threads instead of its own.
@@ -22,7 +23,9 @@ FAISS_FROM = 200_000  # rows from which "auto" uses FAISS; an exact query takes 
 NPROBE = 256  # cells searched, of about sqrt(rows); random directions, the worst case: a quarter of them finds 92%
 SAMPLE_PER_CELL = 64  # rows to learn each cell from, >= 39 as FAISS advises
 KMEANS_STEPS = 10  # FAISS's own default for cells
-CANDIDATES = 32  # rows beyond k that FAISS returns, so that exact cosines can decide between them
+CANDIDATES = 32  # rows beyond k that FAISS or Milvus returns, so that exact cosines can decide between them
+MILVUS_ROWS = 1000  # templates or queries in one message to Milvus: 2 MB, of the 64 that it takes
+MILVUS_MOST = 16_384  # rows that Milvus returns at most
 
 
 # --- exact ------------------------------------------------------------------------------------------------------------
@@ -262,3 +265,102 @@ def _inverted_file(faiss, rows: Tensor):
     index.train(rows[shuffled[: SAMPLE_PER_CELL * max(cells, 16)]].numpy())
     index.add(rows.numpy())
     return index
+
+
+# --- Milvus -----------------------------------------------------------------------------------------------------------
+
+
+class MilvusTemplates:
+    """Templates kept in Milvus: embedded in a file by milvus-lite, or on a cluster, with the same answers.
+
+    address: a path that ends in .db, or "http://host:19530". token: "user:password" of a cluster, "" for none.
+    collection: its name there, made if there is none, for templates of `dims` numbers. Its index is FLAT, which
+    compares each query with all templates; for an approximate one make the collection yourself first, with the same
+    fields: "id" (INT64, primary) and "embedding" (FLOAT_VECTOR, metric IP).
+    Raises UserError if pymilvus (for a file, milvus-lite) is not installed, or if the address cannot be reached or its
+    collection has templates of other dimensions.
+    """
+
+    def __init__(self, address: Path | str, dims: int, collection: str = "templates", token: str = ""):
+        remote = "://" in str(address)
+        for package in ("pymilvus",) if remote else ("pymilvus", "milvus_lite"):
+            optional_package(package, ("pymilvus", "milvus-lite"))
+        import pymilvus
+
+        if not remote and Path(address).suffix != ".db":
+            raise UserError(f"{address}: expected the path of a file for Milvus that ends in .db, or http://host:port")
+        self.collection = collection
+        try:
+            self.client = pymilvus.MilvusClient(str(address), token=token)
+            if not self.client.has_collection(collection):
+                self._create(pymilvus, dims)
+            self.client.load_collection(collection)
+            fields = self.client.describe_collection(collection)["fields"]
+        except (pymilvus.MilvusException, OSError) as error:
+            raise UserError(
+                f"{address}: no Milvus that works ({first_line(error)}); start it, or correct its address or token"
+            ) from error
+        found = [field["params"].get("dim") for field in fields if field["name"] == "embedding"]
+        if found != [dims]:
+            self.close()
+            raise UserError(
+                f"{address}: the collection {collection!r} has no embeddings of {dims} numbers (found {found}); give "
+                "another name"
+            )
+
+    def _create(self, pymilvus, dims: int) -> None:
+        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
+        schema.add_field("id", pymilvus.DataType.INT64, is_primary=True)
+        schema.add_field("embedding", pymilvus.DataType.FLOAT_VECTOR, dim=dims)
+        index = self.client.prepare_index_params()
+        index.add_index(field_name="embedding", index_type="FLAT", metric_type="IP")
+        self.client.create_collection(
+            self.collection,
+            schema=schema,
+            index_params=index,
+            consistency_level="Strong",  # a search sees what was inserted before it
+        )
+
+    def __len__(self) -> int:
+        return self.client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"]
+
+    def insert(self, rows: Tensor, first: int) -> None:
+        """Add `rows` (G, D), float32 of norm 1, under the numbers first, first + 1, ...; a number that is there already
+        gets its new row. Raises ValueError for rows that `nearest` refuses."""
+        _check(rows[:1], rows, 1)
+        _check_unit(rows, "row")
+        for block in rows.detach().cpu().split(MILVUS_ROWS):
+            entities = [{"id": first + number, "embedding": row} for number, row in enumerate(block.numpy())]
+            self.client.upsert(self.collection, entities)
+            first += len(block)
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """(Q, k) numbers of the nearest templates and their cosines, on the CPU, as `nearest` gives them.
+
+        The rule for ties holds for the k + CANDIDATES rows that Milvus returns: among more equal ones, which of them it
+        returns is Milvus's choice. Raises ValueError for queries that `nearest` refuses, for k outside 1..MILVUS_MOST,
+        and if Milvus finds fewer than k templates.
+        """
+        if not 1 <= k <= MILVUS_MOST:
+            raise ValueError(f"k={k}: expected 1..{MILVUS_MOST}, which Milvus returns at most")
+        queries = queries.detach().cpu()
+        _check(queries, queries, 1)
+        hits = []
+        for block in queries.split(MILVUS_ROWS):
+            hits += self.client.search(
+                self.collection,
+                data=list(block.numpy()),
+                anns_field="embedding",
+                limit=min(k + CANDIDATES, MILVUS_MOST),
+                output_fields=["id"],
+            )
+        fewest = min(map(len, hits))  # an approximate index may find fewer for one query than for another
+        if fewest < k:
+            raise ValueError(f"k={k}: Milvus found {fewest} templates; insert more, or ask for fewer")
+        index = torch.tensor([[hit["id"] for hit in of_query[:fewest]] for of_query in hits])
+        cosine = torch.tensor([[hit["distance"] for hit in of_query[:fewest]] for of_query in hits])
+        return _order(index, cosine, k)
+
+    def close(self) -> None:
+        self.client.close()

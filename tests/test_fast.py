@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from conftest import FRAME, TinyNet, noise_frames, same_tensors, tell_apart, write_photo
 from torch import nn
 
-import checkpoints
 import common
 import evaluate
 import fast
 from common import UserError
 from embedding import embed
 from models import Crops, FaceNet, fingerprint
-from tools import export_onnx
 from transforms import eval_transform
 
 SIZE = 80  # pixels; not the least that is allowed, 76, so that a wrong input size shows
@@ -168,7 +166,7 @@ def test_a_package_that_is_there_and_broken_is_named_too(monkeypatch, facenet):
     def broken(name):
         raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file")
 
-    monkeypatch.setattr(fast.importlib, "import_module", broken)
+    monkeypatch.setattr(common.importlib, "import_module", broken)
     message = "the package onnx cannot be imported (Descriptors cannot be created directly.): pip install --upgrade"
     with pytest.raises(UserError) as error:
         fast.accelerated(facenet, "onnxruntime", SIZE, "cpu")
@@ -271,70 +269,3 @@ def test_eight_bits_leave_the_gate_and_the_last_steps_exact_and_report_nothing(i
 def test_eight_bits_without_photos_are_refused(int8):
     with pytest.raises(UserError, match=r"BACKEND = 'openvino-int8': needs photos to fit its ranges to"):
         fast.accelerated(TinyNet().eval(), "openvino-int8", SIZE, "cpu", [])
-
-
-# --- the script -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script(monkeypatch, tmp_path):
-    """export_onnx.py on TinyNet, from random weights."""
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
-    monkeypatch.setattr(export_onnx, "OUT", tmp_path / "out" / "tiny.onnx")
-    for name, value in {"CHECKPOINT": None, "PRETRAINED": None, "IMAGE_SIZE": SIZE, "FACE_CROP": 0.8}.items():
-        monkeypatch.setattr(export_onnx, name, value)
-    return export_onnx
-
-
-def test_the_script_writes_a_file_that_it_has_compared_with_torch(script, capsys):
-    cosine, absolute = script.main()
-    assert cosine < 1e-6 and absolute < 1e-5
-    printed = capsys.readouterr().out
-    assert "on 8 images in batches of 1, 2, 5" in printed and "(x - 127.5) / 128" in printed
-    assert "the centre square of 0.8 of the shorter side of the photo, resized to 80 x 80" in printed
-    assert metadata_of(script.OUT.read_bytes())["stage"] == "0"
-
-
-def test_the_script_exports_a_checkpoint_with_its_own_size_crop_and_framing(script, tmp_path, capsys):
-    model, facts = TinyNet(), {"stage": 1, "epoch": 3, "image_size": 76, "face_crop": 0.7, "dropout": 0.0}
-    path, facts["framing"] = tmp_path / "best.pt", "detected"
-    checkpoints.save_checkpoint(
-        path, facts | {"selected_on": "val", "persons": ["ann"], "holdout": [], "pretrained": "None"}, {"model": model}
-    )
-    script.CHECKPOINT = path
-    script.main()
-    metadata = metadata_of(script.OUT.read_bytes())
-    stated = {name: metadata[name] for name in ("image_size", "face_crop", "stage", "fingerprint")}
-    assert stated == {"image_size": "76", "face_crop": "0.7", "stage": "1", "fingerprint": fingerprint(model)}
-    assert metadata["framing"] == "detected" and "shorter side of the square around the face" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("offset, difference", [(0.01, r"\d\.\de-0\d"), (float("nan"), "nan")])
-def test_the_script_leaves_an_earlier_file_when_the_embeddings_differ(script, monkeypatch, offset, difference):
-    class Other(fast.OnnxFaceNet):
-        def forward(self, images):
-            return F.normalize(super().forward(images) + offset)
-
-    monkeypatch.setattr(script, "OnnxFaceNet", Other)
-    script.OUT.parent.mkdir()
-    script.OUT.write_bytes(b"an earlier file")
-    with pytest.raises(UserError, match=rf"tiny\.onnx: not written, .* differ from torch's by {difference} "):
-        script.main()
-    assert script.OUT.read_bytes() == b"an earlier file" and len(list(script.OUT.parent.iterdir())) == 1
-
-
-def test_the_script_names_what_the_user_can_change_in_it_and_tests_its_file_before_the_work(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(export_onnx, "OUT", tmp_path / "file" / "tiny.onnx")
-    monkeypatch.setattr(checkpoints, "load_model", None)
-    with pytest.raises(UserError, match=r"^OUT = .*tiny\.onnx: .*file cannot be written to \(.*\); choose a folder"):
-        export_onnx.main()
-    monkeypatch.setattr(export_onnx, "OUT", tmp_path / "tiny.onnx")
-    monkeypatch.setattr(
-        checkpoints, "load_model", lambda **constants: (TinyNet(), {"image_size": SIZE, "face_crop": 1})
-    )
-    monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UserError, match=r"package onnx is not installed .*: pip install onnx onnxruntime$"):
-        export_onnx.main()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import search
+from common import UserError
 from search import build_index, nearest
 from tools import benchmark_search
 
@@ -274,6 +275,77 @@ def test_auto_is_exact_for_few_rows_and_warns_once_about_its_choice_for_many(
     assert [message.startswith(warning) for message in caplog.messages] == [True]
 
 
+# --- Milvus -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["file", "server"])
+def milvus(request, tmp_path):
+    """Makes MilvusTemplates: of a file, or by the address of a server on this machine."""
+    pytest.importorskip("pymilvus", reason="pip install pymilvus milvus-lite")
+    manager = pytest.importorskip("milvus_lite.server_manager", reason="pip install pymilvus milvus-lite")
+    address, opened = tmp_path / "templates.db", []
+    if request.param == "server":
+        address = manager.server_manager_instance.start_and_get_uri(str(address))
+
+    def open_templates(dims: int, **names) -> search.MilvusTemplates:
+        opened.append(search.MilvusTemplates(address, dims, **names))
+        return opened[-1]
+
+    yield open_templates
+    for templates in opened:
+        templates.close()
+    manager.server_manager_instance.release_all()
+
+
+def test_milvus_gives_the_answers_of_exact_search_on_ten_thousand_templates(milvus):
+    g = unit_rows(10_000, 64, seed=0)
+    q = F.normalize(g[:50] + unit_rows(50, 64, seed=1))
+    templates = milvus(64)
+    templates.insert(g[:6000], first=0)
+    templates.insert(g[6000:], first=6000)
+    assert len(templates) == 10_000
+    assert_is_brute_force(templates.search(q, 3), q, g, 3)
+
+
+def test_milvus_treats_near_ties_like_nearest_and_replaces_a_row_of_the_same_number(milvus):
+    q, g = near_ties()
+    templates = milvus(2)
+    templates.insert(-g, first=0)
+    templates.insert(g, first=0)
+    assert templates.search(q, 5)[0].tolist() == [[2, 3, 0, 1, 4]]
+    assert milvus(2).search(q, 5)[0].tolist() == [[2, 3, 0, 1, 4]]  # opened again
+
+
+def test_milvus_refuses_what_nearest_refuses_and_a_collection_of_other_templates(milvus):
+    good, bad = unit_rows(20, 4, seed=0), unit_rows(20, 4, seed=1)
+    bad[3] = float("nan")
+    templates = milvus(4)
+    templates.insert(good, first=0)
+    for refused, message in [
+        (lambda: templates.insert(bad, first=20), "row 3 has norm nan"),
+        (lambda: templates.search(bad, 1), "query 3 has norm nan"),
+        (lambda: templates.search(good, 21), "k=21: Milvus found 20 templates"),
+        (lambda: templates.search(good, 0), r"k=0: expected 1\.\.16384"),
+        (lambda: milvus(5), "the collection 'templates' has no embeddings of 5 numbers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            refused()
+    assert len(milvus(5, collection="others")) == 0
+
+
+def test_without_pymilvus_or_with_another_suffix_milvus_is_refused(monkeypatch, tmp_path):
+    for package in ("pymilvus", "milvus_lite"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "pymilvus", sys)
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(UserError, match=rf"the package {package} is .*: pip install pymilvus milvus-lite$"):
+                search.MilvusTemplates(tmp_path / "a.db", 4)
+    monkeypatch.setitem(sys.modules, "pymilvus", sys)
+    monkeypatch.setitem(sys.modules, "milvus_lite", sys)
+    with pytest.raises(UserError, match=r"a\.pt: expected the path of a file for Milvus that ends in \.db"):
+        search.MilvusTemplates(tmp_path / "a.pt", 4)
+
+
 # --- benchmark --------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +363,7 @@ def test_each_benchmark_query_has_the_given_cosine_to_its_own_template():
 def small_benchmark(monkeypatch):
     """The benchmark at a size where speed means nothing, in this process."""
     small = {"TEMPLATES": 300, "QUERIES": 40, "SINGLE": 2, "DIM": 64, "NPROBES": (1, 17), "BLOCK": 100, "K": 2}
+    small["MILVUS_UP_TO"] = 0
     for name, value in small.items():
         monkeypatch.setattr(benchmark_search, name, value)
     monkeypatch.setattr(benchmark_search, "in_own_process", lambda measure, *arguments: measure(*arguments))
@@ -312,6 +385,17 @@ def test_without_faiss_the_benchmark_measures_the_exact_search(small_benchmark, 
     monkeypatch.setattr(benchmark_search.importlib.util, "find_spec", lambda name: None)
     assert [row["name"] for row in small_benchmark.main()] == ["exact"]
     assert "pip install faiss-cpu" in capsys.readouterr().out
+
+
+def test_the_benchmark_measures_milvus_among_few_templates_and_only_there(small_benchmark, monkeypatch):
+    for package in ("pymilvus", "milvus_lite"):
+        pytest.importorskip(package, reason="pip install pymilvus milvus-lite")
+    monkeypatch.setattr(benchmark_search, "MILVUS_UP_TO", 300)
+    monkeypatch.setattr(benchmark_search, "KINDS", ("auto", "exact"))
+    exact, milvus = small_benchmark.main()
+    assert milvus["name"] == "milvus" and milvus["recall"] == exact["recall"] == 1 and milvus["build"] > 0
+    monkeypatch.setattr(benchmark_search, "TEMPLATES", 301)
+    assert len(small_benchmark.main()) == 1
 
 
 def test_a_benchmark_with_more_queries_than_templates_is_refused(monkeypatch):

@@ -263,7 +263,7 @@ def our_embedding(data_dir: Path, settings: Settings, backend: str) -> dict:
 
 
 def session_embedding(data_dir: Path, settings: Settings) -> dict:
-    """onnxruntime as its users write it: the file of export_onnx.py, a default session, a NumPy batch."""
+    """onnxruntime as its users write it: the file of export.py, a default session, a NumPy batch."""
     import onnxruntime
 
     device, images = torch.device("cpu"), random_images(settings).numpy()

@@ -3,13 +3,16 @@
     python -m tools.benchmark_search
 
 Templates are random directions, the worst case of a search in cells: real faces form clusters. Each query has a given
-cosine to its own template. Prints a row per kind of `search.build_index`, each measured in a process of its own.
+cosine to its own template. Prints a row per kind of `search.build_index`, and with few templates one of
+Milvus in a file, each measured in a process of its own.
 """
 
 import importlib.util
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,7 @@ from torch import Tensor
 
 import common
 from common import UserError
-from search import KINDS, build_index
+from search import KINDS, Index, MilvusTemplates, build_index
 from tools.benchmark import device_name, in_own_process, memory_text, peak_memory
 
 TEMPLATES = 1_000_000  # 2 KiB each at DIM = 512: 1.9 GiB
@@ -27,6 +30,7 @@ DIM = 512  # of FaceNet's embeddings
 COSINE = 0.6  # of a query to its own template, 0..1; to others it is 0 +- 1 / sqrt(DIM)
 K = 1  # nearest templates that a search returns, 1..TEMPLATES
 NPROBES = (64, 128, 256, 512)  # cells searched by faiss-ivf, of about sqrt(TEMPLATES)
+MILVUS_UP_TO = 20_000  # most TEMPLATES with which Milvus is measured too, if it is installed
 SEED = 0  # 0, 1, 2, ...
 BLOCK = 50_000  # templates drawn at a time: 98 MiB at DIM = 512
 
@@ -60,6 +64,11 @@ def main() -> list[dict]:
     if importlib.util.find_spec("faiss") is None:
         print("(FAISS is not installed: pip install faiss-cpu)")
         kinds = ["exact"]
+    if TEMPLATES <= MILVUS_UP_TO:
+        if importlib.util.find_spec("pymilvus") and importlib.util.find_spec("milvus_lite"):
+            kinds.append("milvus")
+        else:
+            print("(Milvus is not installed: pip install pymilvus milvus-lite)")
     rows, exact = [], None
     for kind in kinds:
         for row in in_own_process(measure, current_settings(), kind):
@@ -91,15 +100,33 @@ def current_settings() -> Settings:
 
 
 def measure(settings: Settings, kind: str) -> list[dict]:
-    """Figures of an index of `kind`, one dict for each nprobe if it has that; seconds, bytes, shares 0..1."""
+    """Figures of an index of `kind`, one dict for each nprobe if it has that; seconds, bytes, shares 0..1.
+
+    kind: of search.build_index, or "milvus", which is built by inserting the templates.
+    """
     templates = make_templates(settings.templates, settings.dim, seed=settings.seed, block=settings.block)
     queries, truth = make_queries(templates, settings.queries, cosine=settings.cosine, seed=settings.seed)
-    started = time.perf_counter()
-    index = build_index(templates, kind)
-    build = time.perf_counter() - started
+    if kind != "milvus":
+        started = time.perf_counter()
+        index = build_index(templates, kind)
+        return searched(settings, index, kind, time.perf_counter() - started, queries, truth)
+    with tempfile.TemporaryDirectory() as folder:
+        index = MilvusTemplates(Path(folder) / "templates.db", settings.dim)
+        started = time.perf_counter()
+        index.insert(templates, first=0)
+        found = searched(settings, index, kind, time.perf_counter() - started, queries, truth)
+        index.close()
+    return found
+
+
+def searched(
+    settings: Settings, index: Index | MilvusTemplates, kind: str, build: float, queries: Tensor, truth: Tensor
+) -> list[dict]:
+    """What `measure` returns, of an index that took `build` seconds to build."""
     found = []
     for nprobe in settings.nprobes if kind == "faiss-ivf" else (None,):
-        index.nprobe = nprobe
+        if nprobe is not None:
+            index.nprobe = nprobe
         index.search(queries[:1], settings.k)  # the first search starts the threads
         single = []
         for query in queries[: settings.single].split(1):
