@@ -244,7 +244,7 @@ def assert_close_run(run_dir: Path, whole: Path) -> None:
     )
     # Of a large gradient of a random network the norm alone rounds by more on some CPUs.
     norms = ([row.pop("gradient_norm") for row in rows] for rows in (ours, theirs))
-    torch.testing.assert_close(*norms, rtol=5e-5, atol=1e-5)
+    torch.testing.assert_close(*norms, rtol=5e-4, atol=1e-5)
     assert_close(ours, theirs)
 
 
