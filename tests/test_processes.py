@@ -242,10 +242,10 @@ def assert_close_run(run_dir: Path, whole: Path) -> None:
     ours, theirs = (
         [{n: float(text) for n, text in row.items()} for row in steps(folder)] for folder in (run_dir, whole)
     )
-    # Of a large gradient of a random network the norm alone rounds by more on some CPUs.
+    # The steps of a random network amplify rounding, and the norm of its large gradient most of all.
     norms = ([row.pop("gradient_norm") for row in rows] for rows in (ours, theirs))
     torch.testing.assert_close(*norms, rtol=5e-4, atol=1e-5)
-    assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
