@@ -108,7 +108,7 @@ PHOTOS_PER_PERSON = 2  # K, half of them clean and half distorted, even, >= 2
 SKIP_KINDS = ()  # kinds of distorted files to leave out of training, such as ("sunny",); all are evaluated
 OFTEN = ("sunny", "rainy")  # the hard kinds, drawn twice as often as the others; (): none
 CLEAN = 0.1  # fraction of the positives that are the clean photo itself, 0..0.5
-DISTORT = 0.0  # fraction of the positives that are the clean photo distorted on the fly, not a file on disk, 0..1
+DISTORT = 0.4  # fraction of the positives that are the clean photo distorted on the fly, not a file on disk, 0..1
 DISTORT_MOST = 4  # families of degradations on one such photo, 1..8; see docs/degradations.md
 # Families that are not drawn, such as ("glare",), to see what becomes of them without training: of the degraded photos
 # in validation these alone are made then, and of all families otherwise.

@@ -128,6 +128,7 @@ def set_tiny_runs(monkeypatch, data_dir: Path, runs: Path) -> tuple:
     monkeypatch.setattr(checkpoints, "FaceNet", TinyNet)
     monkeypatch.setattr(train_stage2, "FaceNet", TinyNet)
     monkeypatch.setattr(train_stage2, "WIDE_SIZE", 76)
+    monkeypatch.setattr(train_stage2, "DISTORT", 0.0)  # files alone, unless a test is about degradations
     monkeypatch.setattr(train_stage2, "TEACHER", None)  # the network that stage 1 left
     both = {"DATA_DIR": data_dir, "NUM_WORKERS": 0, "EPOCHS": 2, "WARMUP_STEPS": 1, "QUICK_VALIDATION": False}
     monkeypatch.setattr(train_stage1, "BATCH_SIZE", 4)
