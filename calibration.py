@@ -118,32 +118,36 @@ def calibrate_checkpoint(path: Path, model: nn.Module, on: ValidationSet) -> Non
 def measure(gallery: Gallery, queries: Queries) -> dict:
     """What identification needs to know of a network's cosines, in plain types.
 
-    cosines: {false accept rate: the lowest cosine that at most this share of the pairs of a usable query and another
-    person reach}, of those of RATES that so many pairs can measure; pairs, queries, persons: how many; clean: how many
-    photos of the gallery; quality: the bound of `quality_bound`, or None; template: by which a person is matched.
+    cosines: template by which a person is matched -> false accept rate -> the lowest cosine that at most this share of
+    the pairs of a usable query and another person reach, of those of RATES that so many pairs can measure. pairs,
+    queries, persons: how many; clean: how many photos of the gallery; quality: the bound of `quality_bound`, or None.
     """
     bound = quality_bound(gallery, REFUSE)
     if bound is not None and queries.quality is not None:
         queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
-    scores = score(gallery, queries)[gallery.template]
-    others = scores.matrix[scores.truth[:, None] != torch.arange(len(gallery.persons))]
-    others = others[others.isfinite()]
-    rates = [rate for rate in RATES if len(others) * rate >= metrics.MIN_ERRORS]
+    scores = score(gallery, queries)
+    others = {name: of.matrix[of.truth[:, None] != torch.arange(len(gallery.persons))] for name, of in scores.items()}
+    pairs = len(others["mean"])
+    rates = [rate for rate in RATES if pairs * rate >= metrics.MIN_ERRORS]
     return {
-        "cosines": {f"{rate:g}": metrics.threshold_for(others, rate) + TIE for rate in rates},
-        "pairs": len(others),
+        "cosines": {
+            name: {f"{rate:g}": metrics.threshold_for(cosines, rate) + TIE for rate in rates}
+            for name, cosines in others.items()
+        },
+        "pairs": pairs,
         "queries": len(queries.paths),
         "persons": len(gallery.persons),
         "clean": len(gallery.paths),
         "quality": bound,
-        "template": gallery.template,
     }
 
 
-def measured_cosines(calibration: dict | None, source: str) -> dict[float, float]:
-    """The `cosines` of `measure`, by rate; {} without a calibration. Raises UserError if it is damaged."""
+def measured_cosines(calibration: dict | None, template: str, source: str) -> dict[float, float]:
+    """The `cosines` of `measure` by rate; {} without a calibration. Raises UserError if it is damaged."""
+    if not calibration:
+        return {}
     try:
-        return {float(rate): float(cosine) for rate, cosine in (calibration or {"cosines": {}})["cosines"].items()}
+        return {float(rate): float(cosine) for rate, cosine in calibration["cosines"][template].items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its calibration is damaged; train it again, or set CALIBRATE_ON") from error
 
@@ -153,20 +157,19 @@ def reached(cosines: dict[float, float], cosine: float) -> float | None:
     return min((rate for rate, lowest in cosines.items() if cosine >= lowest), default=None)
 
 
-def from_checkpoint(calibration: dict | None, far: float, persons: int, source: str) -> dict | None:
+def from_checkpoint(calibration: dict | None, far: float, persons: int, *, template: str, source: str) -> dict | None:
     """A threshold like that of `calibrate` for a gallery of so many `persons`, by what `measure` found.
 
     A stranger is matched against each of them, so the rate of pairs that counts is `far` over their number. Without a
     rate as low as that, the lowest one that was measured counts, and `far` is what it comes to. None if there is no
     calibration, or no rate in it. Raises UserError if it is damaged.
     """
-    cosines = measured_cosines(calibration, source)
+    cosines = measured_cosines(calibration, template, source)
     if not cosines:
         return None
     try:
         counts = {name: int(calibration[name]) for name in ("queries", "pairs")}
         bound = None if calibration["quality"] is None else float(calibration["quality"])
-        template = str(calibration["template"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source}: its calibration is damaged; train it again, or set CALIBRATE_ON") from error
     rate = max([rate for rate in cosines if rate * persons <= far], default=min(cosines))

@@ -103,7 +103,7 @@ def main() -> list[Answer] | list[PairAnswer]:
         gallery, lines = enroll_persons(saved, persons, reader, quality_bound(threshold))
         gallery, removals = remove_persons(gallery, persons)
         if threshold is not None and "pairs" in threshold:  # the checkpoint's, by the number of persons
-            threshold = reader.threshold(len(gallery.persons))
+            threshold = reader.threshold(len(gallery.persons), TEMPLATE)
         gallery = replace(gallery, template=TEMPLATE, threshold=threshold)
         changed = saved is None or enrolment.state_of(gallery) != enrolment.state_of(saved)
         if changed and common.is_main():
@@ -205,13 +205,15 @@ class FaceReader:
         """From a photo to what the network sees."""
         return eval_transform(self.crop.size, self.crop.fraction, frames)
 
-    def threshold(self, persons: int) -> dict | None:
+    def threshold(self, persons: int, template: str) -> dict | None:
         """By THRESHOLD, or by the checkpoint's own calibration for a gallery of so many persons; None: it has none."""
-        found = calibration.from_checkpoint(self.calibration, FALSE_ACCEPT, persons, source=str(CHECKPOINT))
+        found = calibration.from_checkpoint(
+            self.calibration, FALSE_ACCEPT, persons, template=template, source=str(CHECKPOINT)
+        )
         if found is not None and REFUSE is None:
             found |= {"quality": None}
         if THRESHOLD is not None:
-            return calibration.by_hand(THRESHOLD, found and found["quality"], TEMPLATE)
+            return calibration.by_hand(THRESHOLD, found and found["quality"], template)
         return found
 
     def read(self, photos: Sequence[Path], folder: Path, most: int | None = None) -> list[Reading]:
@@ -271,7 +273,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
     CALIBRATE_ON has no distorted photo, or is None while the gallery was calibrated with other settings.
     """
     if THRESHOLD is not None:
-        return reader.threshold(persons=1)
+        return reader.threshold(1, TEMPLATE)
     held = gallery.threshold if gallery is not None else None
     if held is not None and (held["far"] is None or "pairs" in held):  # not of a CALIBRATE_ON
         held = None
@@ -286,7 +288,7 @@ def find_threshold(gallery: Gallery | None, reader: FaceReader) -> dict | None:
                 f"REFUSE = {held['refuse']}, now {FALSE_ACCEPT}, {TEMPLATE!r} and {REFUSE}; set them back, or set "
                 "CALIBRATE_ON"
             )
-        return reader.threshold(persons=1)
+        return reader.threshold(1, TEMPLATE)
     if not CALIBRATE_ON.is_dir():
         raise UserError(
             f"CALIBRATE_ON = {CALIBRATE_ON}: no such folder; correct it, or set it to None to keep the threshold of "
@@ -475,10 +477,10 @@ def identify_photos(gallery: Gallery, photos: Sequence[Path], reader: FaceReader
 def compare_pairs(pairs: Sequence[tuple[Path, Path]]) -> list[PairAnswer]:
     """Compare the photos of each pair, by THRESHOLD or by FALSE_ACCEPT of the checkpoint's calibration."""
     reader = FaceReader(common.pick_device())
-    threshold = reader.threshold(persons=1)
+    threshold = reader.threshold(1, "best")  # photo against photo
     photos = list(dict.fromkeys(photo for pair in pairs for photo in pair))
     readings, embeddings = reader.embed(photos, "photos", bound=quality_bound(threshold), most=1)
-    cosines = calibration.measured_cosines(reader.calibration, source=str(CHECKPOINT))
+    cosines = calibration.measured_cosines(reader.calibration, "best", source=str(CHECKPOINT))
     answers = compare(pairs, readings, embeddings, threshold=threshold and threshold["cosine"], cosines=cosines)
     if JSON_LINES is not None and common.is_main():
         write_json_lines(JSON_LINES, answers)
