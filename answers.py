@@ -115,7 +115,7 @@ def remove_pictures(folder: Path, keep: Collection[Path]) -> None:
     """Remove what `annotate` wrote to `folder`, which may show other people; what else lies there stays, and `keep`."""
     for path in sorted(folder.glob("*.jpg")):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=["JPEG"]) as image:
                 is_ours = image.info.get("comment") == MADE_BY
             if is_ours and path.resolve() not in keep:
                 path.unlink()

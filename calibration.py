@@ -67,10 +67,9 @@ def calibrate(gallery: Gallery, queries: Queries, far: float, source: str, refus
     if refuse is not None and not 0 <= refuse < 1:
         raise UserError(f"REFUSE = {refuse!r}: expected a share of clean photos, 0 or more and below 1, such as 0.01")
     total, bound = len(queries.paths), None if refuse is None else quality_bound(gallery, refuse)
-    if bound is not None and queries.quality is not None:
-        queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
-        if not queries.paths:
-            raise UserError(f"{source}: none of its {total} distorted photos is usable (REFUSE = {refuse:g})")
+    queries = usable(queries, bound)
+    if not queries.paths:
+        raise UserError(f"{source}: none of its {total} distorted photos is usable (REFUSE = {refuse:g})")
     found = metrics.ranking(score(gallery, queries, [gallery.template])[gallery.template])
     used = len(found.rival)
     check_calibration(len(gallery.persons), used, far=far, source=source)
@@ -98,6 +97,13 @@ def quality_bound(gallery: Gallery, refuse: float) -> float | None:
     return gallery.quality.sort().values[metrics.rounded_down(refuse, len(gallery.quality))].item()
 
 
+def usable(queries: Queries, bound: float | None) -> Queries:
+    """The queries of at least that quality; all without a bound, or of a model that does not rate photos."""
+    if bound is None or queries.quality is None:
+        return queries
+    return queries.subset((queries.quality >= bound).nonzero()[:, 0])
+
+
 # --- of a checkpoint --------------------------------------------------------------------------------------------------
 
 
@@ -123,8 +129,7 @@ def measure(gallery: Gallery, queries: Queries) -> dict:
     queries, persons: how many; clean: how many photos of the gallery; quality: the bound of `quality_bound`, or None.
     """
     bound = quality_bound(gallery, REFUSE)
-    if bound is not None and queries.quality is not None:
-        queries = queries.subset((queries.quality >= bound).nonzero()[:, 0])
+    queries = usable(queries, bound)
     scores = score(gallery, queries)
     others = {name: of.matrix[of.truth[:, None] != torch.arange(len(gallery.persons))] for name, of in scores.items()}
     pairs = len(others["mean"])

@@ -55,8 +55,10 @@ RANGES = {
 
 
 # The scripts' constants that are paths of files and folders, and those of them that may be None.
-PATHS = ("DATA_DIR", "RUN_DIR", "STAGE1_CHECKPOINT", "RESULTS_DIR", "GALLERY", "IN_DIR", "OUT_DIR", "OUT", "SOURCE_DIR")
-PATHS += ("PAIRS_FILE",)
+PATHS = (
+    *("DATA_DIR", "RUN_DIR", "STAGE1_CHECKPOINT", "RESULTS_DIR", "GALLERY"),
+    *("IN_DIR", "OUT_DIR", "OUT", "SOURCE_DIR", "PAIRS_FILE"),
+)
 PATHS_OR_NONE = (
     "CHECKPOINT",
     "COMPARE_WITH",
@@ -66,8 +68,9 @@ PATHS_OR_NONE = (
     "ANNOTATED",
     "LFW_DIR",
     "PHOTOS_DIR",
+    "EXTRA_FACES",
+    "FIGURES",
 )
-PATHS_OR_NONE += ("EXTRA_FACES", "FIGURES")
 
 
 class UserError(ValueError):

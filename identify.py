@@ -92,8 +92,11 @@ def main() -> list[Answer] | list[PairAnswer]:
     common.resolve_constants(globals())
     check_constants()
     if PAIRS is not None:
-        return compare_pairs(read_pairs(PAIRS))
+        pairs = read_pairs(PAIRS)
+        check_json_lines([photo for pair in pairs for photo in pair])
+        return compare_pairs(pairs)
     photos = collect_photos("PHOTOS", PHOTOS)
+    check_json_lines(photos)
     persons = scan_persons(ENROLL, check_images=False) if ENROLL is not None else []
     reader = FaceReader(common.pick_device())
     # One of several processes locks and writes.
@@ -159,12 +162,15 @@ def check_constants() -> None:
                     "choose a folder outside PHOTOS"
                 )
         checkpoints.check_writable("ANNOTATED", ANNOTATED, folder=True)
-    if JSON_LINES is not None:
-        pairs = [] if PAIRS is None else read_pairs(PAIRS)
-        photos = [photo for pair in pairs for photo in pair] or collect_photos("PHOTOS", PHOTOS)
-        if JSON_LINES.resolve() in {path.resolve() for path in (GALLERY, CHECKPOINT, *photos) if path}:
-            raise UserError(f"JSON_LINES = {JSON_LINES}: would overwrite a file that is read; choose another name")
-        checkpoints.check_writable("JSON_LINES", JSON_LINES, folder=False)
+
+
+def check_json_lines(photos: Sequence[Path]) -> None:
+    """Raise UserError, before anything slow, for a JSON_LINES that cannot be written, or is a file that is read."""
+    if JSON_LINES is None:
+        return
+    if JSON_LINES.resolve() in {path.resolve() for path in (GALLERY, CHECKPOINT, *photos) if path}:
+        raise UserError(f"JSON_LINES = {JSON_LINES}: would overwrite a file that is read; choose another name")
+    checkpoints.check_writable("JSON_LINES", JSON_LINES, folder=False)
 
 
 # --- photo -> face -> embedding ---------------------------------------------------------------------------------------
