@@ -19,16 +19,17 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from common import UserError, first_line, read_plain
 
-EMBEDDING_DIM = 512  # numbers in the embedding of a face, of every backbone: a teacher may be another one
+RESNET_DIM = 512  # as many as facenet's, so that a resnet50 can have a facenet as its teacher
 CONNECT_TIMEOUT = 30  # seconds without a response after which a download is given up
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network from face crops (B, 3, H, W), standardized as (x - 127.5) / 128, to features (B, EMBEDDING_DIM), which
-    are not normalized.
+    """A network from face crops (B, 3, H, W), standardized as (x - 127.5) / 128, to features (B, dim), which are not
+    normalized.
 
     build: dropout (0..1) before the last linear layer, in training only -> the network, with random weights.
+    dim: numbers in the embedding of a face.
     blocks: that FREEZE_UNTIL may name, in the order of the data; what follows them always trains.
     weights: of released ones, name -> URL.
     classifier: how the names of parameters begin that released files have and the network has not, or has otherwise.
@@ -36,6 +37,7 @@ class Backbone:
     """
 
     build: Callable[[float], nn.Module]
+    dim: int
     blocks: tuple[str, ...]
     weights: dict[str, str]
     classifier: str
@@ -55,8 +57,8 @@ class ResNet50(ResNet):
 
     def __init__(self, dropout: float):
         super().__init__(Bottleneck, [3, 4, 6, 3])
-        norm = nn.BatchNorm1d(EMBEDDING_DIM, eps=0.001)
-        self.fc = nn.Sequential(nn.Dropout(dropout), nn.Linear(2048, EMBEDDING_DIM, bias=False), norm)
+        norm = nn.BatchNorm1d(RESNET_DIM, eps=0.001)
+        self.fc = nn.Sequential(nn.Dropout(dropout), nn.Linear(2048, RESNET_DIM, bias=False), norm)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer("deviation", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
@@ -68,6 +70,7 @@ _RELEASE = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9
 BACKBONES = {
     "facenet": Backbone(
         build=facenet,
+        dim=512,
         blocks=(
             "conv2d_1a",
             "conv2d_2a",
@@ -90,6 +93,7 @@ BACKBONES = {
     ),
     "resnet50": Backbone(
         build=ResNet50,
+        dim=RESNET_DIM,
         blocks=("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"),
         weights={"imagenet": ResNet50_Weights.IMAGENET1K_V2.url},  # 98 MB: objects, no faces
         classifier="fc.",

@@ -27,13 +27,15 @@ class Embedded:
     """Photos as a model sees them, on the CPU.
 
     embeddings: (N, D) float32, rows of norm 1. quality: (N,) float32, see models.FaceNet; None of a model without one.
+    wide: whether an embedding is of a face beside its whole frame, in halves (models.Crops).
     """
 
     embeddings: Tensor
     quality: Tensor | None
+    wide: bool = False
 
     def rows(self, chosen: slice) -> "Embedded":
-        return Embedded(self.embeddings[chosen], rated_rows(self.quality, chosen))
+        return Embedded(self.embeddings[chosen], rated_rows(self.quality, chosen), self.wide)
 
 
 @torch.inference_mode()
@@ -90,4 +92,5 @@ def embed(
         raise UserError(
             f"{first}: its embedding is not finite or zero; the model's weights diverged, go back to an earlier one"
         )
-    return Embedded(embeddings, quality if rates else None)
+    wide = getattr(model, "crops", None) is not None
+    return Embedded(embeddings, quality if rates else None, wide)

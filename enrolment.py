@@ -19,7 +19,8 @@ from scores import TEMPLATES, TIE, person_scores
 
 FORMAT = 2  # of the gallery files
 FIELDS = ("embeddings", "labels", "persons", "paths", "template", "made_by", "threshold", "quality")
-OPTIONAL = "digests"  # which galleries of earlier versions lack
+OPTIONAL = ("digests", "wide")  # which galleries of earlier versions lack
+EARLIER_DIM = 512  # numbers of a face in galleries of earlier versions; those with more have the whole frame beside it
 # What a threshold states, see calibration.calibrate.
 STATED = {"cosine": float, "far": (float, type(None)), "template": str, "strangers": int, "persons": int, "source": str}
 STATED |= {"quality": (float, type(None)), "refuse": (float, int, type(None)), "unusable": int}
@@ -28,8 +29,9 @@ STATED |= {"quality": (float, type(None)), "refuse": (float, int, type(None)), "
 # --- enroll and remove ------------------------------------------------------------------------------------------------
 
 
-def empty_gallery(dimensions: int, *, template: str, made_by: dict, rated: bool) -> Gallery:
-    """A gallery without photos, for embeddings of `dimensions` numbers. rated: whether photos have a quality."""
+def empty_gallery(dimensions: int, *, template: str, made_by: dict, rated: bool, wide: bool) -> Gallery:
+    """A gallery without photos, for embeddings of `dimensions` numbers. rated: whether photos have a quality; wide: see
+    Gallery."""
     return Gallery(
         embeddings=torch.empty(0, dimensions),
         labels=torch.empty(0, dtype=torch.int64),
@@ -38,6 +40,7 @@ def empty_gallery(dimensions: int, *, template: str, made_by: dict, rated: bool)
         template=template,
         made_by=made_by,
         quality=torch.empty(0) if rated else None,
+        wide=wide,
     )
 
 
@@ -188,6 +191,7 @@ def similar_persons(gallery: Gallery, embeddings: Tensor, count: int) -> list[li
             gallery=gallery.weighted,
             labels=gallery.labels,
             template=gallery.template,
+            wide=gallery.wide,
         )
         values, labels = scores.matrix.sort(dim=1, descending=True, stable=True)
         for cosines, persons in zip(values[:, :count].tolist(), labels[:, :count].tolist(), strict=True):
@@ -200,7 +204,7 @@ def similar_persons(gallery: Gallery, embeddings: Tensor, count: int) -> list[li
 
 def save_gallery(path: Path, gallery: Gallery) -> None:
     """Write tensors and plain types, atomically; of photos their absolute paths and digests only."""
-    content = {"format": FORMAT} | {name: getattr(gallery, name) for name in (*FIELDS, OPTIONAL)}
+    content = {"format": FORMAT} | {name: getattr(gallery, name) for name in (*FIELDS, *OPTIONAL)}
     with atomic_file(path) as file:
         torch.save(content | {"paths": [str(absolute(photo)) for photo in gallery.paths]}, file)
 
@@ -228,7 +232,8 @@ def load_gallery(path: Path, made_by: dict | None = None) -> Gallery:
         made_by=saved["made_by"],
         threshold=saved["threshold"],
         quality=saved["quality"],
-        digests=saved.get(OPTIONAL, []),
+        digests=saved.get("digests", []),
+        wide=saved.get("wide", saved["embeddings"].shape[1] > EARLIER_DIM),
     )
     gallery = select(gallery, range(len(gallery.paths)), [plain_name(name) for name in names_of(gallery)])
     expected = gallery.made_by if made_by is None else made_by
@@ -272,10 +277,13 @@ def _fault_of_photos(saved: dict) -> str | None:
         isinstance(quality, Tensor) and quality.dtype == torch.float32 and quality.shape == shape
     ):
         return "its quality is not one number per embedding"
-    digests = saved.get(OPTIONAL, [])
+    digests = saved.get("digests", [])
     known = isinstance(digests, list) and all(isinstance(digest, str) for digest in digests)
     if not known or len(digests) not in (0, len(embeddings)):
         return "its digests are not one text per embedding"
+    wide = saved.get("wide", False)
+    if not isinstance(wide, bool) or (wide and embeddings.shape[1] % 2):
+        return "its embeddings are not a face beside a whole frame"
     return None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from common import UserError, check_compiler, optional_package
-from models import FaceNet
+from models import Crops, FaceNet
 
 # Backends that run outside torch, on the CPU, and the optional packages that they need.
 PACKAGES = {
@@ -51,8 +51,11 @@ def accelerated(
     if backend in PACKAGES:
         exported = to_onnx(model, image_size, metadata={})
         if backend == "openvino-int8":
-            return Int8FaceNet(exported, photos)
-        return OnnxFaceNet(exported) if backend == "onnxruntime" else OpenVinoFaceNet(exported)
+            network = Int8FaceNet(exported, photos)
+        else:
+            network = OnnxFaceNet(exported) if backend == "onnxruntime" else OpenVinoFaceNet(exported)
+        network.crops = model.crops
+        return network
     network = fused(model).to(device)
     if backend == "compiled":
         network.forward = torch.compile(network.forward)
@@ -151,6 +154,7 @@ class _Exported(nn.Module):
 
     memory_format = torch.contiguous_format  # what the runtimes take without a copy
     rates = True  # has rated()
+    crops: Crops | None = None  # of the FaceNet that was exported
     package: str  # of the runtime
 
     def __init__(self, exported: bytes):

@@ -33,6 +33,7 @@ class Gallery:
     threshold: of `calibrate`; None: every query is given a name.
     quality: (G,) float32, of each photo as the model rates it; None where it does not.
     digests: SHA-256 of each photo's bytes when it was enrolled, "" where not known; []: of none.
+    wide: whether an embedding is of a face beside its whole frame, in halves (models.Crops).
     """
 
     embeddings: Tensor
@@ -44,6 +45,7 @@ class Gallery:
     threshold: dict | None = None
     quality: Tensor | None = None
     digests: list[str] = field(default_factory=list)
+    wide: bool = False
 
     @property
     def weighted(self) -> Tensor:
@@ -53,7 +55,7 @@ class Gallery:
 
     def templates(self, template: str) -> tuple[Tensor, Tensor]:
         """(T, D) rows of norm 1 to match against, and (T,) their labels; see scores.templates."""
-        return templates(self.weighted, self.labels, template)
+        return templates(self.weighted, self.labels, template, self.wide)
 
 
 def build_gallery(
@@ -123,6 +125,7 @@ def _gallery(
         template=template,
         made_by=made_by or {},
         quality=found.quality,
+        wide=found.wide,
     )
 
 
@@ -372,6 +375,7 @@ def score(gallery: Gallery, queries: Queries, templates: Sequence[str] = TEMPLAT
             gallery=gallery.weighted,
             labels=gallery.labels,
             template=template,
+            wide=gallery.wide,
         )
         for template in templates
     }

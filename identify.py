@@ -392,7 +392,11 @@ def enroll_persons(
         rated = used[0][1].quality is not None
         if gallery is None:
             gallery = enrolment.empty_gallery(
-                embeddings.shape[1], template=TEMPLATE, made_by=reader.made_by, rated=rated
+                embeddings.shape[1],
+                template=TEMPLATE,
+                made_by=reader.made_by,
+                rated=rated,
+                wide=reader.model.crops is not None,
             )
         quality = torch.tensor([reading.quality for _, reading in used]) if rated else None
         gallery = add_photos(gallery, [photo for photo, _ in used], embeddings, quality)

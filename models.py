@@ -49,8 +49,8 @@ class FaceNet(nn.Module):
     Frozen weights take no gradient, so no backward pass runs through them, and frozen BatchNorm keeps its statistics
     in train mode too.
 
-    Without `crops`, images are face crops and D = EMBEDDING_DIM. With them images are whole frames, of which the first
-    network sees the centre and a second one everything, and D = 2 EMBEDDING_DIM:
+    Without `crops`, images are face crops and D is the backbone's, `dim`. With them images are whole frames, of which
+    the first network sees the centre and a second one everything, and D = 2 dim:
         z = [g f, w v] / norm
     f: embedding of the face, the frame's centre; v: embedding of the whole frame; w: wide_weight; g: the gate, 0 where
     the face is burnt out, else 1. In the cosine of two such embeddings hair, clothes and background have a share of
@@ -77,7 +77,7 @@ class FaceNet(nn.Module):
         super().__init__()
         self.mirror = mirror
         check_backbone(backbone)
-        blocks = BACKBONES[backbone].blocks
+        self.dim, blocks = BACKBONES[backbone].dim, BACKBONES[backbone].blocks
         if freeze_until is not None and freeze_until not in blocks:
             raise UserError(f"FREEZE_UNTIL = {freeze_until!r}: expected None or one of {', '.join(map(repr, blocks))}")
         if not 0 <= dropout < 1:
@@ -103,7 +103,7 @@ class FaceNet(nn.Module):
         return self
 
     def forward(self, images: Tensor, part: str = "both") -> Tensor:
-        """The embedding; with crops, `part` "face" or "wide" gives that part alone, (B, EMBEDDING_DIM) of norm 1."""
+        """The embedding; with crops, `part` "face" or "wide" gives that part alone, (B, dim) of norm 1."""
         if part == "face" or self.crops is None:  # without crops the face is all there is
             return self._embed(self.backbone, self.face(images))[0]
         return self._embed(self.wide, self.whole(images))[0] if part == "wide" else self.rated(images)[0]
@@ -122,7 +122,7 @@ class FaceNet(nn.Module):
         return F.normalize(both), quality
 
     def _embed(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, EMBEDDING_DIM) of norm 1, and the norm before normalization, (B,)."""
+        """(B, dim) of norm 1, and the norm before normalization, (B,)."""
         features = network(images).float()  # half precision under autocast would give a norm of 1 to three digits only
         embedding, norm = F.normalize(features), features.norm(dim=1)
         if self.mirror and not self.training:

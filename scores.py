@@ -1,8 +1,8 @@
 """Scores of queries against the persons of a gallery. They are computed once; metrics.py reads every figure from them.
 
 A query's score against a person is its cosine with the person's mean embedding (template "mean") or with the person's
-most similar photo ("best"). Embeddings of a face beside a whole frame (models.Crops, D > 512) average the faces only,
-see `templates`.
+most similar photo ("best"). Where embeddings are of a face beside a whole frame, in halves (`wide`, see models.Crops),
+the faces alone are averaged, see `templates`.
 
 Shapes used throughout: queries (Q, D), rows of norm 1; gallery (G, D), likewise, or rows whose norm is the weight of
 the photo in its person's mean; labels (G,) int64 in 0..P-1, the person of each gallery row, every person with at least
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbones import EMBEDDING_DIM
 from common import UserError
 
 TEMPLATES = ("mean", "best")  # a person's mean embedding, or the best match over its photos
@@ -59,7 +58,7 @@ class Scores:
 
 
 def person_scores(
-    queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str
+    queries: Tensor, truth: Tensor, sources: Tensor, gallery: Tensor, labels: Tensor, template: str, wide: bool
 ) -> Scores:
     """Scores of all queries against all persons. A query with a source is scored against its person's other photos.
 
@@ -68,12 +67,8 @@ def person_scores(
     check_template(template)
     if len(queries) == 0 or len(gallery) == 0:
         raise ValueError(f"retrieval needs queries and a gallery, got {len(queries)} and {len(gallery)} rows")
-    if template == "best":
-        match = _match_photos
-    elif gallery.shape[1] <= EMBEDDING_DIM:
-        match = _match_means
-    else:
-        match = _match_mean_faces
+    match_means = _match_mean_faces if wide else _match_means
+    match = match_means if template == "mean" else _match_photos
     matrix = match(queries, sources, gallery, labels)
     rows = (sources >= 0).nonzero()[:, 0]
     own = labels[sources[rows]]
@@ -100,19 +95,19 @@ def photo_cosines(queries: Tensor, sources: Tensor, gallery: Tensor, held: int =
 # --- templates --------------------------------------------------------------------------------------------------------
 
 
-def templates(gallery: Tensor, labels: Tensor, template: str) -> tuple[Tensor, Tensor]:
+def templates(gallery: Tensor, labels: Tensor, template: str, wide: bool) -> tuple[Tensor, Tensor]:
     """(T, D) rows of norm 1 to match against, and (T,) their labels: a person's score is that of its best row.
 
-    "best": all photos. "mean": one row per person. Embeddings of a face and a whole frame have a row per photo under
-    "mean" too: the mean of the person's faces beside the frame of that one photo. A frame's embedding identifies a
-    photo rather than a person, and the mean of several frames resembles none of them. A person whose faces are all
+    "best": all photos. "mean": one row per person. Embeddings of a face and a whole frame (`wide`) have a row per photo
+    under "mean" too: the mean of the person's faces beside the frame of that one photo. A frame's embedding identifies
+    a photo rather than a person, and the mean of several frames resembles none of them. A person whose faces are all
     burnt out is matched by its frames alone.
     Raises UserError for an unknown template.
     """
     check_template(template)
     if template == "best":
         return _unit(gallery), labels
-    if gallery.shape[1] <= EMBEDDING_DIM:
+    if not wide:
         return mean_templates(gallery, labels), torch.arange(int(labels.max()) + 1)
     faces, frames, share = _faces_and_frames(gallery)
     means = mean_templates(faces, labels)[labels]
@@ -135,14 +130,14 @@ def _unit(gallery: Tensor) -> Tensor:
 
 
 def _faces_and_frames(gallery: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Faces (G, 512), of norm `share` times the photo's weight, or 0 where burnt out; frames, of norm 1; and share, the
-    norm of a face beside a frame."""
-    faces, frames = gallery[:, :EMBEDDING_DIM], F.normalize(gallery[:, EMBEDDING_DIM:])
-    return faces, frames, min(1.0, (faces.norm(dim=1) / gallery.norm(dim=1)).max().item())
+    """Faces (G, D / 2), of norm `share` times the photo's weight, or 0 where burnt out; frames, of norm 1; and share,
+    the norm of a face beside a frame."""
+    faces, frames = gallery.chunk(2, dim=1)
+    return faces, F.normalize(frames), min(1.0, (faces.norm(dim=1) / gallery.norm(dim=1)).max().item())
 
 
 def _frame_norm(means: Tensor, share: float) -> Tensor:
-    """The norm of the frame beside each mean face (N, 512), of norm 1 or 0, so that both together have norm 1."""
+    """The norm of the frame beside each mean face (N, D / 2), of norm 1 or 0, so that both together have norm 1."""
     return torch.where(means.any(1), math.sqrt(max(1 - share**2, 1e-12)), 1.0)
 
 
@@ -173,8 +168,9 @@ def _match_mean_faces(queries: Tensor, sources: Tensor, gallery: Tensor, labels:
     rows = (sources >= 0).nonzero()[:, 0]
     rest = _means_without(sources[rows], faces, labels)
     frame_norm[rows, labels[sources[rows]]] = _frame_norm(rest, share)
-    of_faces = _match_means(queries[:, :EMBEDDING_DIM], sources, faces, labels)
-    of_frames = _match_photos(queries[:, EMBEDDING_DIM:], sources, frames, labels)
+    query_faces, query_frames = queries.chunk(2, dim=1)
+    of_faces = _match_means(query_faces, sources, faces, labels)
+    of_frames = _match_photos(query_frames, sources, frames, labels)
     return share * of_faces + frame_norm * of_frames
 
 

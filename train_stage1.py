@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch.optim import AdamW
 from torch.utils.data import BatchSampler, SequentialSampler
 
-import backbones
 import calibration
 import common
 import distributed
@@ -158,7 +157,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     model, pretrained_weights = load_network(saved)
     model = model.to(device, memory_format=torch.channels_last)
-    head = ArcMarginProduct(backbones.EMBEDDING_DIM, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
+    head = ArcMarginProduct(model.dim, len(train_set.persons), s=SCALE, m=MARGIN, easy_margin=EASY_MARGIN)
     head = head.to(device)
     groups = [
         {"name": "backbone", "params": optimisation.trainable(model), "lr": BACKBONE_LR},

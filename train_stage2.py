@@ -38,6 +38,7 @@ import distributed
 import optimisation
 import training
 import validation
+from backbones import BACKBONES
 from common import UserError
 from constants import course
 from datasets import (
@@ -258,10 +259,21 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
     if TEACHER is None:
         teacher = copy.deepcopy(model)
     else:
+        check_teacher(stage1["backbone"])
         teacher = FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR, constant="TEACHER").to(device)
     if WIDE_WEIGHT:
         model.widen(Crops(stage1["face_crop"], WIDE_SIZE, WIDE_WEIGHT))
     return model, teacher.to(memory_format=torch.channels_last), stage1
+
+
+def check_teacher(backbone: str) -> None:
+    """Raises UserError unless embeddings of `backbone` can be pulled to those of TEACHER, a facenet."""
+    dim, of_teacher = BACKBONES[backbone].dim, BACKBONES["facenet"].dim
+    if dim != of_teacher:
+        raise UserError(
+            f"TEACHER = {str(TEACHER)!r}: embeddings of a facenet have {of_teacher} numbers, those of stage 1's "
+            f"{backbone} {dim}; set TEACHER = None, and the network of stage 1 is its own teacher"
+        )
 
 
 def frame_size(stage1: dict) -> int:
@@ -337,7 +349,7 @@ class Losses:
     """The terms of the loss, on the embeddings of a whole batch."""
 
     def __init__(self, bank: Tensor, labels: Tensor, persons: int):
-        """bank: (N, 512), the teacher's embeddings of the clean photos; labels: (N,) int64, their persons.
+        """bank: (N, D), the teacher's embeddings of the clean photos; labels: (N,) int64, their persons.
 
         Labels from `persons` on are of single photos, whose person is not known.
         """
@@ -346,7 +358,7 @@ class Losses:
         self.contrastive, self.source = ContrastiveLoss(CONTRASTIVE_MARGIN), SourceLoss(TEMPERATURE)
 
     def of_faces(self, face: Tensor, gate: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """face: (B, 512) of distorted photos; gate: (B,), 0 where no face shows; source: (B,), rows of the bank.
+        """face: (B, D) of distorted photos; gate: (B,), 0 where no face shows; source: (B,), rows of the bank.
 
         The anchor is frozen: the distorted photo is pulled to it and pushed from the nearest other person.
         """
@@ -368,7 +380,7 @@ class Losses:
         return CONTRASTIVE_WEIGHT * contrastive, values
 
     def of_frames(self, clean: Tensor, distorted: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """clean, distorted: (B, 512) of whole frames, which find each other within the batch."""
+        """clean, distorted: (B, D) of whole frames, which find each other within the batch."""
         places = torch.arange(len(source), device=source.device)
         instance = self.source(distorted, clean, source=places, same_person=self.same_person(source, among=source))
         return INSTANCE_WEIGHT * instance, {"instance_loss": instance.detach()}

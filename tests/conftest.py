@@ -104,7 +104,7 @@ class TinyNet(FaceNet):
             nn.Dropout(dropout),
             nn.Linear(16, 512),
         )
-        self.crops, self.wide, self.mirror = None, None, mirror
+        self.dim, self.crops, self.wide, self.mirror = 512, None, None, mirror
         if crops:
             self.widen(crops)
         self._frozen = [self.backbone[:5].requires_grad_(False)] if freeze_until else []

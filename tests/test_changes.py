@@ -39,7 +39,7 @@ def persons(folder: str = "people") -> list[Person]:
 
 def add(gallery: Gallery | None, photos: list[Photo]) -> Gallery:
     """`gallery` with `photos`, each at an angle of its own."""
-    gallery = gallery or empty_gallery(2, template="mean", made_by={}, rated=False)
+    gallery = gallery or empty_gallery(2, template="mean", made_by={}, rated=False, wide=False)
     angles = [len(gallery.paths) + number for number in range(len(photos))]
     return enroll(
         gallery,

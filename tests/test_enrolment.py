@@ -40,7 +40,7 @@ def of(names: str, *degrees: float, template: str = "best", quality: Tensor | No
     """A gallery from scratch: a name per word of `names`, its photo <word number>.png at an angle in the plane."""
     persons = names.split()
     paths = [Path(f"{number}.png") for number in range(len(persons))]
-    empty = empty_gallery(2, template=template, made_by=MODEL, rated=quality is not None)
+    empty = empty_gallery(2, template=template, made_by=MODEL, rated=quality is not None, wide=False)
     return enroll(empty, rows_at(*degrees), persons, paths, quality)
 
 
@@ -77,7 +77,7 @@ def tree(tmp_path) -> Path:
 @pytest.mark.parametrize("calls", ["ann/1 ann/2 bob/1 cy/1 cy/2 cy/3", "cy/1 cy/2, bob/1 cy/3 ann/1, ann/2"])
 def test_photos_enrolled_in_several_calls_make_the_gallery_of_all_at_once(tree, caplog, calls):
     whole = build_gallery(MeanColour(), tree, as_float, "cpu", template="best", made_by=MODEL)
-    kept = empty_gallery(3, template="best", made_by=MODEL, rated=False)
+    kept = empty_gallery(3, template="best", made_by=MODEL, rated=False, wide=False)
     for names in calls.split(", "):
         paths = [tree / f"{name}.png" for name in names.split()]
         before, embeddings = kept, embed(MeanColour(), paths, as_float, "cpu").embeddings
@@ -243,7 +243,7 @@ def crowd(template: str, seed: int = 0, dims: int = 16) -> Gallery:
     """8 persons of 3 photos each."""
     names = [f"p{number}" for number in range(8) for _ in range(3)]
     paths = [Path(f"{number}.png") for number in range(24)]
-    empty = empty_gallery(dims, template=template, made_by=MODEL, rated=False)
+    empty = empty_gallery(dims, template=template, made_by=MODEL, rated=False, wide=False)
     return enroll(empty, unit_rows(24, dims, seed), names, paths)
 
 
@@ -347,15 +347,15 @@ def test_what_is_saved_comes_back_exactly(tmp_path, template, threshold):
     names = ["Zoë Ångström", "李小龍", "a\nb", "\udcff"]  # the last one: a file name that is not UTF-8
     paths = [Path(f"photos/{name}/1 ü.jpg") for name in names]
     rated = threshold is not None
-    empty = empty_gallery(512, template=template, made_by=MODEL, rated=rated)
-    before = enroll(empty, unit_rows(4, 512, seed=3), names, paths, torch.rand(4) if rated else None)
+    empty = empty_gallery(64, template=template, made_by=MODEL, rated=rated, wide=rated)
+    before = enroll(empty, unit_rows(4, 64, seed=3), names, paths, torch.rand(4) if rated else None)
     before = replace(before, threshold=threshold)
     save_gallery(tmp_path / "new" / "gallery.pt", before)
     after = load_gallery(tmp_path / "new" / "gallery.pt", MODEL)
     assert torch.equal(after.quality, before.quality) if rated else after.quality is None
     assert torch.equal(after.embeddings, before.embeddings) and torch.equal(after.labels, before.labels)
     assert after.paths == [Path.cwd() / path for path in before.paths]  # wherever the next script runs
-    for name in ("persons", "template", "made_by", "threshold"):
+    for name in ("persons", "template", "made_by", "threshold", "wide"):
         assert getattr(after, name) == getattr(before, name)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["gallery.pt"]
 
@@ -372,6 +372,14 @@ def test_another_model_is_refused_with_the_differences(saved, model, differences
     with pytest.raises(UserError) as e:
         load_gallery(saved, model)
     assert str(e.value).startswith(f"{saved}: made by another model ({differences}), so its embeddings cannot be")
+
+
+@pytest.mark.parametrize("dims, wide", [(512, False), (1024, True)])
+def test_a_gallery_of_an_earlier_version_is_of_faces_of_512_numbers(saved, dims, wide):
+    content = torch.load(saved, weights_only=True) | {"embeddings": unit_rows(3, dims, seed=1)}
+    del content["wide"]
+    torch.save(content, saved)
+    assert load_gallery(saved).wide == wide
 
 
 def test_a_process_killed_while_saving_leaves_the_previous_gallery(saved, monkeypatch):
@@ -405,6 +413,7 @@ NO_MATRIX, WRONG_NORM = "its embeddings are not a float32 matrix", "it holds no 
 NO_NAMES, NO_MATCH = "its persons or paths are not lists of names", "its persons or paths do not match its embeddings"
 NO_LABELS, WRONG_LABELS = "its labels are not one whole number per embedding", "its labels do not match its persons"
 NO_QUALITY, NO_TEMPLATE = "its quality is not one number per embedding", "its template or model is unknown"
+NO_FRAME = "its embeddings are not a face beside a whole frame"
 NO_THRESHOLD = "its threshold is incomplete or not a number"
 NOTHING = object()  # for a part that is missing
 
@@ -428,6 +437,7 @@ NOTHING = object()  # for a part that is missing
         ("threshold", {name: THRESHOLD[name] for name in THRESHOLD if name != "quality"}, NO_THRESHOLD),
         ("threshold", THRESHOLD | {"cosine": math.nan}, NO_THRESHOLD),
         ("quality", torch.ones(3).double(), NO_QUALITY),
+        ("wide", None, NO_FRAME),
         ("made_by", NOTHING, "its made_by is missing"),
     ],
 )

@@ -227,6 +227,7 @@ def test_embed_takes_an_exported_network_like_any_other(tmp_path, tiny, exported
     found, expected = (embed(model, paths, transform, "cpu", batch_size=2) for model in (network, tiny))
     torch.testing.assert_close(found.embeddings, expected.embeddings, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.quality, expected.quality, rtol=1e-4, atol=0)
+    assert found.wide and expected.wide
 
 
 def test_an_exported_network_takes_as_many_threads_as_torch(monkeypatch, tiny_content):

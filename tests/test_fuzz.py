@@ -154,7 +154,7 @@ def test_damaged_pretrained_weights_are_refused_or_they_load(tmp_path):
 
 
 def test_a_damaged_gallery_is_refused_or_it_identifies(tmp_path):
-    empty = enrolment.empty_gallery(2, template="mean", made_by={"image_size": 160}, rated=True)
+    empty = enrolment.empty_gallery(2, template="mean", made_by={"image_size": 160}, rated=True, wide=False)
     persons, paths = ["ann", "ann", "bob"], [Path("1.png"), Path("2.png"), Path("3.png")]
     rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
     enrolment.save_gallery(tmp_path / "whole.pt", enrolment.enroll(empty, rows, persons, paths, torch.ones(3)))

@@ -36,7 +36,7 @@ GREY, DULL = (130, 128, 127), (180, 100, 100)  # nothing to see; just enough
 class ColourNet(nn.Module):
     """FaceNet's interface; an image's mean colour, and its norm as quality. `pretrained` is its one weight."""
 
-    rates = False
+    rates, crops = False, None
     embedded = 0  # images so far
 
     def __init__(self, pretrained=None, dropout=0.0, freeze_until=None):

@@ -60,6 +60,7 @@ def leave_one_out(gallery: Tensor, labels: Tensor, template: str) -> Scores:
         gallery=gallery,
         labels=labels,
         template=template,
+        wide=False,
     )
 
 

@@ -24,6 +24,7 @@ class Case:
     sources: Tensor
     gallery: Tensor
     labels: Tensor
+    wide: bool = False
 
     def scores(self, template: str) -> Scores:
         return person_scores(
@@ -33,6 +34,7 @@ class Case:
             gallery=self.gallery,
             labels=self.labels,
             template=template,
+            wide=self.wide,
         )
 
     def average_precision(self) -> Tensor:
@@ -106,14 +108,14 @@ def test_scores_equal_a_loop_over_queries_and_persons(template, with_source, pho
 
 def test_scoring_leaves_its_inputs_unchanged():
     case = random_case(1.0)
-    before = {name: tensor.clone() for name, tensor in vars(case).items()}
+    before = {name: tensor.clone() for name, tensor in vars(case).items() if name != "wide"}
     case.scores("mean"), case.scores("best"), case.average_precision()
     assert all(torch.equal(getattr(case, name), tensor) for name, tensor in before.items())
 
 
 def test_scoring_refuses_an_unknown_template_and_empty_input():
     case = random_case()
-    for call in (case.scores, lambda template: templates(case.gallery, case.labels, template)):
+    for call in (case.scores, lambda template: templates(case.gallery, case.labels, template, case.wide)):
         with pytest.raises(ValueError, match="TEMPLATE = 'median': expected one of 'mean', 'best'"):
             call("median")
     none = torch.empty(0, dtype=torch.int64)
@@ -148,6 +150,7 @@ def test_scores_among_some_persons_equal_those_of_a_gallery_that_holds_only_them
         sources=torch.where(mated & (case.sources >= 0), new_row[case.sources.clamp(min=0)], -1),
         gallery=case.gallery[rows],
         labels=new_label[case.labels[rows]],
+        wide=case.wide,
     )
     torch.testing.assert_close(found.matrix, smaller.scores(template).matrix, rtol=0, atol=1e-6)
     assert torch.equal(found.truth, smaller.truth) and set(found.truth.tolist()) == {-1, 0, 1, 2, 3}
@@ -169,13 +172,14 @@ def test_cosines_with_photos_are_held_a_block_at_a_time_and_blocks_change_no_fig
 # --- templates --------------------------------------------------------------------------------------------------------
 
 
-def test_templates_are_one_renormalised_row_per_person_or_every_photo():
-    gallery = torch.tensor([[0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]])
+@pytest.mark.parametrize("dims", [2, 1024])
+def test_templates_are_one_renormalised_row_per_person_or_every_photo(dims):
+    gallery = F.pad(torch.tensor([[0.0, 1.0], [-1.0, 0.0], [1.0, 0.0]]), (0, dims - 2))
     labels, half = torch.tensor([1, 0, 1]), math.sqrt(0.5)
-    rows, of_person = templates(gallery, labels, "mean")
+    rows, of_person = templates(gallery, labels, "mean", wide=False)
     assert of_person.tolist() == [0, 1] and torch.equal(rows, mean_templates(gallery, labels))
-    torch.testing.assert_close(rows, torch.tensor([[-1.0, 0.0], [half, half]]))
-    rows, of_person = templates(2 * gallery, labels, "best")
+    torch.testing.assert_close(rows[:, :2], torch.tensor([[-1.0, 0.0], [half, half]]))
+    rows, of_person = templates(2 * gallery, labels, "best", wide=False)
     assert rows.tolist() == gallery.tolist() and of_person.tolist() == [1, 0, 1]
 
 
@@ -184,7 +188,7 @@ def test_templates_are_one_renormalised_row_per_person_or_every_photo():
 def test_a_persons_score_is_that_of_its_best_template_row(template, wide):
     case = faces_and_frames(queries=6, photos=11, persons=4, seed=2) if wide else random_case(0.0, (3, 1, 2, 4))
     case = replace(case, sources=torch.full_like(case.sources, -1))
-    rows, labels = templates(case.gallery, case.labels, template)
+    rows, labels = templates(case.gallery, case.labels, template, case.wide)
     assert torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-5)
     cosine = case.queries @ rows.T
     best = torch.stack([cosine[:, labels == person].amax(1) for person in range(4)], 1)
@@ -208,6 +212,7 @@ def test_the_norm_of_a_row_is_its_weight_in_the_mean_only(wide):
             sources=torch.tensor([-1]),
             gallery=case.gallery.repeat_interleave(weights, 0)[kept],
             labels=case.labels.repeat_interleave(weights)[kept],
+            wide=wide,
         )
         torch.testing.assert_close(found[[query]], one.scores("mean").matrix, rtol=0, atol=1e-5)
 
@@ -234,15 +239,15 @@ def faces_and_frames(queries: int, photos: int, persons: int, seed: int) -> Case
     truth[2] = -1
     sources[2 : queries // 2] = -1
     frames, query_frames = (torch.randn(count, 512, generator=generator) for count in (photos, queries))
-    return Case(joined(near, query_frames), truth, sources, joined(faces, frames), labels)
+    return Case(joined(near, query_frames), truth, sources, joined(faces, frames), labels, wide=True)
 
 
-@pytest.mark.parametrize("weight", [0.3, 1.0])
-def test_faces_are_averaged_and_frames_are_not(weight):
+@pytest.mark.parametrize("weight, dims", [(0.3, 512), (1.0, 512), (0.3, 32)])
+def test_faces_are_averaged_and_frames_are_not(weight, dims):
     generator = torch.Generator().manual_seed(0)
-    faces, frames, query_faces, query_frames = (torch.randn(n, 512, generator=generator) for n in (17, 17, 9, 9))
+    faces, frames, query_faces, query_frames = (torch.randn(n, dims, generator=generator) for n in (17, 17, 9, 9))
     labels = torch.arange(17) % 5
-    faces += torch.randn(5, 512, generator=generator)[labels]
+    faces += torch.randn(5, dims, generator=generator)[labels]
     faces[[2, 7, 12]] = 0  # person 2: burnt out in every photo
     faces[[3, 13]] = 0  # person 3: in all but the one that is a query's source
     query_faces[4] = 0
@@ -252,6 +257,7 @@ def test_faces_are_averaged_and_frames_are_not(weight):
         sources=torch.tensor([0, -1, 7, 3, -1, 5, 1, -1, 8]),
         gallery=joined(faces, frames, weight),
         labels=labels,
+        wide=True,
     )
     expected = torch.empty(9, 5, dtype=torch.float64)
     for q, source in enumerate(case.sources.tolist()):
@@ -265,6 +271,6 @@ def test_faces_are_averaged_and_frames_are_not(weight):
 
 def test_a_person_of_one_photo_is_that_photo_and_has_no_score_without_it():
     case = faces_and_frames(queries=3, photos=3, persons=3, seed=4)
-    torch.testing.assert_close(templates(case.gallery, case.labels, "mean")[0], case.gallery)
+    torch.testing.assert_close(templates(case.gallery, case.labels, "mean", wide=True)[0], case.gallery)
     own = replace(case, queries=case.gallery, truth=case.labels, sources=torch.arange(3))
     assert torch.equal(own.scores("mean").matrix.isfinite(), ~torch.eye(3, dtype=torch.bool))

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import train_stage1
-from backbones import EMBEDDING_DIM
+from backbones import BACKBONES
 from common import UserError, set_constants
 from embedding import embed
 from fast import BACKENDS, INPUT, PACKAGES, accelerated, to_onnx
@@ -57,6 +57,8 @@ FAST_BACKEND = "onnxruntime"  # of the rows from files and of the search: "fused
 NUM_WORKERS = (0, 2)  # of embedding.embed's rows from files, each 0..CPU cores
 PHOTOS = 256  # embedded from files in those rows, BATCH_SIZE..(STEPS + 1) x BATCH_SIZE
 GALLERY_PERSONS = 10_000  # enrolled in the rows that search, >= 1
+
+DIM = BACKBONES["facenet"].dim  # numbers in an embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,7 @@ def plain_training(data_dir: Path, settings: Settings) -> dict:
     """torch with its defaults: float32, NCHW, AdamW, images already in memory."""
     device = plain_device()
     model = FaceNet(None, dropout=0.4).to(device).train()
-    head = ArcMarginProduct(EMBEDDING_DIM, settings.persons, s=32, m=0.5).to(device)
+    head = ArcMarginProduct(model.dim, settings.persons, s=32, m=0.5).to(device)
     optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 3e-4)
     images = random_images(settings).to(device)
     labels = torch.randint(settings.persons, (settings.batch_size,), device=device)
@@ -293,7 +295,7 @@ def plain_search(data_dir: Path, settings: Settings, persons: int) -> dict:
     device = plain_device()
     model = FaceNet(None, dropout=0.0).to(device).eval()
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: settings.batch_size]
-    transform, gallery = eval_transform(settings.image_size, 0.52), torch.randn(persons, EMBEDDING_DIM, device=device)
+    transform, gallery = eval_transform(settings.image_size, 0.52), torch.randn(persons, model.dim, device=device)
 
     def search(path: Path) -> int:
         embedding = model(transform(load_image(path))[None].to(device))
@@ -310,7 +312,7 @@ def our_search(data_dir: Path, settings: Settings, backend: str, persons: int) -
     device = common.pick_device()
     model = accelerated(facenet(device), backend, settings.image_size, device)
     paths = sorted((data_dir / "train").glob("*/clean/*.jpg"))[: settings.batch_size]
-    transform, gallery = eval_transform(settings.image_size, 0.52), F.normalize(torch.randn(persons, EMBEDDING_DIM))
+    transform, gallery = eval_transform(settings.image_size, 0.52), F.normalize(torch.randn(persons, DIM))
 
     def search() -> None:
         embeddings = embed(model, paths, transform, device, batch_size=settings.batch_size).embeddings

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import checkpoints
 import common
-from backbones import EMBEDDING_DIM
 from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
 from framing import FRAME
@@ -136,7 +135,7 @@ def model_card(model: FaceNet, facts: dict, figures: dict | None) -> str:
         source="the photo" if facts["framing"] == "centre" else f"a square {FRAME:.2f} times as wide as MTCNN's box",
         side=size if crops is None else round(crops.face * size),
         mirror=model.mirror,
-        dims=EMBEDDING_DIM if crops is None else 2 * EMBEDDING_DIM,
+        dims=model.dim if crops is None else 2 * model.dim,
         names={"input": INPUT, "output": OUTPUT, "quality": QUALITY},
         figures=figures,
         columns=CARD_FIGURES,
