@@ -2,13 +2,13 @@
 
     python -m tools.export
 
-Needs the packages onnx, onnxruntime and safetensors. Writes into OUT_DIR, once both files agree with torch:
-facenet.onnx (the whole network), README.md (the model card) and, of a facenet, face.safetensors (the network of the
-face alone).
+Needs the packages onnx, onnxruntime and safetensors. Writes into OUT_DIR, once ONNX agrees with torch: <backbone>.onnx
+(the whole network), README.md (the model card) and, of a facenet, face.safetensors (the network of the face alone).
+What an earlier export of another network left there is removed, as the folder is to be uploaded whole.
 """
 
 import json
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import checkpoints
 import common
+from backbones import BACKBONES
 from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
 from framing import FRAME
@@ -35,6 +36,7 @@ IMAGE_SIZE = 160  # pixels, 76..160
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
 
 CARD_FIGURES = ("rank-1", "mAP", "EER", "TAR@FAR=0.001", "DIR@FPIR=0.01")  # columns of the card's table
+FACE_FILE = "face.safetensors"
 NEEDED = ("onnx", "onnxruntime", "safetensors")
 
 
@@ -55,7 +57,8 @@ def main() -> tuple[float, float]:
     figures = None if FIGURES is None else read_figures(FIGURES, made_by)
     size, stated = facts["image_size"], ("stage", "epoch", "pretrained", "image_size", "face_crop", "framing")
     metadata = {name: facts[name] for name in stated if name in facts}
-    metadata |= {"fingerprint": made_by, "standardization": "(x - 127.5) / 128"}
+    metadata |= {"pretrained": origin(facts["pretrained"]), "backbone": backbone_of(facts), "fingerprint": made_by}
+    metadata["standardization"] = "(x - 127.5) / 128"
     written = to_onnx(model, size, metadata)
     cosine, absolute = differences(model, OnnxFaceNet(written), size)
     if not cosine <= TOLERANCE:  # NaN too
@@ -63,13 +66,15 @@ def main() -> tuple[float, float]:
             f"{OUT_DIR}: not written, the ONNX embeddings differ from torch's by {cosine:.1e} (1 - cosine), TOLERANCE "
             f"= {TOLERANCE:.0e}; try other versions of torch, onnx and onnxruntime"
         )
-    files = {"facenet.onnx": written, "README.md": model_card(model, facts, figures).encode()}
+    files = {onnx_file(backbone_of(facts)): written, "README.md": model_card(model, facts, figures).encode()}
     if backbone_of(facts) == "facenet":  # the only one that facenet-pytorch has
-        files["face.safetensors"] = face_weights(model, metadata)
+        files[FACE_FILE] = face_weights(model, metadata)
     for name, content in files.items():
         with checkpoints.atomic_file(OUT_DIR / name) as file:
             file.write(content)
         print(f"{OUT_DIR / name}: {len(content) / 1e6:.1f} MB")
+    for name in {FACE_FILE, *map(onnx_file, BACKBONES)} - files.keys():  # of an earlier export
+        (OUT_DIR / name).unlink(missing_ok=True)
     print(f"on {sum(BATCHES)} images in batches of {', '.join(map(str, BATCHES))} the greatest difference of ONNX from")
     print(f"torch is {cosine:.1e} (1 - cosine), {absolute:.1e} in one number; README.md says how to use the files")
     return cosine, absolute
@@ -77,6 +82,15 @@ def main() -> tuple[float, float]:
 
 def backbone_of(facts: dict) -> str:
     return facts.get("backbone", "facenet")  # CHECKPOINT = None is a facenet
+
+
+def onnx_file(backbone: str) -> str:
+    return f"{backbone}.onnx"
+
+
+def origin(weights: str) -> str:
+    """The released name of weights or the name of their file, without its folder; "random"."""
+    return "random" if weights == "None" else PureWindowsPath(weights).name  # knows / and \
 
 
 def read_figures(path: Path, made_by: str) -> dict:
@@ -128,12 +142,22 @@ def model_card(model: FaceNet, facts: dict, figures: dict | None) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    size, crops = facts["image_size"], model.crops
+    size, crops, backbone = facts["image_size"], model.crops, backbone_of(facts)
+    side = size if crops is None else round(crops.face * size)
+    teacher = facts.get("teacher", "None")
     return environment.get_template("model_card.md.jinja").render(
         facts=facts,
-        backbone=backbone_of(facts),
-        source="the photo" if facts["framing"] == "centre" else f"a square {FRAME:.2f} times as wide as MTCNN's box",
-        side=size if crops is None else round(crops.face * size),
+        backbone=backbone,
+        network=type(model.backbone).__name__,
+        origin=origin,
+        teacher="the same network after the first stage" if teacher == "None" else origin(teacher),
+        onnx_file=onnx_file(backbone),
+        face_file=FACE_FILE if backbone == "facenet" else None,
+        frame=FRAME,
+        size=size,
+        crops=crops,
+        side=side,
+        start=(size - side) // 2,
         mirror=model.mirror,
         dims=model.dim if crops is None else 2 * model.dim,
         names={"input": INPUT, "output": OUTPUT, "quality": QUALITY},
@@ -148,7 +172,8 @@ def card_cell(figure: dict) -> str:
     if figure["value"] is None:
         return "-"
     low, high = figure["low"], figure["high"]
-    return f"{100 * figure['value']:.1f}" + ("" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+    # No-break space: in a narrow table the interval comes below its figure, in one piece.
+    return f"{100 * figure['value']:.1f}" + ("" if low is None else f" [{100 * low:.1f},\u00a0{100 * high:.1f}]")
 
 
 if __name__ == "__main__":
