@@ -27,6 +27,7 @@ from backbones import BACKBONES, Backbone, load_pretrained
 from common import UserError
 from embedding import embed
 from enrolment import load_gallery
+from gallery import build_gallery
 from losses import ArcMarginProduct
 from models import Crops, FaceNet, fingerprint
 from transforms import eval_transform
@@ -369,9 +370,11 @@ def test_a_backbone_of_another_size_is_trained_evaluated_enrolled_and_identified
         assert details["embeddings"].shape == (6, dims)
         answers = identify.main()
         assert [answer.person for answer in answers] == [path.parent.parent.name for path in identify.PHOTOS]
-        gallery = load_gallery(identify.GALLERY)
-        assert gallery.embeddings.shape == (3, dims) and gallery.wide == (dims == 64)
-        assert len(gallery.templates("mean")[0]) == (3 if gallery.wide else 2)  # a row per frame, or per person
+        model, facts = checkpoints.load_facenet(checkpoint, "cpu")
+        transform = eval_transform(facts["image_size"], facts["face_crop"])
+        built = build_gallery(model, identify.ENROLL, transform, "cpu").templates("mean")[0]
+        assert built.shape == (3 if dims == 64 else 2, dims)  # a row for each frame, or for each person
+        torch.testing.assert_close(load_gallery(identify.GALLERY).templates("mean")[0], built, rtol=0, atol=1e-5)
     monkeypatch.setattr(identify, "GALLERY", tmp_path / "32.pt")
     with pytest.raises(
         UserError, match=r"32\.pt: made by another model \(.*; use the checkpoint that made it, or delete"
