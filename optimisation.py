@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 
 from checkpoints import restore
-from common import UserError
+from common import UserError, first_line, rank_and_world, warn_once
 
 NORMS = nn.modules.batchnorm._BatchNorm  # the base of BatchNorm in any dimension, and of SyncBatchNorm
 
@@ -42,14 +42,49 @@ def autocast(device: torch.device, amp: str | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+def record(network: nn.Module, shape: tuple[int, ...], device: torch.device, amp: str | None) -> None:
+    """Replay `network`'s forward and backward pass in training as CUDA graphs from now on, on one GPU.
+
+    Launched one by one, the network's thousands of kernels keep a fast GPU waiting; a recorded pass is launched as one,
+    with the same results. shape: of a batch of images, (B, 3, H, W). Batches of another shape, and eval mode, take the
+    usual way; so does everything, with a warning, where recording fails. To be called in the mode that it is trained in,
+    before any loader pins memory in a thread of its own.
+    """
+    plain, statistics = network.forward, [buffer.clone() for buffer in network.buffers()]
+    example = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+    dtype = precision(device, amp)
+    # The cache of autocast would keep copies of the weights as they were when recorded.
+    with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False):
+        try:
+            torch.cuda.make_graphed_callables(network, (example,), allow_unused_input=True)
+        except RuntimeError as error:
+            warn_once(f"COMPILE = 'auto': CUDA graphs do not work here, so steps take longer ({first_line(error)})")
+            network.forward = plain
+    replayed = network.forward
+    for buffer, before in zip(network.buffers(), statistics, strict=True):  # which the trial runs have changed
+        buffer.copy_(before)
+
+    def forward(images: Tensor) -> Tensor:
+        return (replayed if network.training and images.shape == example.shape else plain)(images)
+
+    network.forward = forward
+
+
+def recordable(device: torch.device, accumulate: int) -> bool:
+    """Whether `record` may be used: on one GPU. A replayed backward pass writes each gradient to the same place again,
+    so gradients cannot be added up over several passes, nor averaged over processes while the pass runs."""
+    return device.type == "cuda" and rank_and_world()[1] == 1 and accumulate == 1
+
+
 def trainable(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def freeze_batchnorm(model: nn.Module) -> None:
-    """Put the BatchNorm layers into eval mode: normalise by the stored statistics and leave them as they are."""
+def set_training(model: nn.Module, frozen_batchnorm: bool) -> None:
+    """Training mode. frozen_batchnorm: BatchNorm normalises by the stored statistics and leaves them as they are."""
+    model.train()
     for module in model.modules():
-        if isinstance(module, NORMS):
+        if frozen_batchnorm and isinstance(module, NORMS):
             module.eval()
 
 

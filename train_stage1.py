@@ -119,7 +119,9 @@ FREEZE_BATCHNORM = True
 # --- speed ---
 NUM_WORKERS = "auto"  # processes that load images, for each GPU, 0..; "auto": one per core, at most 16
 AMP = "auto"  # "auto": bfloat16 or float16 on a GPU, float32 on the CPU; "bf16", "fp16"; None: float32
-COMPILE = False  # True: torch.compile the network; the first steps then take minutes, the others less
+# "auto": on one GPU the network's passes are recorded once and replayed as CUDA graphs, in a third of the time; True:
+# torch.compile the network, whose first steps then take minutes, the others less; False: neither.
+COMPILE = "auto"
 
 
 def main() -> None:
@@ -165,7 +167,7 @@ def main() -> None:
     ]
     optimizer = AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler = optimisation.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
-    if COMPILE:
+    if COMPILE is True:
         model.compile()
     ddp_model, ddp_head = distributed.parallel(model), distributed.parallel(head)
 
@@ -207,6 +209,9 @@ def main() -> None:
             head.start_at(means, labels)
     if not run.history:
         run.finish_epoch(validate)
+    if COMPILE == "auto" and optimisation.recordable(device, ACCUMULATE):
+        optimisation.set_training(model, FREEZE_BATCHNORM)
+        optimisation.record(model.backbone, (BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE), device, AMP)
     for _ in run.epochs():
         train_one_epoch(run, ddp_model, ddp_head, head, device)
         run.finish_epoch(validate)
@@ -284,9 +289,7 @@ def checkpoint_facts(
 
 def train_one_epoch(run: training.Run, model, ddp_head, head: ArcMarginProduct, device: torch.device) -> None:
     """One pass over the train photos."""
-    model.train()
-    if FREEZE_BATCHNORM:
-        optimisation.freeze_batchnorm(model)
+    optimisation.set_training(model, FREEZE_BATCHNORM)
     for images, labels in run.steps():
         with optimisation.autocast(device, AMP):
             embeddings = model(images)

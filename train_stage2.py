@@ -132,7 +132,9 @@ FREEZE_BATCHNORM = True  # keep the statistics as loaded; those of a few persons
 # --- speed ---
 NUM_WORKERS = "auto"  # processes that load images, for each GPU, 0..; "auto": one per core, at most 16
 AMP = "auto"  # "auto": bfloat16 or float16 on a GPU, float32 on the CPU; "bf16", "fp16"; None: float32
-COMPILE = False  # True: torch.compile the network; the first steps then take minutes, the others less
+# "auto": on one GPU the network's passes are recorded once and replayed as CUDA graphs, in a third of the time; True:
+# torch.compile the network, whose first steps then take minutes, the others less; False: neither.
+COMPILE = "auto"
 
 
 def main() -> None:
@@ -173,7 +175,7 @@ def main() -> None:
         groups.append({"name": "wide", "params": optimisation.trainable(model.wide), "lr": WIDE_LR})
     optimizer = AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     scheduler = optimisation.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
-    if COMPILE:
+    if COMPILE is True:
         model.compile()
     ddp_model = distributed.parallel(model)
 
@@ -229,6 +231,8 @@ def main() -> None:
 
     if not run.history:
         run.finish_epoch(validate)
+    if COMPILE == "auto" and optimisation.recordable(device, ACCUMULATE):
+        record(model, stage1["image_size"], device)
     for _ in run.epochs():
         train_one_epoch(run, model, ddp_model, losses, device)
         run.finish_epoch(validate)
@@ -274,6 +278,15 @@ def check_teacher(backbone: str) -> None:
             f"TEACHER = {str(TEACHER)!r}: embeddings of a facenet have {of_teacher} numbers, those of stage 1's "
             f"{backbone} {dim}; set TEACHER = None, and the network of stage 1 is its own teacher"
         )
+
+
+def record(model: FaceNet, image_size: int, device: torch.device) -> None:
+    """Record the passes of both networks, see optimisation.record. image_size: pixels of the face crop."""
+    optimisation.set_training(model, FREEZE_BATCHNORM)
+    pairs = PERSONS_PER_BATCH * PHOTOS_PER_PERSON // 2
+    optimisation.record(model.backbone, (pairs, 3, image_size, image_size), device, AMP)
+    if WIDE_WEIGHT:
+        optimisation.record(model.wide, (2 * pairs, 3, WIDE_SIZE, WIDE_SIZE), device, AMP)
 
 
 def frame_size(stage1: dict) -> int:
@@ -401,9 +414,7 @@ class Losses:
 
 def train_one_epoch(run: training.Run, model: FaceNet, ddp_model, losses: Losses, device: torch.device) -> None:
     """One pass over the pairs, an anchor each."""
-    model.train()
-    if FREEZE_BATCHNORM:
-        optimisation.freeze_batchnorm(model)
+    optimisation.set_training(model, FREEZE_BATCHNORM)
     for clean, distorted, _, source in run.steps():
         with optimisation.autocast(device, AMP):
             face = ddp_model(distorted, "face")

@@ -90,7 +90,10 @@ def start_run(run_dir: Path, resume: bool, constants: dict, stage: int) -> dict 
             raise UserError(f"{name} = {constants[name]!r}: expected {article}, {low}..{high}")
     if "TEMPLATE" in constants:
         check_template(constants["TEMPLATE"])
-    if constants.get("COMPILE"):
+    compiled = constants.get("COMPILE", False)
+    if compiled not in ("auto", True, False):
+        raise UserError(f"COMPILE = {compiled!r}: expected 'auto', True or False")
+    if compiled is True:
         check_compiler(pick_device(), setting="COMPILE = True", way_out="COMPILE = False")
     if resume:
         _check_folder(run_dir, resume)  # before it is made

@@ -146,7 +146,7 @@ def test_the_learning_rate_rises_linearly_and_falls_along_half_a_cosine(warmup_s
 
 def test_frozen_batchnorm_keeps_its_statistics_while_the_rest_trains():
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.5), nn.BatchNorm1d(2)).train()
-    optimisation.freeze_batchnorm(model)
+    optimisation.set_training(model, frozen_batchnorm=True)
     before = copy.deepcopy(model.state_dict())
     model(5 + torch.randn(8, 2, generator=torch.Generator().manual_seed(0)))
     assert same_tensors(model.state_dict(), before)
@@ -211,3 +211,51 @@ def test_a_run_averages_after_each_update_that_counts_and_no_other(tmp_path):
             d = min(0.25, (1 + n) / (10 + n))
             expected = d * expected + (1 - d) * after[name]
         assert torch.allclose(run.learner.ema.module.get_parameter(name), expected, atol=1e-6)
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list:
+    """Stands in for CUDA graphs; what was run in `forward` by replay."""
+    replays = []
+
+    def make(network, examples, allow_unused_input):
+        usual = network.forward
+        usual(*examples)  # the trial runs
+
+        def replay(images):
+            replays.append(images.shape)
+            return usual(images)
+
+        network.forward = replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    return replays
+
+
+def test_recorded_passes_serve_training_batches_of_their_shape_alone(recorded):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    mean = network[1].running_mean.clone()
+    optimisation.record(network, (2, 3, 8, 8), torch.device("cpu"), amp=None)
+    assert same_tensors({"mean": mean}, {"mean": network[1].running_mean})  # the trial runs left no trace
+    network(torch.ones(2, 3, 8, 8))
+    network(torch.ones(3, 3, 8, 8))
+    network.eval()(torch.ones(2, 3, 8, 8))
+    assert recorded == [(2, 3, 8, 8)]
+
+
+def test_where_passes_cannot_be_recorded_training_goes_the_usual_way(monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    network = nn.Conv2d(3, 4, 3)
+    optimisation.record(network, (2, 3, 8, 8), torch.device("cpu"), amp=None)
+    assert network(torch.ones(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+    assert "CUDA graphs do not work here, so steps take longer (operation not permitted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "accumulate", "expected"), [("cuda", 1, True), ("cuda", 2, False), ("cpu", 1, False)]
+)
+def test_passes_are_recorded_on_a_gpu_where_gradients_are_not_added_up(device, accumulate, expected):
+    assert optimisation.recordable(torch.device(device), accumulate) is expected

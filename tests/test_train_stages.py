@@ -18,6 +18,7 @@ import common
 import datasets
 import degradations
 import models
+import optimisation
 import training
 from common import UserError
 from constants import DOES_NOT_MATTER, MAY_CHANGE, MUST_EQUAL, PLAIN, plain_constants
@@ -397,6 +398,24 @@ def test_compile_is_called_once_and_trains_the_same_under_the_usual_names(stages
         for part in ("model", "ema"):
             torch.testing.assert_close(trained.last[part], usual[part], rtol=0, atol=1e-5)
         compiled.clear()
+
+
+def test_on_a_gpu_the_passes_recorded_are_those_that_training_runs(stages, train, monkeypatch):
+    monkeypatch.setattr(optimisation, "recordable", lambda device, accumulate: True)
+    for script in stages:
+        recorded, passed = {}, {}
+
+        def note(module, inputs, passed=passed):
+            if module.training:
+                passed.setdefault(module, inputs[0].shape)
+
+        def record(network, shape, device, amp, recorded=recorded, note=note):
+            recorded[network] = shape
+            network.register_forward_pre_hook(note)
+
+        monkeypatch.setattr(optimisation, "record", record)
+        train(script, script.__name__, {"COMPILE": "auto"})
+        assert recorded and passed == recorded
 
 
 def test_without_a_compiler_compile_is_refused_before_anything_is_read(stages, monkeypatch):
