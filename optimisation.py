@@ -1,6 +1,7 @@
 """What changes the weights: precision, learning rates, the average of the weights, one update of all of them."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def record(network: nn.Module, shape: tuple[int, ...], device: torch.device, amp
 
     Launched one by one, the network's thousands of kernels keep a fast GPU waiting; a recorded pass is launched as one,
     with the same results. shape: of a batch of images, (B, 3, H, W). Batches of another shape, and eval mode, take the
-    usual way; so does everything, with a warning, where recording fails. To be called in the mode that it is trained in,
+    usual way; so does everything, with a warning, where recording fails. To be called in the mode of the training, and
     before any loader pins memory in a thread of its own.
     """
     plain, statistics = network.forward, [buffer.clone() for buffer in network.buffers()]
@@ -60,6 +61,8 @@ def record(network: nn.Module, shape: tuple[int, ...], device: torch.device, amp
         except RuntimeError as error:
             warn_once(f"COMPILE = 'auto': CUDA graphs do not work here, so steps take longer ({first_line(error)})")
             network.forward = plain
+    # Recording runs on a stream of its own, to which the nodes that collect the gradients belong from then on.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
     replayed = network.forward
     for buffer, before in zip(network.buffers(), statistics, strict=True):  # which the trial runs have changed
         buffer.copy_(before)
