@@ -119,7 +119,7 @@ CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter 
 
 # --- optimisation ---
 SEED = 0  # 0, 1, 2, ...
-EPOCHS = 14  # passes over the clean train photos, 1..999
+EPOCHS = 10  # passes over the clean train photos, 1..999; more pay with EXTRA_FACES alone
 ACCUMULATE = 1  # steps per update of the weights, >= 1
 BACKBONE_LR = 1e-4  # AdamW, 1e-5..1e-3, of the face's network: small, as it is trained already
 WIDE_LR = 3e-4  # AdamW, 1e-5..1e-3, of the whole frame's network: it starts as a copy and has a new task
