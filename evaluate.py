@@ -55,7 +55,7 @@ CHECK_IMAGES = True  # decode every file once first, list the broken ones and go
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160
 FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
-FRAMING = "centre"  # of the face: at the "centre" of the photo; "detected": MTCNN finds it, see framing.py
+FRAMING = "detected"  # of the face: MTCNN finds it; "centre": it is at the centre of each photo, see framing.py
 
 # --- speed ---
 # "torch", "fused", "compiled": the same figures, as with "onnxruntime" (pip install onnx onnxruntime) and "openvino"
@@ -121,7 +121,7 @@ def main() -> dict:
 def check_constants() -> None:
     """Raise UserError, before anything slow, for an unknown word or a missing folder."""
     check_template(TEMPLATE)
-    check_framing(FRAMING)
+    check_framing(FRAMING, FACE_CROP)
     if isinstance(PROTOCOLS, str) or not PROTOCOLS:
         raise UserError(
             f"PROTOCOLS = {PROTOCOLS!r}: expected a tuple of one or more, such as ('cross',), with its comma"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from common import UserError, rank_and_world
+from common import UserError, rank_and_world, warn_once
 from datasets import Person
 from faces import Box, FaceDetector, choose
 from transforms import cut_square, load_image
@@ -24,6 +24,8 @@ FRAMINGS = ("centre", "detected")
 FRAME = 1.06 / 0.52
 SEARCH_SIDE = 320  # px: a photo with a longer side than this is searched in a smaller copy
 LEAST_FACE = 32  # px in that copy, of the box's longer side: smaller ones are of people in the background, or no faces
+MANY = 20  # photos without any face, of which a warning tells
+LARGEST_CROP = 0.8  # of FACE_CROP, with "detected": more than that of the square is no face
 LEAST_INSIDE = 0.8  # share of the box's area that lies in the photo
 
 _found: dict[tuple, Box | None] = {}  # `_version` of a photo -> its face; see find_frames
@@ -55,10 +57,18 @@ class Frames:
         return square
 
 
-def check_framing(framing: str) -> None:
-    """Raises UserError for a word that is not one of FRAMINGS."""
+def check_framing(framing: str, face_crop: float) -> None:
+    """Raises UserError for a word that is not one of FRAMINGS, or for a crop that would not be the face.
+
+    face_crop: see transforms.FaceCrop.
+    """
     if framing not in FRAMINGS:
         raise UserError(f"FRAMING = {framing!r}: expected one of {', '.join(map(repr, FRAMINGS))}")
+    if framing == "detected" and face_crop > LARGEST_CROP:
+        raise UserError(
+            f"FRAMING = 'detected', FACE_CROP = {face_crop}: photos are cut to {FRAME:.2f} times the face that is found, "
+            "and 0.52 of that is the face; set FACE_CROP = 0.52, or FRAMING = 'centre' for photos of a face alone"
+        )
 
 
 def find_frames(
@@ -67,10 +77,8 @@ def find_frames(
     """Where the faces of `photos` are; None with the framing "centre". A printed line counts photos without a face.
 
     sources: distorted copy -> clean photo, whose box it takes, as a distortion may hide the face. For training alone.
-    A photo is searched once; under torchrun each process searches its share of them. Raises UserError for another
-    framing.
+    A photo is searched once; under torchrun each process searches its share of them.
     """
-    check_framing(framing)
     if framing == "centre" or not photos:
         return None
     sources = sources or {}
@@ -80,6 +88,11 @@ def find_frames(
     _found.update({versions[path]: box for path, box in new.items()})
     found = {path: _found[versions[path]] for path in searched}
     none = sum(box is None for box in found.values())
+    if none == len(found) >= MANY:
+        warn_once(
+            f"FRAMING = 'detected': there is a face in none of {none} photos; if they show a face and nothing else, "
+            "set FRAMING = 'centre' and FACE_CROP = 1 in train_stage1.py"
+        )
     if rank_and_world()[0] == 0:
         print(f"faces: searched for in {len(found)} photos; {none} without a plausible one are cropped at the centre")
     return Frames({path: found[sources.get(path, path)] for path in photos})

@@ -68,7 +68,7 @@ CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None:
 PRETRAINED = "vggface2"  # only for None: "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # only for None: pixels, 76..160
 FACE_CROP = 0.52  # only for None: centre share of the shorter side that is kept, 0.3..1
-FRAMING = "centre"  # only for None: of the face, at the "centre" of the photo; "detected": found, see framing.py
+FRAMING = "detected"  # only for None: of the face, which is found; "centre": it is at the centre, see framing.py
 
 # --- loose photos ---
 FIND_FACES = False  # True: cut out the faces of PHOTOS, ENROLL and CALIBRATE_ON first, instead of FACE_CROP
@@ -132,7 +132,7 @@ def main() -> list[Answer] | list[PairAnswer]:
 def check_constants() -> None:
     """Raise UserError, before anything slow, for a missing file or folder, or a value out of range."""
     check_template(TEMPLATE)
-    check_framing(FRAMING)
+    check_framing("centre" if FIND_FACES else FRAMING, FACE_CROP)
     calibration.check_false_accept(FALSE_ACCEPT)
     ranges = {
         "TOP": (TOP, int, 1, 10**6),

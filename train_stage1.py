@@ -47,7 +47,7 @@ from datasets import (
     without_kinds,
 )
 from degradations import RandomDegradation, families_without, validation_degradation
-from framing import Frames, find_frames, sources_of
+from framing import Frames, check_framing, find_frames, sources_of
 from loading import PhotoLoader
 from losses import ArcMarginProduct
 from models import FaceNet, fingerprint
@@ -76,8 +76,8 @@ BACKBONE = "facenet"  # "facenet": InceptionResnetV1; "resnet50": torchvision's,
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160; the pretrained networks saw 160
 FREEZE_UNTIL = None  # freeze the blocks up to and including this one, such as "mixed_6a" (see backbones.py)
-FACE_CROP = 0.52  # side of the centre square that is kept, over the shorter side, 0.3..1; 1: photos are face crops
-FRAMING = "centre"  # of the face: at the "centre" of the photo; "detected": MTCNN finds it, see framing.py
+FACE_CROP = 0.52  # side of the centre square that is kept, over the shorter side, 0.3..1; for face crops 1, see FRAMING
+FRAMING = "detected"  # of the face: MTCNN finds it; "centre": it is at the centre of each photo, see framing.py
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
 
 # --- what is trained on ---
@@ -128,6 +128,7 @@ def main() -> None:
     common.resolve_constants(globals())
     device = common.pick_device()
     saved = training.start_run(RUN_DIR, RESUME, globals(), stage=1)
+    check_framing(FRAMING, FACE_CROP)
 
     # Data: the persons of train/, minus any that are held out to choose the best epoch on.
     everybody = scan_persons(DATA_DIR / "train", check_images=CHECK_IMAGES)

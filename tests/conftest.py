@@ -19,6 +19,8 @@ import checkpoints
 import common
 import datasets
 import degradations
+import evaluate
+import identify
 import journal
 import plots
 import train_stage1
@@ -31,6 +33,13 @@ torch.set_num_threads(1)  # tiny networks gain nothing from more, and crawl wher
 
 CPU = torch.device("cpu")
 KINDS = ("blurred", "lowlight")
+
+
+@pytest.fixture(autouse=True)
+def no_search(monkeypatch):
+    """The photos of most tests show no face, and the search for one takes long."""
+    for script in (evaluate, identify):
+        monkeypatch.setattr(script, "FRAMING", "centre")
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +151,7 @@ def set_tiny_runs(monkeypatch, data_dir: Path, runs: Path) -> tuple:
             monkeypatch.setattr(script, constant, value)
     monkeypatch.setattr(train_stage1, "IMAGE_SIZE", 76)
     monkeypatch.setattr(train_stage1, "FACE_CROP", 0.8)
+    monkeypatch.setattr(train_stage1, "FRAMING", "centre")
     monkeypatch.setattr(train_stage2, "STAGE1_CHECKPOINT", runs / "stage1" / "best.pt")
     return train_stage1, train_stage2
 

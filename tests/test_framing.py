@@ -135,8 +135,25 @@ def test_a_photo_is_framed_before_it_is_distorted_on_the_fly(tmp_path):
 def test_centre_finds_nothing_and_another_word_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(framing, "FaceDetector", None)
     assert find_frames("centre", [tmp_path / "a.jpg"], CPU) is None
+    framing.check_framing("centre", 1.0)
     with pytest.raises(UserError, match="FRAMING = 'eyes': expected one of 'centre', 'detected'"):
-        find_frames("eyes", [], CPU)
+        framing.check_framing("eyes", 0.52)
+
+
+def test_photos_that_are_cut_to_the_face_are_not_searched_again():
+    framing.check_framing("detected", 0.52)
+    with pytest.raises(UserError, match=r"FRAMING = 'detected', FACE_CROP = 1\.0: .* or FRAMING = 'centre' for photos"):
+        framing.check_framing("detected", 1.0)
+
+
+def test_no_face_in_any_of_many_photos_is_suspicious(tmp_path, caplog):
+    photos = [tmp_path / f"{number}.png" for number in range(framing.MANY)]
+    for photo in photos:
+        numbered(40, 40).save(photo)
+    find_frames("detected", photos[1:], CPU)
+    assert not caplog.text
+    find_frames("detected", photos, CPU)
+    assert f"there is a face in none of {framing.MANY} photos" in caplog.text
 
 
 def test_an_unreadable_photo_has_no_box(tmp_path):

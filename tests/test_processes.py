@@ -90,7 +90,14 @@ def job(
     """
     hooks = {"start": "whole"} | (hooks or {})
     both = {"NUM_WORKERS": 0, "EPOCHS": 2, "SAVE_EVERY": 1, "WARMUP_STEPS": 1, "CHECK_IMAGES": False}
-    own = {"BATCH_SIZE": 4, "IMAGE_SIZE": 76, "FACE_CROP": 0.8, "SKIP_KINDS": (), "FREEZE_BATCHNORM": False}
+    own = {
+        "BATCH_SIZE": 4,
+        "IMAGE_SIZE": 76,
+        "FACE_CROP": 0.8,
+        "FRAMING": "centre",
+        "SKIP_KINDS": (),
+        "FREEZE_BATCHNORM": False,
+    }
     own |= {"HEAD_LR": 1e-2}
     if stage == 2:
         own = {"PERSONS_PER_BATCH": 3, "TEACHER": None, "WIDE_SIZE": 76}

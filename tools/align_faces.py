@@ -1,4 +1,4 @@
-"""Cut the faces out of loose photos, so that the network sees a face and little else (then train with FACE_CROP = 1).
+"""Cut the faces out of loose photos, once; then train with FRAMING = "centre" and FACE_CROP = 1.
 
     python -m tools.align_faces
 

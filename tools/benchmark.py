@@ -228,6 +228,7 @@ def stage1(data_dir: Path, settings: Settings, freeze_until: str | None) -> dict
             CHECK_IMAGES=False,
             EPOCHS=1,
             PRETRAINED=None,
+            FRAMING="centre",
             IMAGE_SIZE=settings.image_size,
             BATCH_SIZE=settings.batch_size,
             SAVE_EVERY=0,

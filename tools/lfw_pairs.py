@@ -22,7 +22,7 @@ import checkpoints
 import common
 from common import UserError
 from embedding import embed
-from framing import find_frames
+from framing import check_framing, find_frames
 from metrics import MIN_ERRORS
 from transforms import eval_transform
 
@@ -32,7 +32,7 @@ CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None:
 PRETRAINED = "vggface2"  # only for None: "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # only for None: pixels, 76..160
 FACE_CROP = 0.52  # only for None: centre share of the shorter side that is kept, 0.3..1
-FRAMING = "centre"  # only for None: of the face, at the "centre" of the photo; "detected": found, see framing.py
+FRAMING = "detected"  # only for None: of the face, which is found; "centre": it is at the centre, see framing.py
 NUM_WORKERS = "auto"  # processes that load images, 0..; "auto": one per core, at most 16
 
 RATES = (1e-2, 1e-3)  # false accept rates
@@ -52,6 +52,7 @@ def main() -> dict[str, float]:
     """Embed, print and return the figures: accuracy and standard_error (0..1), and TAR@FAR=<rate>."""
     common.resolve_constants(globals())
     device = common.pick_device()
+    check_framing(FRAMING, FACE_CROP)
     pairs = read_pairs(PAIRS_FILE, LFW_DIR)
     model, facts = checkpoints.load_model(CHECKPOINT, PRETRAINED, IMAGE_SIZE, FACE_CROP, device, FRAMING)
     photos = sorted({*pairs.first, *pairs.second})
