@@ -15,6 +15,11 @@ import common
 import training
 
 aten = torch.ops.aten
+BY_INDEX = (
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+)  # wait for a mask: its places are counted
 DEVICE = torch.device("lazy")  # of no backend here; autograd takes no other name without a driver
 
 
@@ -74,11 +79,7 @@ def waits(op, args: tuple, kwargs: dict, remote: bool) -> bool:
         asynchronous = kwargs.get("non_blocking") or args[2:] == (True,)
         to_there, to_here = (to, source.device.type) == (DEVICE, "cpu"), to != source.device == DEVICE
         return to is not None and (to_here or (to_there and not asynchronous))
-    if op in (
-        aten.index.Tensor,
-        aten.index_put.default,
-        aten.index_put_.default,
-    ):  # by a mask, whose places are counted
+    if op in BY_INDEX:
         return remote and any(index is not None and index.dtype == torch.bool for index in args[1])
     return remote and bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(op.tags))
 
@@ -121,7 +122,7 @@ WAITS = {  # an expression of x, (6,) float32 on DEVICE -> how many waits
     "x.masked_select(x > 2)": 1,
     "x.unique()": 1,
     "torch.equal(x, x)": 1,
-    "x.is_nonzero() if x.numel() == 1 else x[:1].is_nonzero()": 1,
+    "x[:1].is_nonzero()": 1,
 }
 
 
