@@ -250,8 +250,8 @@ class PhotoTransform(v2.Compose):
     """Steps from a photo to what the network sees of it, the cut of `frames` and `crop` among them.
 
     least: pixels of a photo's shorter side that are enough, for `load_image`: KEPT in the smallest crop for each one of
-    the network's. All are needed where `frames` cuts: in whole pixels, and those of a smaller photo would displace the
-    face by up to two grey levels.
+    the network's. Where `frames` cuts, all are: its squares are of whole pixels, and those of a smaller photo would
+    shift the face, which changes what the network sees by up to two grey levels.
     """
 
     def __init__(self, steps: Sequence[Callable], crop: FaceCrop, frames: Frame | None):
