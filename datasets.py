@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -29,7 +30,7 @@ from folders import (
     source_photos,
     subfolders,
 )
-from transforms import Transform, load_image, why_unreadable
+from transforms import PhotoTransform, Transform, load_image, why_unreadable
 
 # --- folders -> persons -----------------------------------------------------------------------------------------------
 
@@ -282,6 +283,11 @@ def split_holdout(persons: Sequence[str], count: int, seed: int) -> list[str]:
 # --- datasets ---------------------------------------------------------------------------------------------------------
 
 
+def _load(path: Path, transform: Transform) -> Image.Image:
+    """The photo at `path`, in no more pixels than `transform` needs of it where that is faster."""
+    return load_image(path, transform.least) if isinstance(transform, PhotoTransform) else load_image(path)
+
+
 class _SeededDataset(Dataset):
     """The random draws of an item depend on (seed, epoch, index) alone, not on the worker or on earlier draws."""
 
@@ -323,7 +329,7 @@ class _LabelledPhotos(_SeededDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index % len(self)]
         with self._seeded(index):
-            return self.transform(load_image(path)), label
+            return self.transform(_load(path, self.transform)), label
 
     def files(self, index: int) -> list[Path]:
         return [self.samples[index % len(self)][0]]
@@ -479,10 +485,10 @@ class FacePairDataset(_SeededDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int]:
         with self._seeded(index) as generator:
             anchor, positive, mirrored = self._draw(index, generator)
-            photo = load_image(anchor)
+            photo = _load(anchor, self.transform)
             images = [
                 self.transform(photo),
-                self.degraded(photo) if positive is None else self.transform(load_image(positive)),
+                self.degraded(photo) if positive is None else self.transform(_load(positive, self.transform)),
             ]
             if mirrored:
                 images = [image.flip(2) for image in images]
@@ -504,4 +510,4 @@ class PhotoList(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(load_image(self.paths[index]))
+        return self.transform(_load(self.paths[index], self.transform))

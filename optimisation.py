@@ -104,17 +104,24 @@ def warmup_cosine(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> 
     return LambdaLR(optimizer, factor)
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+class MovingAverage(AveragedModel):
     """A copy of `model` whose weights follow: w <- d w + (1 - d) new, d = min(decay, (1 + n) / (10 + n)) at update n,
     so that a short run's average is not mostly its start. BatchNorm's statistics, averages already, are copied."""
 
-    def average(averaged: list[Tensor], new: list[Tensor], updates: Tensor) -> None:
-        n = int(average_of.n_averaged)  # on the CPU; `updates`, its copy on the GPU, would have to be waited for
-        torch._foreach_lerp_(averaged, new, 1 - min(decay, (1 + n) / (10 + n)))
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
+        self.n_averaged.fill_(1)  # the next update
 
-    average_of = AveragedModel(model, multi_avg_fn=average)
-    average_of.n_averaged.fill_(1)  # at 0 the first update would copy, and forget where the model started
-    return average_of
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """As AveragedModel's, which copies its counter to the GPU for each update, and waits."""
+        n = int(self.n_averaged)  # on the CPU
+        averaged, new = list(self.module.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averaged, new, 1 - min(self.decay, (1 + n) / (10 + n)))
+        for averaged, new in zip(self.module.buffers(), model.buffers(), strict=True):
+            averaged.copy_(new)
+        self.n_averaged += 1
 
 
 @dataclass
@@ -181,7 +188,7 @@ class Learner:
     ):
         self.networks, self.optimizer, self.scheduler = networks, optimizer, scheduler
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(device, amp) == torch.float16)
-        self.ema = moving_average(networks["model"], ema_decay) if ema_decay else None
+        self.ema = MovingAverage(networks["model"], ema_decay) if ema_decay else None
         self._statistics: list[Tensor] = []  # BatchNorm's means and variances that this epoch changes
         self._before: list[Tensor] = []  # their values before the update
 

@@ -365,10 +365,17 @@ class Losses:
         """bank: (N, D), the teacher's embeddings of the clean photos; labels: (N,) int64, their persons.
 
         Labels from `persons` on are of single photos, whose person is not known.
+        Raises UserError if a photo has no negative; in each step that check would have to wait for the GPU.
         """
         self.bank, self.labels, self.unknown = bank, labels, labels >= persons
         self.any_unknown = bool(self.unknown.any())
         self.contrastive, self.source = ContrastiveLoss(CONTRASTIVE_MARGIN), SourceLoss(TEMPERATURE)
+        for rows in torch.arange(len(bank), device=bank.device).split(1024):  # not all pairs of photos at once
+            if self.same_person(rows).all(1).any():
+                raise UserError(
+                    "all photos may be of one person, so there is no negative; train on two persons or more, "
+                    "or raise MAYBE_SAME"
+                )
 
     def of_faces(self, face: Tensor, gate: Tensor, source: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """face: (B, D) of distorted photos; gate: (B,), 0 where no face shows; source: (B,), rows of the bank.

@@ -303,7 +303,7 @@ def train(stages, monkeypatch):
 def opened(monkeypatch) -> list[Path]:
     """Fills up with the photos that training opens."""
     paths, load_image = [], transforms.load_image
-    monkeypatch.setattr(datasets, "load_image", lambda path: paths.append(path) or load_image(path))
+    monkeypatch.setattr(datasets, "load_image", lambda path, least=None: paths.append(path) or load_image(path))
     return paths
 
 

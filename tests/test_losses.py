@@ -1,5 +1,6 @@
 """The losses against their formulas, written out number by number in float64, and their gradients."""
 
+import contextlib
 import math
 import re
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import train_stage1
+import train_stage2
 from common import UserError
 from losses import ArcMarginProduct, ContrastiveLoss, SourceLoss, hardest_negatives, weighted_mean
 
@@ -247,10 +249,36 @@ def test_a_tie_goes_to_the_lower_index():
     assert hardest_negatives(anchors, candidates, torch.zeros(1, 4, dtype=torch.bool)).tolist() == [1]
 
 
-def test_an_embedding_without_another_person_is_an_error():
-    anchors = unit_vectors(2, 4, seed=8)
-    with pytest.raises(UserError, match=r"one person, so there is no negative; train on two persons or more"):
-        hardest_negatives(anchors, anchors, same_person=torch.tensor([[False, True], [True, True]]))
+NO_NEGATIVE = "one person, so there is no negative; train on two persons or more, or raise MAYBE_SAME"
+
+
+@pytest.mark.parametrize(
+    "angles, labels, persons, maybe_same, enough",
+    [
+        ((0, 90), (0, 1), 2, 0.4, True),
+        ((0, 90, 91), (0, 0, 0), 1, 0.4, False),
+        ((0, 90, 20), (0, 0, 1), 1, 0.4, False),  # the last photo has no person, and may be of the one
+        ((0, 90, 20), (0, 0, 1), 1, 0.99, True),  # at 20 degrees it is another one
+        ((0, 40, 80, 120), (0, 1, 2, 3), 0, 0.7, True),
+        ((0, 40, 80), (0, 1, 2), 0, 0.7, False),  # the one in the middle may be of either of the others
+    ],
+)
+def test_stage_2_refuses_a_photo_that_has_no_negative_before_the_first_step(
+    monkeypatch, angles, labels, persons, maybe_same, enough
+):
+    monkeypatch.setattr(train_stage2, "MAYBE_SAME", maybe_same)
+    bank = at(*(math.radians(angle) for angle in angles))
+    with contextlib.nullcontext() if enough else pytest.raises(UserError, match=NO_NEGATIVE):
+        train_stage2.Losses(bank, torch.tensor(labels), persons)
+
+
+def test_every_photo_of_a_large_bank_is_checked_for_a_negative(monkeypatch):
+    monkeypatch.setattr(train_stage2, "MAYBE_SAME", 0.7)
+    bank = at(*[0.0] * 1500, *[math.radians(80)] * 1500, math.radians(40))
+    labels = torch.tensor([0] * 1500 + [1] * 1500 + [2])
+    train_stage2.Losses(bank[:-1], labels[:-1], persons=2)
+    with pytest.raises(UserError, match=NO_NEGATIVE):
+        train_stage2.Losses(bank, labels, persons=2)
 
 
 def test_no_gradient_flows_through_the_choice():

@@ -186,7 +186,7 @@ def test_a_precision_that_is_unknown_or_that_the_device_lacks_is_refused(select)
 def test_the_average_follows_its_formula(decay):
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
     model[0].weight.data.fill_(1.0)
-    average = optimisation.moving_average(model, decay)
+    average = optimisation.MovingAverage(model, decay)
     expected = 1.0
     for n, new in enumerate((5.0, -3.0, 2.0, 7.0), start=1):
         model[0].weight.data.fill_(new)

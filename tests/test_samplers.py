@@ -340,7 +340,7 @@ def test_a_batch_with_repeats_loads_as_tensors_labels_and_anchor_indices(tree):
 def test_files_are_those_that_an_item_loads_and_listing_them_draws_and_opens_nothing(tree, monkeypatch, build, count):
     dataset, loaded = build(tree), []
     load = transforms.load_image
-    monkeypatch.setattr(datasets, "load_image", lambda path: (loaded.append(path), load(path))[1])
+    monkeypatch.setattr(datasets, "load_image", lambda path, least=None: (loaded.append(path), load(path))[1])
     listed = []
     for epoch in (1, 2):
         dataset.set_epoch(epoch)

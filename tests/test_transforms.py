@@ -17,9 +17,12 @@ from PIL import Image, ImageFile
 
 import transforms
 from common import UserError
+from datasets import FaceClassificationDataset, FacePairDataset, PhotoList
+from framing import Frames
 from transforms import (
     FORMATS,
     FaceCrop,
+    cut_square,
     eval_transform,
     formats,
     load_image,
@@ -109,6 +112,80 @@ def test_a_tall_transparent_photo_is_white_behind_in_every_row(tmp_path):
     alpha = pixels[..., 3:] / 255
     expected = pixels[..., :3] * alpha + 255 * (1 - alpha)
     assert np.abs(np.asarray(load_image(tmp_path / "a.png"), float) - expected).max() <= 1
+
+
+# --- large JPEGs ------------------------------------------------------------------------------------------------------
+
+
+def detailed(width: int, height: int) -> Image.Image:
+    """Detail of every size, and noise."""
+    generator, pixels = np.random.default_rng(0), np.full((height, width), 128.0)
+    for cell, contrast in ((64, 40), (16, 20), (4, 8), (1, 5)):
+        cells = generator.standard_normal((height // cell + 1, width // cell + 1)).astype(np.float32)
+        pixels += contrast * np.asarray(Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    "size, name, least, loaded",
+    [
+        ((760, 1000), "a.jpg", 190, (190, 250)),
+        ((760, 1000), "a.jpg", 191, (380, 500)),
+        ((1000, 760), "a.jpg", 380, (500, 380)),
+        ((760, 1000), "a.jpg", 381, (760, 1000)),
+        ((1600, 2000), "a.jpg", 10, (200, 250)),  # an eighth is the least that a decoder offers
+        ((762, 1000), "a.jpg", 190, (381, 500)),  # in a quarter all pixels would be displaced
+        ((761, 1000), "a.jpg", 190, (761, 1000)),
+        ((250, 250), "a.jpg", 770, (250, 250)),
+        ((760, 1000), "a.png", 190, (760, 1000)),
+        ((760, 1000), "a.webp", 190, (760, 1000)),
+        ((760, 1000), "a.mpo", 190, (190, 250)),
+    ],
+)
+def test_a_jpeg_is_decoded_in_fewer_pixels_but_not_in_fewer_than_are_needed(tmp_path, size, name, least, loaded):
+    Image.new("RGB", size, "red").save(tmp_path / name)
+    assert load_image(tmp_path / name, least).size == loaded
+    assert load_image(tmp_path / name).size == size
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_network_sees_the_same_of_a_large_jpeg_within_a_third_of_a_grey_level(tmp_path, orientation):
+    photo, tags, path = detailed(760, 1000), Image.Exif(), tmp_path / "a.jpg"
+    tags[0x112] = orientation
+    stored = photo.transpose(Image.Transpose.ROTATE_90) if orientation == 6 else photo
+    stored.save(path, exif=tags, quality=92)
+    transform = eval_transform(76, 1.0)
+    image = load_image(path, transform.least)
+    assert image.size == (190, 250) and image.info["path"] == path
+    difference = 128 * (transform(image) - transform(load_image(path))).abs()
+    assert 0 < difference.mean() < 0.3
+
+
+def test_the_smallest_crop_of_a_face_keeps_enough_pixels_and_a_detected_one_all():
+    assert eval_transform(76, 0.5).least == 2.5 * 76 / 0.5
+    assert train_transform(76, 0.5, 0.1, 0.03).least == pytest.approx(2.5 * 76 / (0.5 * 0.9))
+    frames = Frames({})
+    for transform in (eval_transform(76, 0.5, frames), train_transform(76, 0.5, 0.1, 0.03, frames=frames)):
+        assert transform.least == math.inf
+
+
+def test_every_dataset_loads_no_more_pixels_than_its_transform_needs(tmp_path):
+    sizes = []
+    for person in ("ann", "bob"):
+        for name in ("clean/a.jpg", "distortion/a_noisy.jpg"):
+            path = tmp_path / person / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (760, 1000), "red").save(path)
+    seen = eval_transform(76, 1.0, distort=lambda image: sizes.append(image.size) or image)
+    for dataset in (
+        FaceClassificationDataset(tmp_path, seen),
+        FacePairDataset(tmp_path, seen),
+        FacePairDataset(tmp_path, seen, degraded=seen, on_the_fly=1.0),
+        PhotoList([path], seen),
+    ):
+        sizes.clear()
+        list(dataset)
+        assert set(sizes) == {(190, 250)}
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -232,6 +309,18 @@ def test_jitter_moves_and_scales_the_crop_within_its_bounds():
     centres, sides = [row.mean() + 0.5 for row in rows], [(row[-6] - row[5]) * 100 / 89 for row in rows]
     assert 93 <= min(centres) < 96 and 104 < max(centres) <= 107  # 100 +- 0.03 * 200
     assert 88 <= min(sides) < 94 and 106 < max(sides) <= 112  # 100 +- 10 %
+
+
+@pytest.mark.parametrize(
+    "x, y, side",
+    [(10, 8, 6), (2, 8, 10), (18, 8, 10), (10, 2, 10), (10, 14, 10), (10, 8, 34), (-4, -3, 4), (50, 8, 70)],
+)
+def test_a_square_is_that_of_a_photo_continued_by_its_mirror_image(x, y, side):
+    pixels = noise(20, 16)
+    plane = np.pad(pixels, ((96, 96), (96, 96), (0, 0)), mode="symmetric")
+    left, top = 96 + x - side // 2, 96 + y - side // 2
+    square = cut_square(Image.fromarray(pixels), x, y, side)
+    assert np.array_equal(np.asarray(square), plane[top : top + side, left : left + side])
 
 
 def test_jitter_continues_the_photo_beyond_its_edges_by_its_mirror_image():
