@@ -66,7 +66,7 @@ def check_framing(framing: str, face_crop: float) -> None:
         raise UserError(f"FRAMING = {framing!r}: expected one of {', '.join(map(repr, FRAMINGS))}")
     if framing == "detected" and face_crop > LARGEST_CROP:
         raise UserError(
-            f"FRAMING = 'detected', FACE_CROP = {face_crop}: photos are cut to {FRAME:.2f} times the face that is found, "
+            f"FRAMING = 'detected', FACE_CROP = {face_crop}: photos are cut to {FRAME:.2f} times the face found, "
             "and 0.52 of that is the face; set FACE_CROP = 0.52, or FRAMING = 'centre' for photos of a face alone"
         )
 
