@@ -123,7 +123,7 @@ def _find_boxes(photos: Sequence[Path], device: torch.device) -> dict[Path, Box 
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # photos differ in shape
     for path in tqdm(mine, desc="finding faces", unit="photo", leave=False, disable=rank > 0 or len(mine) < 3):
         try:
-            found[path] = find_box(load_image(path), detector)
+            found[path] = find_box(load_image(path, least=2 * SEARCH_SIDE), detector)
         except UserError:  # whoever uses the photo will report it
             found[path] = None
     torch.backends.cudnn.benchmark = benchmark
