@@ -388,8 +388,9 @@ class FacePairDataset(_SeededDataset):
     """Positive pairs: each clean photo is an anchor once per epoch, paired with a distorted photo of the same person.
 
     Item: anchor and positive, (3, H, W) float32 each; the person's label, int in 0..len(persons)-1; the anchor's index
-    in `.anchors`. The negative of the triplet (Schroff et al. 2015, arXiv:1503.03832) is mined where all embeddings
-    are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
+    in `.anchors`. Without `with_anchors` the anchor is an empty tensor, which saves half of the loading where its
+    embedding is known. The negative of the triplet (Schroff et al. 2015, arXiv:1503.03832) is mined where all
+    embeddings are at hand, see losses.hardest_negatives: photos drawn at random give no gradient.
     The positive is a distorted copy of the anchor (see source_photos), or of another photo of the person if the anchor
     has none. A share `clean` of the positives is the anchor itself, undistorted, and a share `on_the_fly` is
     `degraded(anchor)`: `transform` with, for example, a RandomDegradation in it. Kinds in `often` are drawn twice as
@@ -407,6 +408,7 @@ class FacePairDataset(_SeededDataset):
         root: Split,
         transform: Transform,
         *,
+        with_anchors: bool = True,
         extra: Sequence[Path] = (),
         clean: float = 0.0,
         on_the_fly: float = 0.0,
@@ -419,6 +421,7 @@ class FacePairDataset(_SeededDataset):
             raise UserError(f"CLEAN = {clean}, DISTORT = {on_the_fly}: expected shares in 0..1 whose sum is at most 1")
         if (on_the_fly or extra) and degraded is None:
             raise UserError(f"DISTORT = {on_the_fly}: photos are to be distorted on the fly, but `degraded` is None")
+        self.with_anchors = with_anchors
         self.clean, self.on_the_fly, self.degraded = clean, on_the_fly, degraded
         scanned = persons_of(root)
         self.persons = [person.name for person in scanned]
@@ -485,14 +488,12 @@ class FacePairDataset(_SeededDataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int, int]:
         with self._seeded(index) as generator:
             anchor, positive, mirrored = self._draw(index, generator)
-            photo = _load(anchor, self.transform)
-            images = [
-                self.transform(photo),
-                self.degraded(photo) if positive is None else self.transform(_load(positive, self.transform)),
-            ]
+            photo = _load(anchor, self.transform) if self.with_anchors or positive is None else None
+            clean = self.transform(photo) if self.with_anchors else torch.empty(0)
+            image = self.degraded(photo) if positive is None else self.transform(_load(positive, self.transform))
             if mirrored:
-                images = [image.flip(2) for image in images]
-        return images[0], images[1], self.anchors[index % len(self)][1], index % len(self)
+                clean, image = clean.flip(-1), image.flip(-1)
+        return clean, image, self.anchors[index % len(self)][1], index % len(self)
 
     def files(self, index: int) -> list[Path]:
         with self._seeded(index) as generator:

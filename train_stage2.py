@@ -158,6 +158,7 @@ def main() -> None:
     train_set = FacePairDataset(
         without_kinds(train_persons, SKIP_KINDS),
         augmentation(image_size, crop, frames),
+        with_anchors=WIDE_WEIGHT > 0,  # the faces' anchors are in the bank
         extra=extra,
         clean=CLEAN,
         on_the_fly=DISTORT,

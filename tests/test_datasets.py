@@ -385,6 +385,15 @@ def test_random_draws_depend_on_seed_epoch_and_index_alone_and_differ_between_ph
     assert len({photo[0] % 1 for photo in photos}) == len(photos) >= 4 * 20
 
 
+def test_without_anchors_only_the_positives_are_read(tree, opened):
+    dataset = FacePairDataset(tree, pil_to_tensor, with_anchors=False, clean=0.0, on_the_fly=0.3, degraded=MARKED)
+    for index in range(len(dataset)):
+        opened.clear()
+        anchor, positive, _, _ = dataset[index]
+        assert anchor.numel() == 0 and positive.dim() == 3
+        assert opened == [dataset.files(index)[1]]
+
+
 @each_dataset
 def test_drawing_an_item_leaves_torchs_generators_as_they_were(tree, monkeypatch, build):
     gpu_seeds = []
