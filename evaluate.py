@@ -60,7 +60,7 @@ FRAMING = "detected"  # of the face: MTCNN finds it; "centre": it is at the cent
 # --- speed ---
 # "torch", "fused", "compiled": the same figures, as with "onnxruntime" (pip install onnx onnxruntime) and "openvino"
 # (pip install onnx openvino), which are for CPUs.
-# "openvino-int8" (pip install onnx openvino nncf) is far faster and costs about a point of top-1.
+# "openvino-int8" (pip install onnx openvino nncf) is far faster: the same top-1, half a point of TAR (docs/speed.md).
 BACKEND = "torch"
 INT8_PHOTOS = 300  # of DATA_DIR/train, to fit the ranges of "openvino-int8", 100..1000
 BATCH_SIZE = 64  # photos embedded at a time, >= 1

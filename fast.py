@@ -230,8 +230,22 @@ class Int8FaceNet(OpenVinoFaceNet):
     def _prepared(self, network: object) -> object:
         nncf = optional_package("nncf", PACKAGES["openvino-int8"])
         logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level() would silence other packages too
+        # A bias read from ONNX is an expression of the shape; NNCF corrects constants only, and passes over the rest.
+        passes = optional_package("openvino.passes", PACKAGES["openvino-int8"])
+        folding = passes.Manager()
+        folding.register_pass(passes.ConstantFolding())
+        folding.run_passes(network)
         images = nncf.Dataset(self._photos, lambda image: {INPUT: image[None].numpy()})
         # The convolutions take the time. What turns their results into an embedding, gate included, stays exact.
-        exact = nncf.IgnoredScope(types=EXACT, patterns=["^(/network)?/Mul.*"], validate=False)
-        mixed = nncf.QuantizationPreset.MIXED  # for activations that are not symmetric around 0, as after a ReLU
-        return nncf.quantize(network, images, preset=mixed, subset_size=len(self._photos), ignored_scope=exact)
+        exact = nncf.IgnoredScope(types=EXACT, patterns=["^(/network)?/(Mul|Add).*"], validate=False)
+        return nncf.quantize(
+            network,
+            images,
+            preset=nncf.QuantizationPreset.MIXED,  # for activations that are not symmetric around 0, as after a ReLU
+            subset_size=len(self._photos),
+            ignored_scope=exact,
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                # By default means over the photos, which cut off what strong distortions bring.
+                activations_range_estimator_params=nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
+            ),
+        )

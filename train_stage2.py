@@ -28,7 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 import calibration
@@ -178,7 +178,7 @@ def main() -> None:
     scheduler = optimisation.warmup_cosine(optimizer, WARMUP_STEPS, EPOCHS * math.ceil(len(loader) / ACCUMULATE))
     if COMPILE is True:
         model.compile()
-    ddp_model = distributed.parallel(model)
+    ddp_model = distributed.parallel(BothCrops(model))
 
     # Epochs; epoch 0 is the network of stage 1, for the face and for the whole frame.
     run = training.Run(
@@ -420,13 +420,26 @@ class Losses:
         return same | (alike & (self.unknown[source][:, None] | self.unknown[among]))
 
 
+class BothCrops(nn.Module):
+    """What a step embeds, in one call: DistributedDataParallel writes into BatchNorm's statistics at each, and torch
+    2.6 (no longer 2.14) refuses the backward pass after two."""
+
+    def __init__(self, model: FaceNet):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, frames: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The face's embeddings of `images`, and the wide crop's of `frames`."""
+        return self.model(images, "face"), None if frames is None else self.model(frames, "wide")
+
+
 def train_one_epoch(run: training.Run, model: FaceNet, ddp_model, losses: Losses, device: torch.device) -> None:
     """One pass over the pairs, an anchor each."""
     optimisation.set_training(model, FREEZE_BATCHNORM)
     for clean, distorted, _, source in run.steps():
         with optimisation.autocast(device, AMP):
-            face = ddp_model(distorted, "face")
-            frames = ddp_model(torch.cat([clean, distorted]), "wide").chunk(2) if WIDE_WEIGHT else ()
+            face, wide = ddp_model(distorted, torch.cat([clean, distorted]) if WIDE_WEIGHT else None)
+        frames = wide.chunk(2) if WIDE_WEIGHT else ()
         # From here on each process has the whole batch.
         face, gate, source, *frames = distributed.gather(face, model.gate(distorted), source, *frames)
         loss, values = losses.of_faces(face, gate, source)

@@ -6,10 +6,12 @@ python process_jobs.py OUT JOBS.json
 import functools
 import io
 import json
+import multiprocessing
 import os
 import signal
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ import common
 import datasets
 import distributed
 import embedding
+import loading
 import plots
 import train_stage1
 import train_stage2
@@ -28,14 +31,14 @@ import training
 import transforms
 
 out, jobs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-job, runs, seen, written = {}, [], [], []
+job, runs, seen, written, started = {}, [], [], [], []
 train_stage1.FaceNet = train_stage2.FaceNet = checkpoints.FaceNet = TinyNet
 # AdamW makes a whole step of a gradient that is rounding alone, in whatever direction: eps keeps it in its place.
 for script in (train_stage1, train_stage2):
     script.AdamW = functools.partial(script.AdamW, eps=1e-1)
 defaults = {module: dict(vars(module)) for module in (train_stage1, train_stage2)}
 
-init, step, save = training.Run.__init__, training.Run.step, torch.save
+init, step, save, start = training.Run.__init__, training.Run.step, torch.save, BaseProcess.start
 get_item = datasets.FaceClassificationDataset.__getitem__
 
 
@@ -58,8 +61,9 @@ def hooked_step(run, loss, values):
 
 def hooked_get_item(dataset, index):
     image, label = get_item(dataset, index)
-    seen.append((job["name"], int(dataset._epoch), index))
-    count = sum(name == job["name"] for name, _, _ in seen)
+    name = job.get("name")  # a spawned worker has none
+    seen.append((name, int(dataset._epoch), index))
+    count = sum(other == name for other, _, _ in seen)
     if [count, common.rank_and_world()[0]] == job.get("poison"):
         image = image * float("nan")
     return image, label
@@ -73,6 +77,11 @@ def hooked_save(content, file, **options):
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     save(content, file, **options)
+
+
+def hooked_start(process):
+    started.append((job["name"], multiprocessing.get_start_method()))
+    start(process)
 
 
 def note_writing(event, args):
@@ -89,6 +98,7 @@ def note_writing(event, args):
 
 
 training.Run.__init__, training.Run.step, torch.save = hooked_init, hooked_step, hooked_save
+BaseProcess.start = hooked_start
 datasets.FaceClassificationDataset.__getitem__ = hooked_get_item
 plots.curves = lambda history, steps: Figure()  # drawing takes longer than the run
 sys.addaudithook(note_writing)
@@ -126,6 +136,9 @@ def main():
             with torch.no_grad():
                 results["embed alone"] = model.eval().rated(torch.stack(alone))
         else:
+            if "spawn_from" in job:
+                multiprocessing.set_start_method("spawn", force=True)
+                loading.FEW_BATCHES["spawn"] = job["spawn_from"]
             script = (train_stage1, train_stage2)[job["stage"] - 1]
             vars(script).update(defaults[script])
             paths = {name: Path(value) for name, value in job["paths"].items()}
@@ -134,7 +147,7 @@ def main():
             networks = runs[-1].learner.networks
             results[job["name"]] = {name: network.state_dict() for name, network in networks.items()}
     rank = common.rank_and_world()[0]
-    save({"results": results, "seen": seen, "written": written}, out / f"rank{rank}.pt")
+    save({"results": results, "seen": seen, "written": written, "started": started}, out / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -267,6 +267,30 @@ def test_eight_bits_leave_the_gate_and_the_last_steps_exact_and_report_nothing(i
     assert os.environ["NNCF_CI"]  # without it nncf sends usage statistics
 
 
+def test_eight_bits_reach_to_the_brightest_photo_correct_every_bias_and_spare_the_last_steps(
+    int8, monkeypatch, tiny, frames
+):
+    nncf, seen = pytest.importorskip("nncf"), []
+    quantize = nncf.quantize
+
+    def watched(network, *arguments, **settings):
+        seen.extend([network, quantize(network, *arguments, **settings)])
+        return seen[-1]
+
+    monkeypatch.setattr(nncf, "quantize", watched)
+    photos = [*frames[:-1], 3 * frames[-1]]
+    fast.accelerated(tiny, "openvino-int8", FRAME, "cpu", photos)
+    before, after = (network.get_ops() for network in seen)
+    sums = [op for op in before if op.get_type_name() == "Add" and op.get_friendly_name().endswith("/Conv")]
+    assert sums and {op.input_value(1).get_node().get_type_name() for op in sums} == {"Constant"}
+    quantized = [op for op in after if op.get_type_name() == "FakeQuantize"]
+    upper = {op.input_value(0).get_node().get_type_name(): [] for op in quantized}
+    for op in quantized:
+        upper[op.input_value(0).get_node().get_type_name()].append(op.input_value(2).get_node().get_data().max())
+    assert not {"Divide", "ReduceL2", "Add", "Multiply"} & upper.keys()  # of the embeddings and the quality
+    assert max(upper["Slice"]) == pytest.approx(tiny.face(torch.stack(photos)).max().item(), rel=0.02)
+
+
 def test_eight_bits_without_photos_are_refused(int8):
     with pytest.raises(UserError, match=r"BACKEND = 'openvino-int8': needs photos to fit its ranges to"):
         fast.accelerated(TinyNet().eval(), "openvino-int8", SIZE, "cpu", [])

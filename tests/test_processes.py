@@ -310,6 +310,20 @@ def test_a_process_ends_though_a_loader_with_workers_still_lives(tmp_path, statu
             os.killpg(process.pid, signal.SIGKILL)
 
 
+# --- workers ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_spawned_workers_start_once_in_each_stage_and_load_what_one_process_does(root, one):
+    runs, stages = root / "spawned", {"whole": 1, "whole stage 2": 2}
+    constants = {1: {"EMA_DECAY": 0.9, "NUM_WORKERS": 2}, 2: {"NUM_WORKERS": 2}}
+    hooks = {"spawn_from": 4}  # a run of two epochs of stage 2 has four batches; one epoch's validation has fewer
+    jobs = [job(name, root, runs, stage, constants[stage], hooks) for name, stage in stages.items()]
+    started = done(runs / "child", *jobs).result()["started"]
+    assert started == [(name, "spawn") for name in stages for _ in range(2)]
+    for name in stages:
+        assert_same_run(runs / name, root / "runs" / name)
+
+
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 
