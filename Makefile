@@ -9,7 +9,7 @@ LOWEST_PYTHON ?= python3.10
 
 .PHONY: demo test lint lowest clean
 
-demo: .venv/installed  ## sample faces, stage 1, stage 2, evaluation: about 4 minutes on 2 cores
+demo: .venv/installed  ## sample faces, stage 1, stage 2, evaluation: about 5 minutes on 2 cores
 	$(BIN)/python demo.py
 
 test: .venv/installed-dev
