@@ -418,6 +418,13 @@ def test_on_a_gpu_the_passes_recorded_are_those_that_training_runs(stages, train
         assert recorded and passed == recorded
 
 
+def test_another_word_for_compile_is_refused(stages, monkeypatch):
+    for script in stages:
+        monkeypatch.setattr(script, "COMPILE", "yes")
+        with pytest.raises(UserError, match=r"^COMPILE = 'yes': expected 'auto', True or False$"):
+            script.main()
+
+
 def test_without_a_compiler_compile_is_refused_before_anything_is_read(stages, monkeypatch):
     def no_compiler(device):
         raise RuntimeError("no C++ compiler found")
