@@ -197,11 +197,13 @@ class FaceReader:
         if FIND_FACES:
             torch.backends.cudnn.benchmark = False  # the photos that the detector sees differ in shape
             self.detector, fraction = FaceDetector(device, min_face=MIN_FACE, min_probability=MIN_PROBABILITY), 1.0
+        # A network with a wide crop takes the face from the middle of what it is given, so it is given more.
+        self.margin = MARGIN if self.model.crops is None else (1 + MARGIN) / self.model.crops.face - 1
         # FIND_FACES frames the faces itself.
         self.framing = "centre" if FIND_FACES else facts["framing"]
         self.crop = FaceCrop(size, fraction)
         self.made_by = made_by(self.model, size, fraction, self.framing)
-        self.made_by["find_faces"] = MARGIN if FIND_FACES else None
+        self.made_by["find_faces"] = self.margin if FIND_FACES else None
 
     def frames(self, photos: Sequence[Path]) -> Frames | None:
         """How `photos` are framed, as in training."""
@@ -224,7 +226,7 @@ class FaceReader:
 
     def read(self, photos: Sequence[Path], folder: Path, most: int | None = None) -> list[Reading]:
         """See faces.read_faces."""
-        return read_faces(photos, folder, detector=self.detector, crop=self.crop, margin=MARGIN, most=most)
+        return read_faces(photos, folder, detector=self.detector, crop=self.crop, margin=self.margin, most=most)
 
     def embed(
         self, photos: Sequence[Path], description: str, *, bound: float, most: int | None = None

@@ -119,7 +119,7 @@ CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter 
 
 # --- optimisation ---
 SEED = 0  # 0, 1, 2, ...
-EPOCHS = 10  # passes over the clean train photos, 1..999; more pay with EXTRA_FACES alone
+EPOCHS = 10  # passes over the clean train photos, 1..999; more help only with EXTRA_FACES
 ACCUMULATE = 1  # steps per update of the weights, >= 1
 BACKBONE_LR = 1e-4  # AdamW, 1e-5..1e-3, of the face's network: small, as it is trained already
 WIDE_LR = 3e-4  # AdamW, 1e-5..1e-3, of the whole frame's network: it starts as a copy and has a new task
@@ -132,8 +132,8 @@ FREEZE_BATCHNORM = True  # keep the statistics as loaded; those of a few persons
 # --- speed ---
 NUM_WORKERS = "auto"  # processes that load images, for each GPU, 0..; "auto": one per core, at most 16
 AMP = "auto"  # "auto": bfloat16 or float16 on a GPU, float32 on the CPU; "bf16", "fp16"; None: float32
-# "auto": on one GPU the network's passes are recorded once and replayed as CUDA graphs, in a third of the time; True:
-# torch.compile the network, whose first steps then take minutes, the others less; False: neither.
+# "auto": on one GPU, with ACCUMULATE = 1, the network's passes are recorded and replayed as CUDA graphs, in 30 to 60 %
+# of the time; True: torch.compile it, whose first steps then take minutes, the others less; False: neither.
 COMPILE = "auto"
 
 

@@ -27,6 +27,7 @@ from common import UserError
 from enrolment import load_gallery
 from faces import Face
 from gallery import Gallery, build_gallery, embed_queries
+from models import Crops
 
 ANN, BOB, CY, DI = (220, 40, 40), (40, 220, 40), (40, 40, 220), (220, 220, 40)
 STRANGER = (200, 215, 230)  # away from all of them, and nearest to cy
@@ -842,6 +843,15 @@ def test_the_margin_widens_what_the_network_sees(loose):
     identify.main()
     quarter = direction([value / 4 for value in CY])  # twice the side: three quarters of it are black
     assert kept().embeddings[-1].tolist() == pytest.approx(quarter, abs=0.02)
+
+
+def test_a_network_with_a_wide_crop_gets_the_whole_frame_of_a_face_that_is_cut_out(loose, monkeypatch):
+    network = ColourNet()
+    network.crops = Crops(face=0.5, wide_size=76, wide_weight=0.03)
+    facts = {"image_size": 76, "face_crop": 1.0, "framing": "detected"}
+    monkeypatch.setattr(identify.checkpoints, "load_model", lambda *_, **__: (network, facts))
+    identify.MARGIN = 0.0
+    assert identify.FaceReader(torch.device("cpu")).margin == 1.0  # twice the box, whose middle half is the face
 
 
 @pytest.mark.parametrize("find_faces", [False, True])
