@@ -1,4 +1,4 @@
-"""Retrieval on one split: clean photos are the gallery, distorted ones the queries; every figure with its interval.
+"""Retrieval on one split: clean photos are the gallery, distorted ones the queries; every rate with its interval.
 
     python evaluate.py
 
@@ -54,7 +54,7 @@ CHECK_IMAGES = True  # decode every file once first, list the broken ones and go
 # --- only where CHECKPOINT = None or COMPARE_WITH = "pretrained" ---
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160
-FACE_CROP = 0.52  # centre share of the shorter side that is kept, 0.3..1
+FACE_CROP = 0.52  # side of the face crop, as in train_stage1.py
 FRAMING = "detected"  # of the face: MTCNN finds it; "centre": it is at the centre of each photo, see framing.py
 
 # --- speed ---

@@ -60,14 +60,15 @@ FALSE_ACCEPT = 0.01  # share of strangers' photos that may get a name, above 0 a
 # thresholds that GALLERY has from an earlier split, or the checkpoint's calibration.
 CALIBRATE_ON = None
 THRESHOLD = None  # a cosine by hand, -1..1: a face is named from it on, whatever CALIBRATE_ON is
-# Share of the clean photos of CALIBRATE_ON, the worst, that may be called not usable, 0..0.2; None: all are usable.
+# Share of the clean photos of CALIBRATE_ON, the worst, that may be called not usable, 0..0.2; without CALIBRATE_ON it
+# is the 1 % of the checkpoint's calibration. None: all photos are usable.
 REFUSE = 0.01
 
 # --- the network ---
 CHECKPOINT = Path("runs/stage2/best.pt")  # knows its image size and crop; None: the PRETRAINED network as it is
 PRETRAINED = "vggface2"  # only for None: "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # only for None: pixels, 76..160
-FACE_CROP = 0.52  # only for None: centre share of the shorter side that is kept, 0.3..1
+FACE_CROP = 0.52  # only for None: side of the face crop, as in train_stage1.py
 FRAMING = "detected"  # only for None: of the face, which is found; "centre": it is at the centre, see framing.py
 
 # --- loose photos ---

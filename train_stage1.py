@@ -10,8 +10,9 @@ With the cosine of photo and person cos t_j = z w_j, the logits are
 (s = SCALE, m = MARGIN), and the loss is their cross-entropy: ArcFace, Deng et al. 2019, arXiv:1801.07698. Network and
 centres are trained together by AdamW, with a linear warm-up and then half a cosine down to 0.
 After each epoch, and before the first (epoch 0), the network is validated on persons it is not trained on: a gallery of
-their clean photos, each distorted photo a query, top-1. The best epoch has the highest mean of top-1 over the protocols
-`same` and `cross` (see RESULTS.md) without having forgotten clean photos (MAX_CLEAN_DROP); epoch 0 can be the best.
+their clean photos; every third distorted photo (QUICK_VALIDATION), and each clean photo degraded, a query; top-1. The
+best epoch has the highest mean of top-1 over the protocols `same` and `cross` (see RESULTS.md) without having forgotten
+clean photos (MAX_CLEAN_DROP); epoch 0 can be the best.
 
 Writes RUN_DIR/best.pt (for stage 2 and evaluate.py), last.pt (for RESUME), log.csv, steps.csv, curves.png,
 tensorboard/, constants.json and, with EMA_DECAY, best_ema.pt. Several GPUs: torchrun --nproc_per_node=2 train_stage1.py
@@ -76,7 +77,9 @@ BACKBONE = "facenet"  # "facenet": InceptionResnetV1; "resnet50": torchvision's,
 PRETRAINED = "vggface2"  # "vggface2", "casia-webface", path of a state dict, or None: random weights
 IMAGE_SIZE = 160  # pixels, 76..160; the pretrained networks saw 160
 FREEZE_UNTIL = None  # freeze the blocks up to and including this one, such as "mixed_6a" (see backbones.py)
-FACE_CROP = 0.52  # side of the centre square that is kept, over the shorter side, 0.3..1; for face crops 1, see FRAMING
+# Side of the face crop over that of the square around the face found, or with "centre" over the photo's shorter side,
+# 0.3..1: 0.52 is the face in such a square and in LFW's photos; photos that are face crops need 1, and "centre".
+FACE_CROP = 0.52
 FRAMING = "detected"  # of the face: MTCNN finds it; "centre": it is at the centre of each photo, see framing.py
 DROPOUT = 0.4  # before the last linear layer, 0..0.8
 
@@ -89,8 +92,8 @@ CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
 DISTORT = 0.0  # fraction of the photos that are distorted on the fly, besides the files on disk, 0..1
 DISTORT_MOST = 4  # families of degradations on one such photo, 1..8; see docs/degradations.md
-# Families that are not drawn, such as ("glare",), to see what becomes of them without training: of the degraded photos
-# in validation these alone are made then, and of all families otherwise.
+# Families that training never draws, such as ("glare",), to see what becomes of them; validation then degrades its
+# clean photos by these alone. (): both draw from all families.
 WITHOUT_FAMILIES = ()
 
 # --- ArcFace ---

@@ -81,8 +81,8 @@ PATIENCE = 0  # stop after this many epochs without a better top-1, 2..20; 0: ne
 
 # --- network ---
 FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (see backbones.py)
-# The frozen network whose embeddings of clean photos are the targets: a facenet, whatever stage 1's BACKBONE is, of
-# weights "vggface2", "casia-webface" or the path of a state dict; or None: the network of stage 1.
+# The frozen network whose embeddings of clean photos are the targets: "vggface2", "casia-webface" or the path of a
+# facenet's state dict; None: the network of stage 1, which one with the BACKBONE "resnet50" needs.
 TEACHER = "vggface2"
 # Weight of the whole frame's embedding, where the face has 1: 0.01..0.3, or 0 for the face alone. The frame matches
 # photos (hair, clothes, background), not people. At 0.03 it decides where no face shows, and nothing else; photos that
@@ -111,8 +111,8 @@ OFTEN = ("sunny", "rainy")  # the hard kinds, drawn twice as often as the others
 CLEAN = 0.1  # fraction of the positives that are the clean photo itself, 0..0.5
 DISTORT = 0.4  # fraction of the positives that are the clean photo distorted on the fly, not a file on disk, 0..1
 DISTORT_MOST = 4  # families of degradations on one such photo, 1..8; see docs/degradations.md
-# Families that are not drawn, such as ("glare",), to see what becomes of them without training: of the degraded photos
-# in validation these alone are made then, and of all families otherwise.
+# Families that training never draws, such as ("glare",), to see what becomes of them; validation then degrades its
+# clean photos by these alone. (): both draw from all families.
 WITHOUT_FAMILIES = ()
 CROP_ZOOM = 0.1  # the crop's side varies by +- this fraction of it, 0..0.3
 CROP_SHIFT = 0.03  # the crop's centre moves by +- this fraction of the shorter side, 0..0.1
