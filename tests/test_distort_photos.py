@@ -38,6 +38,9 @@ def test_persons_are_split_and_each_clean_photo_has_a_copy_of_every_kind(script,
     assert [path.name for path in script.OUT_DIR.parent.iterdir()] == ["Task_B"]  # no temporary folder stays
     out = capsys.readouterr().out
     assert "val: 2 persons, 4 clean photos, " in out and "set DATA_DIR of train_stage1.py" in out
+    photos = sum(len(person.photos) for person in train)
+    assert "PERSONS_PER_BATCH of train_stage2.py to at most 8, " in out
+    assert f"BATCH_SIZE of train_stage1.py to at most {photos}" in out
 
 
 def test_the_same_seed_writes_the_same_files_and_another_one_others(script, monkeypatch, tmp_path):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import checkpoints
 import common
 from common import UserError, derived_seed, in_range, list_names, plain_name
-from datasets import Person, scan_persons, split_holdout
+from datasets import Person, photos_of, scan_persons, split_holdout
 from distortions import DISTORTIONS
 from folders import CLEAN, DISTORTION
 from transforms import load_image
@@ -35,6 +35,7 @@ SEED = 0  # 0, 1, 2, ...: of the copies, and of who goes to val/
 JPEG_QUALITY = 92  # of the copies, 1..95
 
 LEAST_PERSONS = 4  # two to tell apart in train/, two in val/
+FEW_PERSONS = 50  # in train/: fewer teach a network these persons, not faces
 
 
 def main() -> None:
@@ -66,6 +67,13 @@ def main() -> None:
         write_copies(jobs, severity=SEVERITY, seed=SEED, quality=JPEG_QUALITY)
     for split in ("train", "val"):
         print(describe_split(OUT_DIR / split))
+    trained_on = scan_persons(OUT_DIR / "train", check_images=False)
+    if len(trained_on) < FEW_PERSONS:
+        print(
+            f"{len(trained_on)} persons are few to train on (see docs/own_photos.md); if you do, set PERSONS_PER_BATCH "
+            f"of train_stage2.py to at most {len(trained_on)}, and BATCH_SIZE of train_stage1.py to at most "
+            f"{len(photos_of(trained_on))}"
+        )
     print(f"set DATA_DIR of train_stage1.py, train_stage2.py and evaluate.py to {OUT_DIR}")
 
 
