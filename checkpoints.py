@@ -180,7 +180,7 @@ def read_checkpoint(path: Path) -> dict:
     odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
     if not odd:
         odd = [name for name, (low, high) in LIMITS.items() if not in_range(saved[name], float, low, high)]
-        odd += ["framing"] * (saved["framing"] not in ("centre", "detected"))
+        odd += ["framing"] * (saved["framing"] not in ("centre", "detected", "inset"))
         odd += ["backbone"] * (saved["backbone"] not in BACKBONES)
         odd += [name for name in ("persons", "holdout") if not all(isinstance(person, str) for person in saved[name])]
     if odd:

@@ -1,8 +1,10 @@
 """How the face is framed: by the centre of the photo, or by the face that MTCNN finds in it.
 
 With "detected", each photo is first cut as LFW's photos are: a square around the face, FRAME times as wide as its box.
-All that follows is the same as for a photo that comes so framed: FACE_CROP of the square is the face, and the square
-is the whole frame of stage 2.
+All that follows is the same as for a photo that comes so framed: FACE_CROP of the square is the face.
+
+The whole frame of stage 2 is the photo as it is, wherever its face was found, for it has to be recognised where no face
+can be found: "inset" sets the face into the middle of its photo.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import UserError, rank_and_world, warn_once
@@ -18,14 +20,17 @@ from datasets import Person
 from faces import Box, FaceDetector, choose
 from transforms import cut_square, load_image
 
-FRAMINGS = ("centre", "detected")
+FRAMINGS = ("centre", "detected")  # to choose from
+INSET = "inset"  # what becomes of "detected" where a network sees the whole frame too
 # Side of the square over the longer side of the face's box. Of LFW's photos, FACE_CROP = 0.52 keeps what MTCNN's box
 # and a margin of 0.06 do.
 FRAME = 1.06 / 0.52
 SEARCH_SIDE = 320  # px: a photo with a longer side than this is searched in a smaller copy
 LEAST_FACE = 32  # px in that copy, of the box's longer side: smaller ones are of people in the background, or no faces
 MANY = 20  # photos without any face, of which a warning tells
-LARGEST_CROP = 0.8  # of FACE_CROP, with "detected": more than that of the square is no face
+# Of FACE_CROP, with "detected": more than that of the square is no face. So much of it is set into the photo, which is
+# 0.52 and its jitter in training.
+LARGEST_CROP = 0.65
 LEAST_INSIDE = 0.8  # share of the box's area that lies in the photo
 
 _found: dict[tuple, Box | None] = {}  # `_version` of a photo -> its face; see find_frames
@@ -36,10 +41,11 @@ class Frames:
 
     boxes: path -> left, top, right, bottom as shares of the photo's width and height; None leaves the photo as it is.
     Beyond the photo's edges it is continued by its mirror image.
+    inset: instead, the photo is scaled until its shorter side is that of the square, whose middle is set into its own.
     """
 
-    def __init__(self, boxes: Mapping[Path, Box | None]):
-        self.boxes = dict(boxes)
+    def __init__(self, boxes: Mapping[Path, Box | None], inset: bool = False):
+        self.boxes, self.inset = dict(boxes), inset
 
     def face(self, image: Image.Image) -> Box | None:
         """The face's box in `image`, in pixels; None where none was found."""
@@ -51,10 +57,15 @@ class Frames:
         if box is None:
             return image
         left, top, right, bottom = box
-        side = FRAME * max(right - left, bottom - top)
-        square = cut_square(image, (left + right) / 2, (top + bottom) / 2, side)
-        square.info["path"] = image.info["path"]
-        return square
+        x, y, side = (left + right) / 2, (top + bottom) / 2, FRAME * max(right - left, bottom - top)
+        if self.inset:
+            framed = ImageOps.scale(image, side / min(image.size), Image.Resampling.BILINEAR)
+            face = cut_square(image, x, y, LARGEST_CROP * side)
+            framed.paste(face, ((framed.width - face.width) // 2, (framed.height - face.height) // 2))
+        else:
+            framed = cut_square(image, x, y, side)
+        framed.info["path"] = image.info["path"]
+        return framed
 
 
 def check_framing(framing: str, face_crop: float) -> None:
@@ -76,8 +87,9 @@ def find_frames(
 ) -> Frames | None:
     """Where the faces of `photos` are; None with the framing "centre". A printed line counts photos without a face.
 
+    framing: one of FRAMINGS, or INSET, as a checkpoint states it.
     sources: distorted copy -> clean photo, whose box it takes, as a distortion may hide the face. For training alone.
-    A photo is searched once; under torchrun each process searches its share of them.
+    A photo is searched once, and a line printed if any was; under torchrun each process searches its share of them.
     """
     if framing == "centre" or not photos:
         return None
@@ -93,9 +105,9 @@ def find_frames(
             f"FRAMING = 'detected': there is a face in none of {none} photos; if they show a face and nothing else, "
             "set FRAMING = 'centre' and FACE_CROP = 1 in train_stage1.py"
         )
-    if rank_and_world()[0] == 0:
+    if new and rank_and_world()[0] == 0:
         print(f"faces: searched for in {len(found)} photos; {none} without a plausible one are cropped at the centre")
-    return Frames({path: found[sources.get(path, path)] for path in photos})
+    return Frames({path: found[sources.get(path, path)] for path in photos}, inset=framing == INSET)
 
 
 def _version(path: Path) -> tuple:

@@ -421,7 +421,7 @@ def page(pictures: dict[str, Picture], after: Evaluated, before: Evaluated | Non
                     tables[f"{task} {caption}"] = comparison_cells(groups, names)
         protocols.append({"name": protocol, "sizes": describe(details), "tables": tables})
     facts = after.facts
-    framed = " of the square around the face" if facts.get("framing") == "detected" else ""
+    framed = "" if facts.get("framing", "centre") == "centre" else " of the square around the face"
     size = f"{facts['image_size']} pixels, crop {facts['face_crop']}{framed}, model {facts['made_by']['fingerprint']}"
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -54,7 +54,7 @@ from datasets import (
 from degradations import RandomDegradation, families_without, validation_degradation
 from embedding import embed
 from extra_faces import find_extra_faces
-from framing import Frames, find_frames, sources_of
+from framing import INSET, Frames, find_frames, sources_of
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
@@ -144,7 +144,7 @@ def main() -> None:
 
     # Model: the network of stage 1, its teacher, and what else the checkpoint stores.
     model, teacher, stage1 = load_networks(device, saved)
-    holdout, framing = stage1["holdout"], stage1.get("framing", "centre")  # earlier runs do not state it
+    holdout, framing = stage1["holdout"], framing_of(stage1)
     image_size, crop = (frame_size(stage1), 1.0) if WIDE_WEIGHT else (stage1["image_size"], stage1["face_crop"])
 
     # Data: pairs of a clean photo and its distorted copy, of the persons that stage 1 trained on.
@@ -271,6 +271,12 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
     return model, teacher.to(memory_format=torch.channels_last), stage1
 
 
+def framing_of(stage1: dict) -> str:
+    """How photos are framed: as in stage 1, but for the whole frame, which is the photo as it is."""
+    framing = stage1.get("framing", "centre")  # earlier runs do not state it
+    return INSET if WIDE_WEIGHT and framing == "detected" else framing
+
+
 def check_teacher(backbone: str) -> None:
     """Raises UserError unless embeddings of `backbone` can be pulled to those of TEACHER, a facenet."""
     dim, of_teacher = BACKBONES[backbone].dim, BACKBONES["facenet"].dim
@@ -338,7 +344,7 @@ def checkpoint_facts(
         "seed": SEED,
         "image_size": image_size,
         "face_crop": face_crop,
-        "framing": stage1.get("framing", "centre"),
+        "framing": framing_of(stage1),
         "crops": crops and asdict(crops),
         "backbone": stage1["backbone"],
         "dropout": DROPOUT,

@@ -10,7 +10,7 @@ import framing
 from common import UserError
 from datasets import scan_persons
 from faces import Face, FaceDetector
-from framing import FRAME, Frames, find_box, find_frames, sources_of
+from framing import FRAME, INSET, LARGEST_CROP, Frames, find_box, find_frames, sources_of
 from gallery import made_by
 from tools import sample_faces
 from transforms import cut_square, eval_transform, load_image, train_transform
@@ -59,10 +59,29 @@ def test_the_face_is_in_the_middle_of_its_square(tmp_path):
     assert square.getpixel((square.width // 2, square.height // 2))[:2] == (110, 50)
 
 
-def test_a_photo_without_a_box_stays_as_it_is_and_an_unknown_one_is_an_error(tmp_path):
+def test_a_face_set_into_its_photo_is_the_one_in_its_square(tmp_path):
+    numbered(200, 100).save(tmp_path / "a.png")
+    path, image = tmp_path / "a.png", load_image(tmp_path / "a.png")
+    boxes = {path: (0.6, 0.3, 0.8, 0.7)}  # 40 x 40 around (140, 50): a square of 82, of which 53 are set in
+    framed, square = (np.asarray(Frames(boxes, inset)(image), int) for inset in (True, False))
+    side, inset = round(40 * FRAME), round(40 * FRAME * LARGEST_CROP)
+    assert framed.shape == (side, round(2 * 40 * FRAME), 3) and square.shape == (side, side, 3)
+
+    def middle(pixels, share):
+        rows, columns, half = pixels.shape[0] // 2, pixels.shape[1] // 2, int(share * side / 2)
+        return pixels[rows - half : rows + half, columns - half : columns + half]
+
+    assert abs(middle(framed, 0.6) - middle(square, 0.6)).max() <= 1
+    scaled = np.asarray(image.resize((framed.shape[1], side), Image.Resampling.BILINEAR), int)
+    differs = (framed != scaled).any(2)
+    assert differs.sum() > 0.9 * inset**2 and differs.any(0).sum() <= inset and differs.any(1).sum() <= inset
+
+
+@pytest.mark.parametrize("inset", [False, True])
+def test_a_photo_without_a_box_stays_as_it_is_and_an_unknown_one_is_an_error(tmp_path, inset):
     numbered(20, 20).save(tmp_path / "a.png")
     image = load_image(tmp_path / "a.png")
-    assert Frames({tmp_path / "a.png": None})(image) is image
+    assert Frames({tmp_path / "a.png": None}, inset)(image) is image
     with pytest.raises(KeyError):
         Frames({})(image)
 
@@ -132,6 +151,14 @@ def test_a_photo_is_framed_before_it_is_distorted_on_the_fly(tmp_path):
     assert sizes == [((round(20 * FRAME),) * 2, tmp_path / "a.png")]
 
 
+def test_only_a_network_of_the_whole_frame_has_the_face_set_into_the_photo(stages, train, stage1_best, tmp_path):
+    saved = checkpoints.read_checkpoint(stage1_best)
+    torch.save(saved | {"framing": "detected"}, tmp_path / "found.pt")
+    for path, wide_weight, expected in ((tmp_path / "found.pt", 0.0, "detected"), (stage1_best, 0.3, "centre")):
+        constants = {"STAGE1_CHECKPOINT": path, "WIDE_WEIGHT": wide_weight, "EPOCHS": 1}
+        assert train(stages[1], expected, constants).best["framing"] == expected
+
+
 def test_centre_finds_nothing_and_another_word_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(framing, "FaceDetector", None)
     assert find_frames("centre", [tmp_path / "a.jpg"], CPU) is None
@@ -182,13 +209,13 @@ def test_both_stages_frame_every_photo_by_its_box_and_state_it(stages, train, st
     assert checkpoints.read_checkpoint(stage1_best)["framing"] == "centre"
     monkeypatch.setattr(framing, "find_box", left_half)
     stage1, stage2 = stages
-    best = train(stage1, "one", {"FRAMING": "detected"}).best
+    best = train(stage1, "one", {"FRAMING": "detected", "FACE_CROP": 0.6}).best
     val = {path for person in scan_persons(stage1.DATA_DIR / "val") for path in person.photos}
     assert best["framing"] == "detected" and val <= framed
     framed.clear(), framing._found.clear()
     best = train(stage2, "two", {"STAGE1_CHECKPOINT": stage1.RUN_DIR / "best.pt"}).best
     clean = {path for person in scan_persons(stage2.DATA_DIR / "train") for path in person.clean}
-    assert best["framing"] == "detected" and val | clean <= framed
+    assert best["framing"] == INSET and val | clean <= framed  # it sees the whole frame too
     assert not any("train" in path.parts for path in framed - clean)  # distorted copies take their sources' boxes
 
 

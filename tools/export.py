@@ -20,7 +20,7 @@ import common
 from backbones import BACKBONES
 from common import UserError
 from fast import INPUT, OUTPUT, QUALITY, OnnxFaceNet, to_onnx
-from framing import FRAME
+from framing import FRAME, LARGEST_CROP
 from models import FaceNet, fingerprint
 
 # --- what to export ---
@@ -154,6 +154,7 @@ def model_card(model: FaceNet, facts: dict, figures: dict | None) -> str:
         onnx_file=onnx_file(backbone),
         face_file=FACE_FILE if backbone == "facenet" else None,
         frame=FRAME,
+        inset=LARGEST_CROP,
         size=size,
         crops=crops,
         side=side,
