@@ -19,11 +19,14 @@ BURNT_SHARE = 0.8  # share of burnt-out pixels (in all channels) above which a f
 
 @dataclass(frozen=True)
 class Crops:
-    """What FaceNet takes from a photo: its centre, the face, and the whole frame. Raises UserError if out of range."""
+    """What FaceNet takes from a photo: its centre, the face, and the frame around it. Raises UserError if out of range."""
 
     face: float  # side of the centre square that is the face crop, share of the frame's side, 0..1
     wide_size: int  # pixels, side that the whole frame is shrunk to, 76 or more
     wide_weight: float  # weight of the whole frame's embedding, > 0; the face's is 1
+    # Side of the centre square that is hidden from the frame's network, share of the frame's side, 0..1. A face and its
+    # burnt-out copy then look the same to it. 0 in checkpoints of earlier versions.
+    hidden: float = 0.0
 
     def __post_init__(self):
         if not (in_range(self.face, float, 1e-3, 1) and self.face < 1):
@@ -37,6 +40,8 @@ class Crops:
             )
         if not (in_range(self.wide_weight, float, 0, math.inf) and 0 < self.wide_weight < math.inf):
             raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.01..0.3")
+        if not (in_range(self.hidden, float, 0, 1) and self.hidden < 1):
+            raise UserError(f"the hidden share of the frame is {self.hidden}: expected 0 or more and below 1")
 
 
 class FaceNet(nn.Module):
@@ -50,9 +55,9 @@ class FaceNet(nn.Module):
     in train mode too.
 
     Without `crops`, images are face crops and D is the backbone's, `dim`. With them images are whole frames, of which
-    the first network sees the centre and a second one everything, and D = 2 dim:
+    the first network sees the centre and a second one what is around it, and D = 2 dim:
         z = [g f, w v] / norm
-    f: embedding of the face, the frame's centre; v: embedding of the whole frame; w: wide_weight; g: the gate, 0 where
+    f: embedding of the face, the frame's centre; v: embedding of the frame; w: wide_weight; g: the gate, 0 where
     the face is burnt out, else 1. In the cosine of two such embeddings hair, clothes and background have a share of
     w^2 / (1 + w^2), a thousandth at 0.03, and where a photo shows no face they are all that counts. f recognises
     persons, v photos.
@@ -135,14 +140,21 @@ class FaceNet(nn.Module):
         """The face crop: the centre of whole frames, not resampled; without crops, the images as they are."""
         if self.crops is None:
             return frames
+        before, side, _ = self._centre(self.crops.face, frames)
+        return frames[..., before : before + side, before : before + side]
+
+    def _centre(self, share: float, frames: Tensor) -> tuple[int, int, int]:
+        """Pixels of a line before, in and after the centre square that is this share of the side of `frames`."""
         size = int(frames.shape[-1])  # int: ONNX tracing would make a tensor of it, which has no round()
-        side = round(self.crops.face * size)
-        start = (size - side) // 2
-        return frames[..., start : start + side, start : start + side]
+        side = round(share * size)
+        before = (size - side) // 2
+        return before, side, size - side - before
 
     def whole(self, frames: Tensor) -> Tensor:
-        """The wide crop: whole frames, shrunk to wide_size."""
+        """The wide crop: frames whose centre is grey where it is hidden, shrunk to wide_size."""
         size = self.crops.wide_size
+        before, side, after = self._centre(self.crops.hidden, frames)
+        frames = frames * F.pad(frames.new_zeros(side, side), (before, after) * 2, value=1.0)
         if frames.shape[-1] >= 2 * size:  # bilinear sampling alone would skip pixels, and ONNX has no antialiasing
             frames = F.avg_pool2d(frames, 2)
         return F.interpolate(frames, size=(size, size), mode="bilinear", align_corners=False)

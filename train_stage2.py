@@ -11,9 +11,9 @@ that never change. For each distorted photo with embedding f, anchor a and n, th
 over the photos that show a face at all (the gate is 1 for these, 0 where glare has whited out the face crop).
 That needs no names: photos of EXTRA_FACES and of persons without files in distortion/ are distorted on the fly, and
 of them, n is only a photo that the teacher finds unlike enough to be another person's (MAYBE_SAME).
-A second network v of the same form sees the whole frame. It learns to find a distorted frame's clean original among the
-clean frames of the batch (InfoNCE, INSTANCE_WEIGHT), for photos that show no face. Both make the final embedding,
-[gate f, WIDE_WEIGHT v] scaled to norm 1; WIDE_WEIGHT = 0 leaves the face alone.
+A second network v of the same form sees the whole frame, but not its middle, where the face is. It learns to find a
+distorted frame's clean original among the clean frames of the batch (InfoNCE, INSTANCE_WEIGHT), for photos that show no
+face. Both make the final embedding, [gate f, WIDE_WEIGHT v] scaled to norm 1; WIDE_WEIGHT = 0 leaves the face alone.
 Validation and the best epoch are as in stage 1; epoch 0 is the network of stage 1.
 
 Starts from STAGE1_CHECKPOINT; writes RUN_DIR/best.pt (for evaluate.py), last.pt (for RESUME), log.csv, steps.csv,
@@ -54,7 +54,7 @@ from datasets import (
 from degradations import RandomDegradation, families_without, validation_degradation
 from embedding import embed
 from extra_faces import find_extra_faces
-from framing import INSET, Frames, find_frames, sources_of
+from framing import INSET, LARGEST_CROP, Frames, find_frames, sources_of
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
@@ -84,9 +84,9 @@ FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (se
 # The frozen network whose embeddings of clean photos are the targets: "vggface2", "casia-webface" or the path of a
 # facenet's state dict; None: the network of stage 1, which one with the BACKBONE "resnet50" needs.
 TEACHER = "vggface2"
-# Weight of the whole frame's embedding, where the face has 1: 0.01..0.3, or 0 for the face alone. The frame matches
-# photos (hair, clothes, background), not people. At 0.03 it decides where no face shows, and nothing else; photos that
-# are cropped to the face need 0.
+# Weight of the whole frame's embedding, where the face has 1: 0.01..0.3, or 0 for the face alone. The frame is what is
+# around the face (clothes, background) and matches photos, not people. At 0.03 it decides where no face shows, and
+# nothing else; photos that are cropped to the face need 0.
 WIDE_WEIGHT = 0.03
 WIDE_SIZE = 112  # pixels that the whole frame is shrunk to, 76..160
 DROPOUT = 0.0  # before the last linear layer, 0..0.8; with fixed targets there is little to memorise
@@ -267,7 +267,8 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
         check_teacher(stage1["backbone"])
         teacher = FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR, constant="TEACHER").to(device)
     if WIDE_WEIGHT:
-        model.widen(Crops(stage1["face_crop"], WIDE_SIZE, WIDE_WEIGHT))
+        face_crop = stage1["face_crop"]
+        model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT, hidden=max(face_crop, LARGEST_CROP)))
     return model, teacher.to(memory_format=torch.channels_last), stage1
 
 

@@ -19,7 +19,7 @@ from models import Crops, FaceNet, fingerprint
 from transforms import eval_transform
 
 SIZE = 80  # pixels; not the least that is allowed, 76, so that a wrong input size shows
-CROPS = Crops(face=0.52, wide_size=76, wide_weight=0.3)
+CROPS = Crops(face=0.52, wide_size=76, wide_weight=0.3, hidden=0.65)
 BURNT_ONE = 2  # which of `frames`
 
 

@@ -98,6 +98,7 @@ NO_FRAME = "WIDE_WEIGHT: a wide crop needs photos with more than the face in the
         (lambda: Crops(0.52, 76.5, 0.3), "WIDE_SIZE = 76.5: expected a whole number of pixels, 76..2048"),
         (lambda: Crops(0.52, 10**6, 0.3), "WIDE_SIZE = 1000000: expected a whole number of pixels, 76..2048"),
         (lambda: Crops(0.52, 112, 0.0), "WIDE_WEIGHT = 0.0: expected a positive number"),
+        (lambda: Crops(0.52, 112, 0.3, 1.0), "the hidden share of the frame is 1.0: expected 0 or more and below 1"),
         (lambda: Crops(0.52, 112, math.inf), "WIDE_WEIGHT = inf: expected a positive number"),
     ],
 )
@@ -243,6 +244,18 @@ def test_the_wide_crop_is_the_whole_frame_to_its_edges(frame, size):
     expected = (torch.arange(float(size)) + 0.5) * frame / size - 0.5
     torch.testing.assert_close(whole, expected.expand(1, 3, size, size), rtol=0, atol=1e-3)
     torch.testing.assert_close(cropping(wide_size=size).whole(ramp.transpose(2, 3)), whole.transpose(2, 3))
+
+
+@torch.inference_mode()
+def test_the_network_of_the_frame_does_not_see_its_centre(frames):
+    network = tell_apart(FaceNet(None, dropout=0.0, crops=Crops(0.52, 76, 0.3, hidden=0.65)), FRAME, 0.9).eval()
+    burnt, around = frames.clone(), frames.clone()
+    burnt[..., 27:127, 27:127] = 1.0  # 100 of the 154 pixels
+    around[..., 27:128, 26:127] = 1.0  # one row and one column more
+    wide, wide_of_burnt, other = (network(images, "wide") for images in (frames, burnt, around))
+    assert torch.equal(wide, wide_of_burnt) and not torch.equal(wide, other)
+    assert not torch.equal(network(frames, "face"), network(burnt, "face"))
+    assert (network.whole(burnt)[..., 14:62, 14:62] == 0).all()  # grey, within the 49.4 pixels that the 100 become
 
 
 def test_shrinking_the_frame_skips_no_pixel():

@@ -55,7 +55,7 @@ def test_photos_per_person_and_persons_per_batch_make_the_batches_of_stage_2(sta
     assert [(len(seen.images), seen.part) for seen in forwards] == [(4 * 3, "face"), (4 * 6, "wide")]
 
 
-WIDE = {"face": 0.8, "wide_size": 76, "wide_weight": 0.5}
+WIDE = {"face": 0.8, "wide_size": 76, "wide_weight": 0.5, "hidden": 0.8}
 
 
 @pytest.mark.parametrize("wide_weight, frame", [(0.0, (76, 0.8, None)), (0.5, (95, 1.0, WIDE))])
