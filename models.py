@@ -19,7 +19,7 @@ BURNT_SHARE = 0.8  # share of burnt-out pixels (in all channels) above which a f
 
 @dataclass(frozen=True)
 class Crops:
-    """What FaceNet takes from a photo: its centre, the face, and the frame around it. Raises UserError if out of range."""
+    """What FaceNet takes from a photo: its centre, the face, and the frame around it. UserError if out of range."""
 
     face: float  # side of the centre square that is the face crop, share of the frame's side, 0..1
     wide_size: int  # pixels, side that the whole frame is shrunk to, 76 or more
