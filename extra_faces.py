@@ -14,8 +14,8 @@ from folders import NO_TEXT, equal_files, find_photos, is_text, photos_below, wa
 from framing import find_frames
 from transforms import FaceCrop, load_image
 
-# Distorted copies are pulled to the teacher's embedding of the photo, so the photo has to show its face well. The face
-# is searched for where the network looks, in the crop alone.
+# Distorted copies are pulled to the teacher's embedding of the photo, so the photo has to show its face well. Where it
+# is not framed around its face, the face is searched for where the network looks, in the crop alone.
 LEAST_SIDE = 40  # px, of the crop in the photo
 SEARCH_SIDE, LEAST_FACE = 160, 40  # px: the crop is resized to the first; a smaller face than the second is none
 IN_DATA_DIR = "in train/, val/ or test/ too"
@@ -68,8 +68,8 @@ def _copies(photos: list[Path], data_dir: Path) -> dict[Path, str]:
 
 def _unusable(photos: list[Path], face_crop: float, device: torch.device, framing: str) -> dict[Path, str]:
     """The photos that show no face well -> why."""
-    crop, detector = FaceCrop(SEARCH_SIDE, face_crop), FaceDetector(device, min_face=LEAST_FACE)
     frames = find_frames(framing, photos, device)
+    crop, detector = FaceCrop(SEARCH_SIDE, face_crop), FaceDetector(device, min_face=LEAST_FACE)
     rank, world = rank_and_world()
     mine = photos[rank::world]
     found = dict.fromkeys(find_unreadable(mine), "unreadable")
@@ -78,7 +78,7 @@ def _unusable(photos: list[Path], face_crop: float, device: torch.device, framin
         image = load_image(path) if frames is None else frames(load_image(path))
         if min(image.size) * face_crop < LEAST_SIDE:
             found[path] = f"with a crop of less than {LEAST_SIDE} pixels"
-        elif not detector.find(crop(image)):
+        elif not (detector.find(crop(image)) if frames is None else frames.boxes[path]):
             found[path] = "without a face in the crop"
     if world > 1:
         parts: list = [None] * world

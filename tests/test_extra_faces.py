@@ -8,6 +8,7 @@ import torch
 from conftest import CPU, write_photo
 
 import extra_faces
+import framing
 from common import UserError
 from extra_faces import find_extra_faces
 
@@ -51,6 +52,16 @@ def test_photos_that_cannot_teach_are_counted_by_their_reasons_and_left_out(fold
         f"{folder}: 1 file left out: 1 .txt",
         f"EXTRA_FACES: 1 photos lie in {task_b} too and are left out (stranger.png)",
     ]
+
+
+def test_photos_that_are_framed_around_their_faces_are_searched_once(folder, task_b, monkeypatch, capsys):
+    monkeypatch.setattr(framing, "_found", {})
+    boxes = {"1.png": (0.2, 0.2, 0.8, 0.8), "2.png": (0.0, 0.0, 0.5, 0.5)}  # 48 of 80 pixels, 25 of 50
+    monkeypatch.setattr(framing, "find_box", lambda image, detector: boxes.get(image.info["path"].name))
+    monkeypatch.setattr(extra_faces.FaceDetector, "find", None)
+    assert find_extra_faces(folder, task_b, 0.52, CPU, "detected") == [folder / "1.png"]
+    out = capsys.readouterr().out
+    assert "left out: 2 with a crop of less than 40 pixels, " in out and ", 1 without a face in the crop" in out
 
 
 def test_a_clean_folder_is_used_as_a_whole_without_a_warning(folder, task_b, caplog, capsys):
