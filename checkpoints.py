@@ -191,7 +191,12 @@ def read_checkpoint(path: Path) -> dict:
 
 def check_stage1(path: Path, stage1: object) -> None:
     """Raises UserError if what a checkpoint of stage 2 states of stage 1 is damaged."""
-    if not isinstance(stage1, dict) or not set(STAGE1_FACTS) <= stage1.keys():
+    sound = isinstance(stage1, dict) and all(
+        isinstance(stage1.get(name), STATED[name])
+        and (name not in LIMITS or in_range(stage1[name], float, LIMITS[name][0], LIMITS[name][1]))
+        for name in STAGE1_FACTS
+    )
+    if not sound:
         raise UserError(f"{path}: damaged, its stage1 is {reprlib.repr(stage1)}; train it again")
 
 

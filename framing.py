@@ -3,8 +3,8 @@
 With "detected", each photo is first cut as LFW's photos are: a square around the face, FRAME times as wide as its box.
 All that follows is the same as for a photo that comes so framed: FACE_CROP of the square is the face.
 
-The whole frame of stage 2 is the photo as it is, wherever its face was found, for it has to be recognised where no face
-can be found: "inset" sets the face into the middle of its photo.
+Stage 2 with WIDE_WEIGHT sees the face and the whole photo, which must look the same whether a face was found in it or
+not. So "inset" does not cut the photo: it pastes the face into the middle, which the frame's network does not see.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,27 +21,30 @@ from faces import Box, FaceDetector, choose
 from transforms import cut_square, load_image
 
 FRAMINGS = ("centre", "detected")  # to choose from
-INSET = "inset"  # what becomes of "detected" where a network sees the whole frame too
+INSET = "inset"  # of checkpoints alone: takes the place of "detected" in stage 2 with WIDE_WEIGHT > 0
 # Side of the square over the longer side of the face's box. Of LFW's photos, FACE_CROP = 0.52 keeps what MTCNN's box
 # and a margin of 0.06 do.
 FRAME = 1.06 / 0.52
 SEARCH_SIDE = 320  # px: a photo with a longer side than this is searched in a smaller copy
 LEAST_FACE = 32  # px in that copy, of the box's longer side: smaller ones are of people in the background, or no faces
 MANY = 20  # photos without any face, of which a warning tells
-# Of FACE_CROP, with "detected": more than that of the square is no face. So much of it is set into the photo, which is
-# 0.52 and its jitter in training.
+# The largest FACE_CROP with "detected": more of the square is no face. "inset" pastes this share of the square's side,
+# which holds a FACE_CROP of 0.52 with its jitter in training: 0.52 * 1.1 + 2 * 0.03 = 0.63.
 LARGEST_CROP = 0.65
+HIDDEN = 0.75  # share of the side that is hidden from the frame's network: the paste, and the rim of a burnt-out face
+LARGE = 1024  # px: "inset" enlarges no photo beyond that, so that a face that fills it makes it no larger than it is
 LEAST_INSIDE = 0.8  # share of the box's area that lies in the photo
 
 _found: dict[tuple, Box | None] = {}  # `_version` of a photo -> its face; see find_frames
 
 
 class Frames:
-    """Cuts a photo that `load_image` read to the square around its face: PIL image -> PIL image.
+    """Frames a photo that `load_image` read, by the square around its face: PIL image -> PIL image.
 
     boxes: path -> left, top, right, bottom as shares of the photo's width and height; None leaves the photo as it is.
-    Beyond the photo's edges it is continued by its mirror image.
-    inset: instead, the photo is scaled until its shorter side is that of the square, whose middle is set into its own.
+    The photo is cut to the square, and beyond its edges it is continued by its mirror image.
+    inset: the photo is not cut but scaled until its shorter side is as long as the square's; then the middle of the
+    square, LARGEST_CROP of its side, is pasted onto the middle of the photo.
     """
 
     def __init__(self, boxes: Mapping[Path, Box | None], inset: bool = False):
@@ -59,13 +62,24 @@ class Frames:
         left, top, right, bottom = box
         x, y, side = (left + right) / 2, (top + bottom) / 2, FRAME * max(right - left, bottom - top)
         if self.inset:
-            framed = ImageOps.scale(image, side / min(image.size), Image.Resampling.BILINEAR)
-            face = cut_square(image, x, y, LARGEST_CROP * side)
-            framed.paste(face, ((framed.width - face.width) // 2, (framed.height - face.height) // 2))
+            framed = _set_in(cut_square(image, x, y, LARGEST_CROP * side), image, side)
         else:
             framed = cut_square(image, x, y, side)
         framed.info["path"] = image.info["path"]
         return framed
+
+
+def _set_in(face: Image.Image, image: Image.Image, side: float) -> Image.Image:
+    """`image`, scaled until its shorter side has `side` pixels, with `face` in its middle."""
+    shorter = min(image.size)
+    smaller = min(1, max(shorter, LARGE) / side)
+    scale = smaller * side / shorter
+    width, height = (max(1, round(scale * length)) for length in image.size)
+    framed = image.resize((width, height), Image.Resampling.BILINEAR)
+    if smaller < 1:
+        face = ImageOps.scale(face, smaller, Image.Resampling.BILINEAR)
+    framed.paste(face, ((width - face.width) // 2, (height - face.height) // 2))
+    return framed
 
 
 def check_framing(framing: str, face_crop: float) -> None:
@@ -75,10 +89,11 @@ def check_framing(framing: str, face_crop: float) -> None:
     """
     if framing not in FRAMINGS:
         raise UserError(f"FRAMING = {framing!r}: expected one of {', '.join(map(repr, FRAMINGS))}")
-    if framing == "detected" and face_crop > LARGEST_CROP:
+    if framing != "centre" and not face_crop <= LARGEST_CROP:  # NaN is not, either
         raise UserError(
             f"FRAMING = 'detected', FACE_CROP = {face_crop}: photos are cut to {FRAME:.2f} times the face found, "
-            "and 0.52 of that is the face; set FACE_CROP = 0.52, or FRAMING = 'centre' for photos of a face alone"
+            f"and 0.52 of that is the face, {LARGEST_CROP} at most; set FACE_CROP = 0.52, or FRAMING = 'centre' for "
+            "photos of a face alone"
         )
 
 

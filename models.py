@@ -40,8 +40,11 @@ class Crops:
             )
         if not (in_range(self.wide_weight, float, 0, math.inf) and 0 < self.wide_weight < math.inf):
             raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.01..0.3")
-        if not (in_range(self.hidden, float, 0, 1) and self.hidden < 1):
-            raise UserError(f"the hidden share of the frame is {self.hidden}: expected 0 or more and below 1")
+        if not in_range(self.hidden, float, 0, 0.9):
+            raise UserError(
+                f"WIDE_WEIGHT: of the side of a frame, {self.hidden} are hidden, expected at most 0.9, or nothing is "
+                "left around the face; set WIDE_WEIGHT = 0, or train stage 1 with FACE_CROP <= 0.9"
+            )
 
 
 class FaceNet(nn.Module):
@@ -57,8 +60,8 @@ class FaceNet(nn.Module):
     Without `crops`, images are face crops and D is the backbone's, `dim`. With them images are whole frames, of which
     the first network sees the centre and a second one what is around it, and D = 2 dim:
         z = [g f, w v] / norm
-    f: embedding of the face, the frame's centre; v: embedding of the frame; w: wide_weight; g: the gate, 0 where
-    the face is burnt out, else 1. In the cosine of two such embeddings hair, clothes and background have a share of
+    f: embedding of the face, the frame's centre; v: of the frame around it; w: wide_weight; g: the gate, 0 where
+    the face is burnt out, else 1. In the cosine of two such embeddings clothes and background have a share of
     w^2 / (1 + w^2), a thousandth at 0.03, and where a photo shows no face they are all that counts. f recognises
     persons, v photos.
     mirror: in eval mode, f and v are each the mean over an image and its mirror image, normalized again.
@@ -151,7 +154,7 @@ class FaceNet(nn.Module):
         return before, side, size - side - before
 
     def whole(self, frames: Tensor) -> Tensor:
-        """The wide crop: frames whose centre is grey where it is hidden, shrunk to wide_size."""
+        """The wide crop: the frames with their hidden centre made grey, shrunk to wide_size."""
         size = self.crops.wide_size
         before, side, after = self._centre(self.crops.hidden, frames)
         frames = frames * F.pad(frames.new_zeros(side, side), (before, after) * 2, value=1.0)

@@ -421,7 +421,9 @@ def page(pictures: dict[str, Picture], after: Evaluated, before: Evaluated | Non
                     tables[f"{task} {caption}"] = comparison_cells(groups, names)
         protocols.append({"name": protocol, "sizes": describe(details), "tables": tables})
     facts = after.facts
-    framed = "" if facts.get("framing", "centre") == "centre" else " of the square around the face"
+    framed = {"detected": " of the square around the face", "inset": " of the photo with the face in its middle"}.get(
+        facts.get("framing"), ""
+    )
     size = f"{facts['image_size']} pixels, crop {facts['face_crop']}{framed}, model {facts['made_by']['fingerprint']}"
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -54,7 +54,7 @@ from datasets import (
 from degradations import RandomDegradation, families_without, validation_degradation
 from embedding import embed
 from extra_faces import find_extra_faces
-from framing import INSET, LARGEST_CROP, Frames, find_frames, sources_of
+from framing import HIDDEN, INSET, Frames, check_framing, find_frames, sources_of
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
@@ -268,14 +268,14 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
         teacher = FaceNet(TEACHER, dropout=DROPOUT, mirror=MIRROR, constant="TEACHER").to(device)
     if WIDE_WEIGHT:
         face_crop = stage1["face_crop"]
-        model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT, hidden=max(face_crop, LARGEST_CROP)))
+        check_framing(stage1["framing"], face_crop)  # earlier versions allowed more
+        model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT, hidden=max(face_crop, HIDDEN)))
     return model, teacher.to(memory_format=torch.channels_last), stage1
 
 
 def framing_of(stage1: dict) -> str:
-    """How photos are framed: as in stage 1, but for the whole frame, which is the photo as it is."""
-    framing = stage1.get("framing", "centre")  # earlier runs do not state it
-    return INSET if WIDE_WEIGHT and framing == "detected" else framing
+    """The framing of stage 1; with WIDE_WEIGHT, INSET in place of "detected"."""
+    return INSET if WIDE_WEIGHT and stage1["framing"] == "detected" else stage1["framing"]
 
 
 def check_teacher(backbone: str) -> None:

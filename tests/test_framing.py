@@ -10,8 +10,9 @@ import framing
 from common import UserError
 from datasets import scan_persons
 from faces import Face, FaceDetector
-from framing import FRAME, INSET, LARGEST_CROP, Frames, find_box, find_frames, sources_of
+from framing import FRAME, HIDDEN, INSET, LARGEST_CROP, Frames, find_box, find_frames, sources_of
 from gallery import made_by
+from models import Crops, FaceNet
 from tools import sample_faces
 from transforms import cut_square, eval_transform, load_image, train_transform
 
@@ -75,6 +76,35 @@ def test_a_face_set_into_its_photo_is_the_one_in_its_square(tmp_path):
     scaled = np.asarray(image.resize((framed.shape[1], side), Image.Resampling.BILINEAR), int)
     differs = (framed != scaled).any(2)
     assert differs.sum() > 0.9 * inset**2 and differs.any(0).sum() <= inset and differs.any(1).sum() <= inset
+
+
+@pytest.mark.parametrize("width, height, box", [(250, 250, 67), (320, 240, 35), (97, 300, 90), (640, 480, 210)])
+def test_the_network_of_the_frame_never_sees_the_pasted_face(tmp_path, monkeypatch, width, height, box):
+    """A black photo with a white face, and a white one with a black face, beside the same photos without a face."""
+    with torch.device("meta"):
+        network = FaceNet(None, dropout=0.0, crops=Crops(0.52, 112, 0.03, hidden=HIDDEN))
+    x, y, half = 0.4 * width, 0.45 * height, box / 2
+    found = ((x - half) / width, (y - half) / height, (x + half) / width, (y + half) / height)
+    for colour, other in ((0, 255), (255, 0)):
+        path, photo = tmp_path / "photo.png", Image.new("RGB", (width, height), (colour,) * 3)
+        photo.info["path"] = path
+        cut = cut_square(Image.new("RGB", photo.size, (other,) * 3), x, y, LARGEST_CROP * FRAME * box)
+        monkeypatch.setattr(framing, "cut_square", lambda *args, cut=cut: cut)
+        framed = Frames({path: found}, inset=True)(photo)
+        assert framed.getpixel((framed.width // 2, framed.height // 2)) == (other,) * 3
+        seen, expected = (network.whole(eval_transform(308, 1.0)(image)[None]) for image in (framed, photo))
+        assert torch.equal(seen, expected)
+
+
+def test_a_face_that_fills_a_large_photo_does_not_enlarge_it(tmp_path):
+    image = numbered(1500, 2000)
+    image.info["path"] = path = tmp_path / "selfie.png"
+    boxes = {path: (0.1, 0.2, 0.9, 0.8)}  # 1200 x 1200: a square of 2446
+    framed = Frames(boxes, inset=True)(image)
+    assert framed.size == image.size
+    square = Frames(boxes)(image).resize((1500, 1500), Image.Resampling.BILINEAR)
+    difference = np.asarray(framed.crop((300, 550, 1200, 1450)), int) - np.asarray(square.crop((300, 300, 1200, 1200)))
+    assert np.median(abs(difference)) <= 1
 
 
 @pytest.mark.parametrize("inset", [False, True])
@@ -157,6 +187,9 @@ def test_only_a_network_of_the_whole_frame_has_the_face_set_into_the_photo(stage
     for path, wide_weight, expected in ((tmp_path / "found.pt", 0.0, "detected"), (stage1_best, 0.3, "centre")):
         constants = {"STAGE1_CHECKPOINT": path, "WIDE_WEIGHT": wide_weight, "EPOCHS": 1}
         assert train(stages[1], expected, constants).best["framing"] == expected
+    torch.save(saved | {"framing": "detected", "face_crop": 0.78}, tmp_path / "loose.pt")  # of an earlier version
+    with pytest.raises(UserError, match=r"FACE_CROP = 0\.78: .*0\.65 at most"):
+        train(stages[1], "loose", {"STAGE1_CHECKPOINT": tmp_path / "loose.pt", "WIDE_WEIGHT": 0.3})
 
 
 def test_centre_finds_nothing_and_another_word_is_refused(tmp_path, monkeypatch):

@@ -98,7 +98,7 @@ NO_FRAME = "WIDE_WEIGHT: a wide crop needs photos with more than the face in the
         (lambda: Crops(0.52, 76.5, 0.3), "WIDE_SIZE = 76.5: expected a whole number of pixels, 76..2048"),
         (lambda: Crops(0.52, 10**6, 0.3), "WIDE_SIZE = 1000000: expected a whole number of pixels, 76..2048"),
         (lambda: Crops(0.52, 112, 0.0), "WIDE_WEIGHT = 0.0: expected a positive number"),
-        (lambda: Crops(0.52, 112, 0.3, 1.0), "the hidden share of the frame is 1.0: expected 0 or more and below 1"),
+        (lambda: Crops(0.95, 112, 0.3, 0.95), "WIDE_WEIGHT: of the side of a frame, 0.95 are hidden"),
         (lambda: Crops(0.52, 112, math.inf), "WIDE_WEIGHT = inf: expected a positive number"),
     ],
 )

@@ -19,7 +19,7 @@ import report
 import train_stage1
 import train_stage2
 from common import UserError
-from framing import LARGEST_CROP
+from framing import HIDDEN
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_three_scripts_in_sequence_with_the_real_network(task_b, tmp_path, monke
     assert (best["stage"], best["selected_on"]) == (2, "val")
     assert (best["image_size"], best["face_crop"]) == (146, 1.0)  # the frame whose 0.52 are 76 pixels
     weight = train_stage2.WIDE_WEIGHT
-    assert best["crops"] == {"face": 0.52, "wide_size": 76, "wide_weight": weight, "hidden": LARGEST_CROP}
+    assert best["crops"] == {"face": 0.52, "wide_size": 76, "wide_weight": weight, "hidden": HIDDEN}
     assert best["persons"] == ["ann", "bob", "cy", "di"]
     # Training and evaluate.py mean the same by top-1, of the kinds on disk.
     saved = json.loads((tmp_path / "val_stage2" / "figures.json").read_text())["protocols"]["same"]
