@@ -99,7 +99,7 @@ def test_the_card_of_a_checkpoint_states_its_data_and_the_figures_with_their_int
         "Fine-tuned with an ArcFace head on photos of 2 persons, clean and degraded.",
         "Epoch 3, chosen on   1 persons held out of train.",
         "the mean of a person's embeddings (template `mean`). Measured on the split `val`.",
-        "First cut a square around the face, 2.04 times as wide as the longer side of the box that MTCNN finds.",
+        "take a square around it, 2.04 times as wide as the longer side of its box. Such squares are the photos here:",
         *("## Intended use", "## Limits", "## Licence", "license: other"),
     ):
         assert stated in text
@@ -107,6 +107,16 @@ def test_the_card_of_a_checkpoint_states_its_data_and_the_figures_with_their_int
     stated = {name: metadata[name] for name in ("image_size", "face_crop", "stage", "framing", "fingerprint")}
     expected = {"image_size": "76", "face_crop": "0.7", "stage": "1", "framing": "detected"}
     assert stated == expected | {"fingerprint": fingerprint(model)}
+
+
+def test_the_card_of_a_network_of_the_frame_says_how_a_photo_is_prepared(script, tmp_path):
+    script.CHECKPOINT, crops = tmp_path / "best.pt", {"face": 0.6, "wide_size": 76, "wide_weight": 0.3, "hidden": 0.75}
+    model = TinyNet(crops=Crops(0.6, 76, 0.3, hidden=0.75))
+    write_checkpoint(script.CHECKPOINT, model, face_crop=1.0, framing="inset", crops=crops)
+    script.main()
+    text = " ".join((script.OUT_DIR / "README.md").read_text().split())
+    assert "as long as the square, and paste the middle of the square, 0.65 of its side, onto the middle of the" in text
+    assert "Such squares" not in text and "are photos so prepared: ```python" in text
 
 
 @pytest.mark.parametrize("face_crop", [0.7, 1.0])

@@ -183,7 +183,8 @@ def test_a_run_of_a_version_without_a_constant_that_must_be_equal_is_not_resumed
 def test_a_damaged_stage1_in_last_pt_is_a_sentence(stages, train):
     path = train(stages[1], "run").run.run_dir / "last.pt"
     saved = torch.load(path, weights_only=True)
-    for odd in ("text", {}, {"image_size": 76}):
+    texts, nothing = ({**saved["stage1"], "face_crop": odd} for odd in ("0.8", 0))
+    for odd in ("text", {}, {"image_size": 76}, texts, nothing):
         torch.save(saved | {"stage1": odd}, path)
         with pytest.raises(UserError, match=r"last\.pt: damaged, its stage1 is "):
             train(stages[1], "run", {"RESUME": True, "EPOCHS": 2, "TEACHER": "seed"})
