@@ -18,13 +18,15 @@ from tqdm import tqdm
 from common import UserError, rank_and_world, warn_once
 from datasets import Person
 from faces import Box, FaceDetector, choose
-from transforms import cut_square, load_image
+from models import BURNT_SHARE, burnt_share
+from transforms import cut_square, eval_transform, load_image
 
 FRAMINGS = ("centre", "detected")  # to choose from
 INSET = "inset"  # of checkpoints alone: takes the place of "detected" in stage 2 with WIDE_WEIGHT > 0
-# Side of the square over the longer side of the face's box. Of LFW's photos, FACE_CROP = 0.52 keeps what MTCNN's box
-# and a margin of 0.06 do.
-FRAME = 1.06 / 0.52
+# Of LFW's photos, the middle LFW_CROP keeps what MTCNN's box and a margin of 0.06 do. So it does of a square whose side
+# is FRAME times the longer side of the box.
+LFW_CROP = 0.52
+FRAME = 1.06 / LFW_CROP
 SEARCH_SIDE = 320  # px: a photo with a longer side than this is searched in a smaller copy
 LEAST_FACE = 32  # px in that copy, of the box's longer side: smaller ones are of people in the background, or no faces
 MANY = 20  # photos without any face, of which a warning tells
@@ -92,8 +94,8 @@ def check_framing(framing: str, face_crop: float) -> None:
     if framing != "centre" and not face_crop <= LARGEST_CROP:  # NaN is not, either
         raise UserError(
             f"FRAMING = 'detected', FACE_CROP = {face_crop}: photos are cut to {FRAME:.2f} times the face found, "
-            f"and 0.52 of that is the face, {LARGEST_CROP} at most; set FACE_CROP = 0.52, or FRAMING = 'centre' for "
-            "photos of a face alone"
+            f"and {LFW_CROP} of that is the face, {LARGEST_CROP} at most; set FACE_CROP = {LFW_CROP}, or FRAMING = "
+            "'centre' for photos of a face alone"
         )
 
 
@@ -164,11 +166,15 @@ def _find_boxes(photos: Sequence[Path], device: torch.device) -> dict[Path, Box 
 def find_box(image: Image.Image, detector: FaceDetector) -> Box | None:
     """The plausible face nearest to the middle of an upright RGB photo, as shares of its width and height.
 
-    Plausible: not small (LEAST_FACE), and most of it in the photo (LEAST_INSIDE). None: there is none.
+    Plausible: not small (LEAST_FACE), and most of it in the photo (LEAST_INSIDE). None: there is none, or the middle is
+    burnt out, so that a face beside it is of somebody else.
     """
     small = image.copy()
     small.thumbnail((SEARCH_SIDE, SEARCH_SIDE), Image.Resampling.BILINEAR)
     width, height = small.size
+    middle = eval_transform(SEARCH_SIDE // 2, LFW_CROP)(small)
+    if burnt_share(middle) > BURNT_SHARE:
+        return None
 
     def plausible(box: Box) -> bool:
         left, top, right, bottom = box

@@ -164,8 +164,12 @@ class FaceNet(nn.Module):
 
     def gate(self, frames: Tensor) -> Tensor:
         """(B,) float32: 1 where the face crop shows a face, 0 where over BURNT_SHARE of its pixels are burnt out."""
-        burnt = (self.face(frames).amin(1) >= BURNT).float().mean((1, 2))  # amin: of the three channels
-        return (burnt <= BURNT_SHARE).float()
+        return (burnt_share(self.face(frames)) <= BURNT_SHARE).float()
+
+
+def burnt_share(images: Tensor) -> Tensor:
+    """(..., 3, H, W), standardized -> (...) float32: the share of pixels that are burnt out in all three channels."""
+    return (images.amin(-3) >= BURNT).float().mean((-2, -1))
 
 
 def fingerprint(model: nn.Module) -> str:

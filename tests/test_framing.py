@@ -135,6 +135,14 @@ def test_the_plausible_face_nearest_to_the_middle_counts(boxes, expected):
     assert found == (None if expected is None else tuple(value / 320 for value in expected))
 
 
+@pytest.mark.parametrize("white, expected", [(200, None), (100, PLAUSIBLE)])  # of 166 pixels that are the middle
+def test_beside_a_burnt_out_middle_faces_are_of_others(white, expected):
+    photo = numbered(320, 320)
+    photo.paste((255, 255, 255), (160 - white // 2, 160 - white // 2, 160 + white // 2, 160 + white // 2))
+    found = find_box(photo, Found(PLAUSIBLE))
+    assert found == (expected and tuple(side / 320 for side in expected))
+
+
 def test_a_moved_face_is_framed_as_if_it_had_not_been(tmp_path):
     identity = sample_faces.random_identity(np.random.default_rng((0, 1)))
     drawn = sample_faces.draw_face(identity, np.random.default_rng((0, 1, 1)), 250)
