@@ -39,7 +39,7 @@ class Crops:
                 f"WIDE_SIZE = {self.wide_size}: expected a whole number of pixels, 76..{MAX_SIDE}; the network needs 76"
             )
         if not (in_range(self.wide_weight, float, 0, math.inf) and 0 < self.wide_weight < math.inf):
-            raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.01..0.3")
+            raise UserError(f"WIDE_WEIGHT = {self.wide_weight}: expected a positive number, usually 0.01..0.1")
         if not in_range(self.hidden, float, 0, 0.9):
             raise UserError(
                 f"WIDE_WEIGHT: of the side of a frame, {self.hidden} are hidden, expected at most 0.9, or nothing is "
@@ -62,7 +62,7 @@ class FaceNet(nn.Module):
         z = [g f, w v] / norm
     f: embedding of the face, the frame's centre; v: of the frame around it; w: wide_weight; g: the gate, 0 where
     the face is burnt out, else 1. In the cosine of two such embeddings clothes and background have a share of
-    w^2 / (1 + w^2), a thousandth at 0.03, and where a photo shows no face they are all that counts. f recognises
+    w^2 / (1 + w^2), a ten-thousandth at 0.01, and where a photo shows no face they are all that counts. f recognises
     persons, v photos.
     mirror: in eval mode, f and v are each the mean over an image and its mirror image, normalized again.
 

@@ -84,10 +84,10 @@ FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (se
 # The frozen network whose embeddings of clean photos are the targets: "vggface2", "casia-webface" or the path of a
 # facenet's state dict; None: the network of stage 1, which one with the BACKBONE "resnet50" needs.
 TEACHER = "vggface2"
-# Weight of the whole frame's embedding, where the face has 1: 0.01..0.3, or 0 for the face alone. The frame is what is
-# around the face (clothes, background) and matches photos, not people. At 0.03 it decides where no face shows, and
+# Weight of the whole frame's embedding, where the face has 1: 0.01..0.1, or 0 for the face alone. The frame is what is
+# around the face (clothes, background) and matches photos, not people. At 0.01 it decides where no face shows, and
 # nothing else; photos that are cropped to the face need 0.
-WIDE_WEIGHT = 0.03
+WIDE_WEIGHT = 0.01
 WIDE_SIZE = 112  # pixels that the whole frame is shrunk to, 76..160
 DROPOUT = 0.0  # before the last linear layer, 0..0.8; with fixed targets there is little to memorise
 MIRROR = True  # at inference average each photo with its mirror image, the teacher too: better, and twice as slow
