@@ -84,6 +84,16 @@ def _set_in(face: Image.Image, image: Image.Image, side: float) -> Image.Image:
     return framed
 
 
+def with_photo(framing: str) -> str:
+    """The framing for a network that sees the whole frame, too, in place of one of FRAMINGS."""
+    return INSET if framing == "detected" else framing
+
+
+def hidden_share(face_crop: float) -> float:
+    """Of the side of the frame, what its network does not see: see models.Crops.hidden."""
+    return max(face_crop, HIDDEN)
+
+
 def check_framing(framing: str, face_crop: float) -> None:
     """Raises UserError for a word that is not one of FRAMINGS, or for a crop that would not be the face.
 

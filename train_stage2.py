@@ -54,7 +54,7 @@ from datasets import (
 from degradations import RandomDegradation, families_without, validation_degradation
 from embedding import embed
 from extra_faces import find_extra_faces
-from framing import HIDDEN, INSET, Frames, check_framing, find_frames, sources_of
+from framing import Frames, check_framing, find_frames, hidden_share, sources_of, with_photo
 from losses import ContrastiveLoss, SourceLoss, euclidean, hardest_negatives, weighted_mean
 from models import Crops, FaceNet, fingerprint
 from samplers import PersonBatches
@@ -269,13 +269,13 @@ def load_networks(device: torch.device, saved: dict | None) -> tuple[FaceNet, Fa
     if WIDE_WEIGHT:
         face_crop = stage1["face_crop"]
         check_framing(stage1["framing"], face_crop)  # earlier versions allowed more
-        model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT, hidden=max(face_crop, HIDDEN)))
+        model.widen(Crops(face_crop, WIDE_SIZE, WIDE_WEIGHT, hidden=hidden_share(face_crop)))
     return model, teacher.to(memory_format=torch.channels_last), stage1
 
 
 def framing_of(stage1: dict) -> str:
-    """The framing of stage 1; with WIDE_WEIGHT, INSET in place of "detected"."""
-    return INSET if WIDE_WEIGHT and stage1["framing"] == "detected" else stage1["framing"]
+    """The framing of stage 1; with WIDE_WEIGHT, the one that keeps the photo around the face."""
+    return with_photo(stage1["framing"]) if WIDE_WEIGHT else stage1["framing"]
 
 
 def check_teacher(backbone: str) -> None:
