@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from backbones import BACKBONES
 from common import MAX_SIDE, UserError, csv_cell, in_range, list_names, read_plain, warn_once
+from framing import FRAMINGS, INSET
 from models import Crops, FaceNet
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ STATED |= {"framing": str, "backbone": str, "epoch": int, "selected_on": str, "p
 STATED |= {"pretrained": str}
 LIMITS = {"image_size": (76, MAX_SIDE), "face_crop": (1e-3, 1), "dropout": (0, 1 - 1e-9)}  # of its numbers
 STAGE1_FACTS = ("backbone", "image_size", "face_crop", "framing", "pretrained", "holdout")  # that those of stage 2 keep
+CHOICES = {"framing": (*FRAMINGS, INSET), "backbone": tuple(BACKBONES)}  # of its words
 REPLACE_SECONDS = 5  # that another program may hold a file which is to be replaced
 GRACE_SECONDS = 8  # that a lock may still be held by the loader workers of a killed process: they look every 5 s
 LEFTOVER = 40  # characters of a file's name in its temporary one
@@ -177,26 +179,27 @@ def read_checkpoint(path: Path) -> dict:
         raise UserError(f"{path}: checkpoint format {found}, these scripts read {FORMAT}; train it again")
     for name, before in (("framing", "centre"), ("backbone", "facenet")):  # which earlier versions do not state
         saved.setdefault(name, before)
-    odd = [name for name, kind in STATED.items() if not isinstance(saved.get(name), kind)]
-    if not odd:
-        odd = [name for name, (low, high) in LIMITS.items() if not in_range(saved[name], float, low, high)]
-        odd += ["framing"] * (saved["framing"] not in ("centre", "detected", "inset"))
-        odd += ["backbone"] * (saved["backbone"] not in BACKBONES)
-        odd += [name for name in ("persons", "holdout") if not all(isinstance(person, str) for person in saved[name])]
-    if odd:
+    if odd := [name for name in STATED if not _is_sound(name, saved.get(name))]:
         found = reprlib.repr(saved.get(odd[0]))  # shortened: a file can hold a list without end
         raise UserError(f"{path}: damaged, its {odd[0]} is {found}; train it again")
     return saved
 
 
+def _is_sound(name: str, fact: object) -> bool:
+    """Whether a checkpoint can state `fact` under this name of STATED."""
+    if not isinstance(fact, STATED[name]):
+        return False
+    if name in LIMITS:
+        low, high = LIMITS[name]
+        return in_range(fact, float, low, high)
+    if name in CHOICES:
+        return fact in CHOICES[name]
+    return name not in ("persons", "holdout") or all(isinstance(person, str) for person in fact)
+
+
 def check_stage1(path: Path, stage1: object) -> None:
     """Raises UserError if what a checkpoint of stage 2 states of stage 1 is damaged."""
-    sound = isinstance(stage1, dict) and all(
-        isinstance(stage1.get(name), STATED[name])
-        and (name not in LIMITS or in_range(stage1[name], float, LIMITS[name][0], LIMITS[name][1]))
-        for name in STAGE1_FACTS
-    )
-    if not sound:
+    if not (isinstance(stage1, dict) and all(_is_sound(name, stage1.get(name)) for name in STAGE1_FACTS)):
         raise UserError(f"{path}: damaged, its stage1 is {reprlib.repr(stage1)}; train it again")
 
 
