@@ -69,7 +69,8 @@ def _copies(photos: list[Path], data_dir: Path) -> dict[Path, str]:
 def _unusable(photos: list[Path], face_crop: float, device: torch.device, framing: str) -> dict[Path, str]:
     """The photos that show no face well -> why."""
     frames = find_frames(framing, photos, device)
-    crop, detector = FaceCrop(SEARCH_SIDE, face_crop), FaceDetector(device, min_face=LEAST_FACE)
+    if frames is None:
+        crop, detector = FaceCrop(SEARCH_SIDE, face_crop), FaceDetector(device, min_face=LEAST_FACE)
     rank, world = rank_and_world()
     mine = photos[rank::world]
     found = dict.fromkeys(find_unreadable(mine), "unreadable")

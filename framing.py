@@ -72,14 +72,14 @@ class Frames:
 
 
 def _set_in(face: Image.Image, image: Image.Image, side: float) -> Image.Image:
-    """`image`, scaled until its shorter side has `side` pixels, with `face` in its middle."""
+    """`image`, scaled until its shorter side has `side` pixels, with `face` in its middle. Where that would enlarge it
+    beyond LARGE, both are smaller."""
     shorter = min(image.size)
-    smaller = min(1, max(shorter, LARGE) / side)
-    scale = smaller * side / shorter
-    width, height = (max(1, round(scale * length)) for length in image.size)
+    allowed = min(side, max(shorter, LARGE))
+    width, height = (max(1, round(allowed / shorter * length)) for length in image.size)
     framed = image.resize((width, height), Image.Resampling.BILINEAR)
-    if smaller < 1:
-        face = ImageOps.scale(face, smaller, Image.Resampling.BILINEAR)
+    if allowed < side:
+        face = ImageOps.scale(face, allowed / side, Image.Resampling.BILINEAR)
     framed.paste(face, ((width - face.width) // 2, (height - face.height) // 2))
     return framed
 

@@ -67,12 +67,12 @@ def main() -> None:
         write_copies(jobs, severity=SEVERITY, seed=SEED, quality=JPEG_QUALITY)
     for split in ("train", "val"):
         print(describe_split(OUT_DIR / split))
-    trained_on = scan_persons(OUT_DIR / "train", check_images=False)
-    if len(trained_on) < FEW_PERSONS:
+    trained_on = len(names) - len(in_val)
+    if trained_on < FEW_PERSONS:
+        photos = len(photos_of(scan_persons(OUT_DIR / "train", check_images=False)))
         print(
-            f"{len(trained_on)} persons are few to train on (see docs/own_photos.md); if you do, set PERSONS_PER_BATCH "
-            f"of train_stage2.py to at most {len(trained_on)}, and BATCH_SIZE of train_stage1.py to at most "
-            f"{len(photos_of(trained_on))}"
+            f"{trained_on} persons are few to train on (see docs/own_photos.md); if you do, set PERSONS_PER_BATCH of "
+            f"train_stage2.py to at most {trained_on}, and BATCH_SIZE of train_stage1.py to at most {photos}"
         )
     print(f"set DATA_DIR of train_stage1.py, train_stage2.py and evaluate.py to {OUT_DIR}")
 
