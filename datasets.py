@@ -212,6 +212,8 @@ def _known_kinds(constant: str, kinds: Collection[str], persons: Sequence[Person
     if isinstance(kinds, str):
         raise UserError(f"{constant} = {kinds!r}: the comma is missing that makes it a tuple; write ({kinds!r},)")
     check_list(constant, kinds, str, "kinds")
+    if not kinds:
+        return set()
     found = {kind for person in persons for kind in kinds_of(person)}
     present = list_names(sorted(found), most=10) or "no distorted photos"
     for kind in kinds:
@@ -432,9 +434,10 @@ class FacePairDataset(_SeededDataset):
             if degraded is None and not person.distorted:
                 continue
             # What is listed twice is drawn twice as often.
-            kinds = zip(person.distorted, kinds_of(person), strict=True)
-            distorted = person.distorted + tuple(path for path, kind in kinds if kind in often)
             sources = dict(zip(person.distorted, person.sources, strict=True))
+            distorted = person.distorted + tuple(
+                path for path in sources if distortion_kind(path, sources[path]) in often
+            )
             copies: dict[Path | None, list[Path]] = {}
             for path in distorted:
                 copies.setdefault(sources[path], []).append(path)

@@ -68,7 +68,7 @@ def test_of_clean_photos_with_one_stem_the_one_most_like_the_copy_is_its_source(
         assert (found and found.name) == source
 
 
-def test_the_sources_of_a_person_with_1500_photos_are_found_in_seconds():
+def test_the_sources_of_a_person_with_1500_photos_take_less_than_a_second():
     clean = [Path(f"ann/clean/ann_lee_{number:04d}.jpg") for number in range(1500)]
     kinds = ("blurred", "foggy", "lowlight", "noisy", "rainy", "resized", "sunny")
     distorted = [Path(f"ann/distortion/{photo.stem}_{kind}.jpg") for photo in clean for kind in kinds]
@@ -76,7 +76,7 @@ def test_the_sources_of_a_person_with_1500_photos_are_found_in_seconds():
     start = time.process_time()
     assert source_photos(distorted, clean) == [photo for photo in clean for _ in kinds]
     pairs = FacePairDataset(persons, transform=None)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 1
     assert pairs._positives[1] == tuple(distorted[7:14])
 
 
