@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from backbones import BACKBONES
 from common import MAX_SIDE, UserError, csv_cell, in_range, list_names, read_plain, warn_once
-from framing import FRAMINGS, INSET
 from models import Crops, FaceNet
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ STATED |= {"framing": str, "backbone": str, "epoch": int, "selected_on": str, "p
 STATED |= {"pretrained": str}
 LIMITS = {"image_size": (76, MAX_SIDE), "face_crop": (1e-3, 1), "dropout": (0, 1 - 1e-9)}  # of its numbers
 STAGE1_FACTS = ("backbone", "image_size", "face_crop", "framing", "pretrained", "holdout")  # that those of stage 2 keep
-CHOICES = {"framing": (*FRAMINGS, INSET), "backbone": tuple(BACKBONES)}  # of its words
+CHOICES = {"framing": ("centre", "detected", "inset"), "backbone": BACKBONES}  # of its words; see framing.py
 REPLACE_SECONDS = 5  # that another program may hold a file which is to be replaced
 GRACE_SECONDS = 8  # that a lock may still be held by the loader workers of a killed process: they look every 5 s
 LEFTOVER = 40  # characters of a file's name in its temporary one
