@@ -4,6 +4,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import rank_and_world
+
+T = TypeVar("T")
 
 
 def parallel(network: nn.Module) -> nn.Module:
@@ -49,6 +52,16 @@ def gather(*parts: Tensor) -> tuple[Tensor, ...]:
         gathered[rank] = rows
         whole.append(torch.cat(gathered))
     return tuple(whole)
+
+
+def gather_objects(mine: T) -> list[T]:
+    """`mine` of each process, by rank: any plain objects."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [mine]
+    parts: list = [None] * world
+    dist.all_gather_object(parts, mine)
+    return parts
 
 
 def any_process(value: bool, device: torch.device) -> bool:

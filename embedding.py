@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from common import UserError, rank_and_world
 from datasets import PhotoList
+from distributed import gather_objects
 from loading import PhotoLoader
 from transforms import Transform
 
@@ -78,8 +78,7 @@ def embed(
     embeddings = torch.cat(batches) if batches else torch.empty(0, 0)
     quality = torch.cat(qualities) if qualities else torch.empty(0)
     if world > 1:
-        parts: list = [None] * world
-        dist.all_gather_object(parts, (embeddings, quality))
+        parts = gather_objects((embeddings, quality))
         embeddings = torch.empty(len(paths), max(part.shape[1] for part, _ in parts))
         quality = torch.empty(len(paths) if rates else 0)
         for other, (part, of_part) in enumerate(parts):

@@ -4,11 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from common import UserError, list_names, rank_and_world, warn_once
 from datasets import find_unreadable
+from distributed import gather_objects
 from faces import FaceDetector
 from folders import NO_TEXT, equal_files, find_photos, is_text, photos_below, walk
 from framing import find_frames
@@ -81,8 +81,4 @@ def _unusable(photos: list[Path], face_crop: float, device: torch.device, framin
             found[path] = f"with a crop of less than {LEAST_SIDE} pixels"
         elif not (detector.find(crop(image)) if frames is None else frames.boxes[path]):
             found[path] = "without a face in the crop"
-    if world > 1:
-        parts: list = [None] * world
-        dist.all_gather_object(parts, found)
-        found = {path: reason for part in parts for path, reason in part.items()}
-    return found
+    return {path: reason for part in gather_objects(found) for path, reason in part.items()}

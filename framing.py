@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common import UserError, rank_and_world, warn_once
 from datasets import Person
+from distributed import gather_objects
 from faces import Box, FaceDetector, choose
 from models import BURNT_SHARE, burnt_share
 from transforms import cut_square, eval_transform, load_image
@@ -166,11 +166,7 @@ def _find_boxes(photos: Sequence[Path], device: torch.device) -> dict[Path, Box 
         except UserError:  # whoever uses the photo will report it
             found[path] = None
     torch.backends.cudnn.benchmark = benchmark
-    if world > 1:
-        parts: list = [None] * world
-        dist.all_gather_object(parts, found)
-        found = {path: box for part in parts for path, box in part.items()}
-    return found
+    return {path: box for part in gather_objects(found) for path, box in part.items()}
 
 
 def find_box(image: Image.Image, detector: FaceDetector) -> Box | None:

@@ -75,12 +75,12 @@ def test_processes_together_find_what_one_finds(folder, task_b, monkeypatch):
     parts = []
     for rank in (0, 1, 0):  # the first time round, no process has the parts of the others
 
-        def gather(filled: list, mine: dict, rank=rank) -> None:
+        def gather(mine: dict, rank=rank) -> list[dict]:
             parts.append((rank, mine))
-            filled[:] = [dict(parts).get(other, {}) for other in range(2)]
+            return [dict(parts).get(other, {}) for other in range(2)]
 
         monkeypatch.setattr(extra_faces, "rank_and_world", lambda rank=rank: (rank, 2))
-        monkeypatch.setattr(extra_faces.dist, "all_gather_object", gather)
+        monkeypatch.setattr(extra_faces, "gather_objects", gather)
         used = find_extra_faces(folder, task_b, face_crop=0.8, device=CPU)
     assert used == whole
     assert all(mine for _, mine in parts) and not parts[0][1].keys() & parts[1][1].keys()
