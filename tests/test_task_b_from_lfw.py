@@ -1,4 +1,4 @@
-"""task_b_from_lfw.py: its three trees, from a fake LFW, and the photo list that it comes with."""
+"""task_b_from_lfw.py: its three trees and its more faces, from a fake LFW, and the photo list that it comes with."""
 
 import re
 
@@ -19,6 +19,7 @@ facecom val Cy_de_la_Cruz_0003
 cross val Di-Ming_0004
 cross val Di-Ming_0002
 cross val Di-Ming_0009
+extra all Fay_0002
 """
 STEMS = [line.split()[2] for line in LIST.splitlines()[1:]]
 DEFAULT_LIST = task_b_from_lfw.PHOTO_LIST
@@ -41,7 +42,7 @@ def copies(folder: str, stem: str) -> set[str]:
     return {f"{folder}/distortion/{stem}_{kind}.jpg" for kind in DISTORTIONS}
 
 
-def test_three_trees_hold_the_listed_photos_alone_and_undistorted_ones_byte_for_byte(script, capsys):
+def test_trees_and_more_faces_hold_the_listed_photos_alone_and_undistorted_ones_byte_for_byte(script, capsys):
     script.main()
     train = {"train/Ann_Lee/clean/Ann_Lee_0001.jpg", "train/Ann_Lee/clean/Ann_Lee_0002.jpg"}
     train |= {"train/Bo/clean/Bo_0001.jpg"} | copies("train/Bo", "Bo_0001")
@@ -55,14 +56,16 @@ def test_three_trees_hold_the_listed_photos_alone_and_undistorted_ones_byte_for_
     assert files_in(script.OUT_DIR / "facecom" / "train") == files_in(script.OUT_DIR / "cross" / "train")
     assert set(files_in(script.OUT_DIR / "cross")) == cross
     assert set(files_in(script.OUT_DIR / "clean")) == clean
+    assert set(files_in(script.OUT_DIR / "extra")) == {"Fay_0002.jpg"}
     lfw = {path.stem: path.read_bytes() for path in script.LFW_DIR.rglob("*.jpg")}
-    for path in [*script.OUT_DIR.glob("*/*/*/clean/*.jpg"), *script.OUT_DIR.rglob("*_clean.jpg")]:
+    undistorted = ("*/*/*/clean/*.jpg", "clean/*/*/*/*.jpg", "extra/*.jpg")
+    for path in {path for pattern in undistorted for path in script.OUT_DIR.glob(pattern)}:
         assert path.read_bytes() == lfw[path.stem.removesuffix("_clean")]
-    assert sorted(path.name for path in script.OUT_DIR.iterdir()) == ["clean", "cross", "facecom"]
+    assert sorted(path.name for path in script.OUT_DIR.iterdir()) == ["clean", "cross", "extra", "facecom"]
     assert [path.name for path in script.OUT_DIR.parent.iterdir()] == ["trees"]  # no temporary folder stays
     out = capsys.readouterr().out
     assert f"train: 2 persons, 3 clean photos, {3 * len(DISTORTIONS)} in distortion/" in out
-    assert "val: 1 persons, 1 clean photos, 2 in distortion/" in out
+    assert "val: 1 persons, 1 clean photos, 2 in distortion/" in out and "extra: 1 photos\n" in out
 
 
 def test_the_scanner_reads_every_tree_and_finds_the_sources_of_facecom_alone(script):
@@ -95,6 +98,7 @@ def test_no_copy_depends_on_the_other_photos_of_the_list(script, monkeypatch, tm
     script.main()
     whole = files_in(script.OUT_DIR)
     shorter = "facecom train Bo_0001\nfacecom val Cy_de_la_Cruz_0003\ncross val Di-Ming_0009\ncross val Di-Ming_0002\n"
+    shorter += "extra all Fay_0002\n"
     script.PHOTO_LIST.write_text(shorter)
     monkeypatch.setattr(script, "OUT_DIR", tmp_path / "fewer")
     script.main()
@@ -105,7 +109,7 @@ def test_no_copy_depends_on_the_other_photos_of_the_list(script, monkeypatch, tm
 def test_missing_photos_are_counted_and_the_first_three_named(script):
     for stem in ("Ann_Lee_0002", "Bo_0001", "Di-Ming_0002", "Di-Ming_0004"):
         (script.LFW_DIR / stem.rpartition("_")[0] / f"{stem}.jpg").unlink()
-    named = r"4 of 7 photos are missing \(Ann_Lee_0002.jpg, Bo_0001.jpg, Di-Ming_0002.jpg and 1 more\).*set LFW_DIR to"
+    named = r"4 of 8 photos are missing \(Ann_Lee_0002.jpg, Bo_0001.jpg, Di-Ming_0002.jpg and 1 more\).*set LFW_DIR to"
     with pytest.raises(UserError, match=f"^{re.escape(str(script.LFW_DIR))}: {named}"):
         script.main()
     assert not script.OUT_DIR.exists()
@@ -165,10 +169,17 @@ def test_the_list_has_the_persons_and_photos_that_the_docstring_gives():
         ("facecom", "train"): (788, 1837, 1837),
         ("facecom", "val"): (222, 394, 394),
         ("cross", "val"): (100, 253, 253),
+        ("extra", "all"): (2452, 3379, 3379),
     }
-    assert len(set.union(*persons.values())) == 788 + 222 + 100  # nobody is in two of them
+    assert len(set.union(*persons.values())) == 788 + 222 + 100 + 2452  # nobody is in two of them
     assert all(re.fullmatch(r"[A-Za-z_-]+_\d{4}", stem) for stems in listed.values() for stem in stems)
     for person in persons["cross", "val"]:
         assert sum(task_b_from_lfw.person_of(stem) == person for stem in listed["cross", "val"]) >= 2
-    for phrase in ("788 persons, 1,837 photos", "222 other persons, 394 photos", "100 persons", "253 photos"):
+    for phrase in (
+        "788 persons, 1,837 photos",
+        "222 other persons, 394 photos",
+        "100 persons",
+        "253 photos",
+        "3,379 photos of 2,452 persons",
+    ):
         assert phrase in task_b_from_lfw.__doc__

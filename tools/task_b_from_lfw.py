@@ -2,13 +2,15 @@
 
     python -m tools.task_b_from_lfw
 
-Reads LFW_DIR, LFW in any version (original, funneled or deep-funneled), and writes three trees under OUT_DIR:
+Reads LFW_DIR, LFW in any version (original, funneled or deep-funneled), and writes three trees and more faces under
+OUT_DIR:
 
 facecom/  train/ 788 persons, 1,837 photos; val/ 222 other persons, 394 photos: FACECOM's own LFW photos.
           The queries of val/ are distorted copies of its gallery photos.
 cross/    train/ as in facecom/; val/ 100 persons that facecom/ lacks, 253 photos. Each one's first photo is the
           gallery, the distorted copies of the 153 others are the queries: here matching photos is not enough.
 clean/    val/ the 100 persons of cross/ with the same gallery; the 153 others, undistorted, are the queries.
+extra/    3,379 photos of 2,452 persons of none of the trees, for EXTRA_FACES of train_stage2.py.
 
 All trees hold <person>/clean/<photo>.jpg and <person>/distortion/<photo>_<kind>.jpg. The queries of clean/ are of kind
 "clean". The photos are listed in task_b_photos.txt. The kinds are those of distortions.DISTORTIONS.
@@ -33,6 +35,7 @@ SEVERITY = 0.5  # 0 (just visible) .. 1 (heaviest); 0.5 is the average FACECOM f
 SEED = 0  # 0, 1, 2, ...
 JPEG_QUALITY = 92  # of the distorted photos, 1..95; clean photos are copied byte for byte
 
+EXTRA = "extra"  # folder of OUT_DIR, and its name in the list
 PHOTO_LIST = Path(__file__).with_name("task_b_photos.txt")
 ARCHIVE_URL = "https://ndownloader.figshare.com/files/5976015"  # lfw-funneled.tgz, the file that scikit-learn fetches
 
@@ -49,9 +52,11 @@ def main() -> None:
         copy_photos(plan.copied)
         write_copies(plan.distorted, severity=SEVERITY, seed=SEED, quality=JPEG_QUALITY)
         shutil.copytree(root / "facecom" / "train", root / "cross" / "train")
-    for split in sorted(OUT_DIR.glob("*/*")):
+    for split in sorted(path for path in OUT_DIR.glob("*/*") if path.is_dir()):
         print(describe_split(split))
+    print(f"{OUT_DIR / EXTRA}: {len(listed[EXTRA, 'all']):,} photos")
     print(f"set DATA_DIR of the training scripts to {OUT_DIR / 'facecom'}, DATA_DIR of evaluate.py to any of the trees")
+    print(f"set EXTRA_FACES of train_stage2.py to {OUT_DIR / EXTRA}: better, and three times as long")
 
 
 @dataclass
@@ -128,6 +133,7 @@ def plan_trees(root: Path, lfw: Path, listed: dict[tuple[str, str], list[str]]) 
         else:
             plan.copied += [(photo, folder / CLEAN / photo.name) for folder in (cross, clean)]
             enrolled.add(person)
+    plan.copied += [(lfw_photo(lfw, stem), root / EXTRA / f"{stem}.jpg") for stem in listed[EXTRA, "all"]]
     return plan
 
 
