@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from tiny_net import TinyNet
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -88,35 +89,6 @@ def write_task_b(root: Path) -> Path:
 @pytest.fixture
 def task_b(tmp_path) -> Path:
     return write_task_b(tmp_path / "Task_B")
-
-
-class TinyNet(FaceNet):
-    """FaceNet, crops and gate included, on a network of 10,000 weights with BatchNorm and dropout."""
-
-    def __init__(
-        self,
-        pretrained=None,
-        dropout=0.4,
-        freeze_until=None,
-        crops=None,
-        mirror=False,
-        constant=None,
-        backbone="facenet",
-    ):
-        nn.Module.__init__(self)
-        self.backbone = nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=4),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Dropout(dropout),
-            nn.Linear(16, 512),
-        )
-        self.dim, self.crops, self.wide, self.mirror = 512, None, None, mirror
-        if crops:
-            self.widen(crops)
-        self._frozen = [self.backbone[:5].requires_grad_(False)] if freeze_until else []
 
 
 def set_quick_curves(monkeypatch) -> None:

@@ -15,8 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-from conftest import TinyNet
 from matplotlib.figure import Figure
+from tiny_net import TinyNet
 
 import checkpoints
 import common

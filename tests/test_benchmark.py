@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import TinyNet
+from tiny_net import TinyNet
 
 import common
 import train_stage1

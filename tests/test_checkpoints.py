@@ -17,7 +17,8 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import MakesFolderWhenLoaded, TinyNet
+from conftest import MakesFolderWhenLoaded
+from tiny_net import TinyNet
 from torch import nn
 
 import checkpoints

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import MeanColour, TinyNet, as_float, write_plain
+from conftest import MeanColour, as_float, write_plain
+from tiny_net import TinyNet
 
 from common import UserError
 from embedding import embed

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TinyNet, tell_apart, write_photo
+from conftest import tell_apart, write_photo
 from facenet_pytorch import InceptionResnetV1
+from tiny_net import TinyNet
 
 import checkpoints
 import fast

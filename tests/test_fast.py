@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FRAME, TinyNet, noise_frames, same_tensors, tell_apart, write_photo
+from conftest import FRAME, noise_frames, same_tensors, tell_apart, write_photo
+from tiny_net import TinyNet
 from torch import nn
 
 import common

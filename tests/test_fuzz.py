@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
 from facenet_pytorch import InceptionResnetV1
 from PIL import Image
+from tiny_net import TinyNet
 
 import backbones
 import checkpoints

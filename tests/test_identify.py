@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TinyNet
 from PIL import Image, ImageDraw
+from tiny_net import TinyNet
 from torch import nn
 
 import calibration

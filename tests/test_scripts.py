@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TinyNet, set_tiny_runs, write_person, write_photo, write_task_b
+from conftest import set_tiny_runs, write_person, write_photo, write_task_b
 from PIL import Image
+from tiny_net import TinyNet
 
 import checkpoints
 import demo

@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, KINDS, TinyNet, embedded
+from conftest import CPU, KINDS, embedded
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_net import TinyNet
 
 import checkpoints
 import journal

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, TinyNet, files_in, same_tensors, widened, write_photo
+from conftest import CPU, files_in, same_tensors, widened, write_photo
+from tiny_net import TinyNet
 from torch import nn
 
 import checkpoints
@@ -586,12 +587,12 @@ def test_both_stages_train_a_resnet50_and_the_checkpoint_says_so(stages, train, 
     for script in stages:
         monkeypatch.setattr(script, "FaceNet", models.FaceNet)
     monkeypatch.setattr(checkpoints, "FaceNet", models.FaceNet)
-    small = {"EPOCHS": 1, "DATA_DIR": stage1.DATA_DIR}
+    small = {"DATA_DIR": stage1.DATA_DIR, "QUICK_VALIDATION": True, "SAVE_EVERY": 0}
     best = train(stage1, "one", small | {"BACKBONE": "resnet50", "PRETRAINED": None, "BATCH_SIZE": 7}).best
     assert best["backbone"] == "resnet50"
     teacher = tmp_path / "facenet.pt"  # of another backbone
     torch.save(models.FaceNet(None, dropout=0.0).backbone.state_dict(), teacher)
     constants = {"STAGE1_CHECKPOINT": stage1.RUN_DIR / "best.pt", "TEACHER": teacher, "PERSONS_PER_BATCH": 4}
-    train(stage2, "two", small | constants)
+    train(stage2, "two", small | constants | {"WIDE_WEIGHT": 0})
     model, saved = checkpoints.load_facenet(stage2.RUN_DIR / "best.pt", CPU)
     assert type(model.backbone).__name__ == "ResNet50" and saved["stage1"]["backbone"] == "resnet50"
