@@ -15,7 +15,8 @@ from scores import TIE
 from validation import ValidationSet
 
 LEAST_RATED = 100  # clean photos from which on their worst say what is usable; of 20, the worst is any photo
-RATES = (1e-1, 1e-2, 1e-3, 1e-4)  # false accept rates of pairs that a checkpoint's calibration states
+# False accept rates of pairs that a checkpoint's calibration states, as far as its pairs can measure them.
+RATES = (1e-1, 5e-2, 2e-2, 1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6)
 REFUSE = 0.01  # share of the clean photos, the worst, that a checkpoint's calibration calls not usable
 
 
@@ -201,8 +202,8 @@ def by_hand(cosine: float, bound: float | None, template: str) -> dict:
 # --- in words ---------------------------------------------------------------------------------------------------------
 
 
-def describe(gallery: Gallery) -> str:
-    """What the threshold of a gallery means, in words."""
+def describe(gallery: Gallery, far: float) -> str:
+    """What the threshold of a gallery means, in words. far: the share of strangers that was asked for."""
     threshold = gallery.threshold
     if threshold is None:
         return (
@@ -212,11 +213,17 @@ def describe(gallery: Gallery) -> str:
     if threshold["far"] is None:
         return f"named at cosine >= {threshold['cosine']:.3f}, by THRESHOLD"
     if "pairs" in threshold:
-        return (
+        line = (
             f"named at cosine >= {threshold['cosine']:.3f}: about {100 * threshold['far']:.2g} % of strangers' photos "
             f"reach it among {threshold['persons']} persons, by the calibration of {threshold['source']} "
             f"({threshold['strangers']} photos in {threshold['pairs']} pairs with other persons)"
         )
+        if threshold["far"] > far:
+            line += (
+                f"\n  more than FALSE_ACCEPT = {far:g}, for so few pairs measure no lower rate; set CALIBRATE_ON to a "
+                "split of about as many persons, or a higher THRESHOLD by hand"
+            )
+        return line
     lines = [
         f"named at cosine >= {threshold['cosine']:.3f}: at most {100 * threshold['far']:g} % of the "
         f"{threshold['strangers']} photos of strangers in {threshold['source']} reach it, among "

@@ -114,7 +114,7 @@ def main() -> list[Answer] | list[PairAnswer]:
             checkpoints.check_writable("GALLERY", GALLERY, folder=False)
             enrolment.save_gallery(GALLERY, gallery)
     size = f"{counted(len(gallery.paths), 'photo')} of {counted(len(gallery.persons), 'person')}"
-    lines += [*removals, f"{GALLERY}: {size}{', saved' * changed}", calibration.describe(gallery)]
+    lines += [*removals, f"{GALLERY}: {size}{', saved' * changed}", calibration.describe(gallery, FALSE_ACCEPT)]
     lines += list_persons(gallery) if LIST else []
     print("\n".join(lines))
 

@@ -323,11 +323,11 @@ def test_what_cannot_be_calibrated_is_refused_with_the_way_out(kept, count, far,
 
 def test_the_description_warns_of_a_gallery_that_has_outgrown_its_threshold():
     kept = replace(of("ann bob cy di", 0, 30, 60, 90), threshold=THRESHOLD | {"persons": 3})
-    assert calibration.describe(kept).splitlines() == [
+    assert calibration.describe(kept, THRESHOLD["far"]).splitlines() == [
         "named at cosine >= 0.430: at most 1 % of the 1000 photos of strangers in val reach it, among 3 persons",
         "usable at quality >= 9.50: all but 1 % of the clean photos there, and 1000 of the 1007 distorted ones",
     ]
-    outgrown = calibration.describe(replace(kept, threshold=THRESHOLD | {"persons": 2}))
+    outgrown = calibration.describe(replace(kept, threshold=THRESHOLD | {"persons": 2}), THRESHOLD["far"])
     assert "the gallery has 2.0 times as many persons" in outgrown
 
 
