@@ -55,7 +55,7 @@ def gather(*parts: Tensor) -> tuple[Tensor, ...]:
 
 
 def gather_objects(mine: T) -> list[T]:
-    """`mine` of each process, by rank: any plain objects."""
+    """What each process passes as `mine`, in order of rank. Each process has to call this."""
     _, world = rank_and_world()
     if world == 1:
         return [mine]

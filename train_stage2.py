@@ -82,7 +82,7 @@ PATIENCE = 0  # stop after this many epochs without a better top-1, 2..20; 0: ne
 # --- network ---
 FREEZE_UNTIL = None  # freeze the face's blocks up to and including this one (see backbones.py)
 # The frozen network whose embeddings of clean photos are the targets: "vggface2", "casia-webface" or the path of a
-# facenet's state dict; None: the network of stage 1, which one with the BACKBONE "resnet50" needs.
+# facenet's state dict; None: the network of stage 1, for a BACKBONE whose embeddings do not have 512 numbers.
 TEACHER = "vggface2"
 # Weight of the whole frame's embedding, where the face has 1: 0.01..0.1, or 0 for the face alone. The frame is what is
 # around the face (clothes, background) and matches photos, not people. At 0.01 it decides where no face shows, and

@@ -123,6 +123,7 @@ def shared_jobs(root: Path, runs: Path) -> list[dict]:
         job("shared stage 2", root, runs, stage=2, constants={"FREEZE_BATCHNORM": True}, hooks={"start": "shared"}),
         {"name": "gradient"},
         {"name": "embed", "photos": photos},
+        {"name": "frames", "photos": photos},
     ]
 
 
@@ -366,6 +367,13 @@ def test_embeddings_by_two_processes_are_in_the_order_of_the_photos(one, two):
     assert [len(part.unique(dim=0)) for part in alone] == [5, 5]  # embeddings and qualities
     for result in (one.result(), two.result(0), two.result(1)):
         torch.testing.assert_close(result["results"]["embed"], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_find_faces_together_and_all_know_them(one, two, rank):
+    boxes = one.result()["results"]["frames"]
+    assert len({box for _, box in boxes}) == 5  # each photo has one of its own
+    assert sorted(two.result(rank)["results"]["frames"]) == sorted(boxes)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

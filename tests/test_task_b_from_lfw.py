@@ -1,4 +1,4 @@
-"""task_b_from_lfw.py: its three trees and its more faces, from a fake LFW, and the photo list that it comes with."""
+"""task_b_from_lfw.py: its three trees and its extra faces, from a fake LFW, and the photo list that it comes with."""
 
 import re
 
@@ -28,7 +28,8 @@ DEFAULT_LIST = task_b_from_lfw.PHOTO_LIST
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """The tool on a fake LFW, in which each person has a photo beyond the list."""
-    for number, stem in enumerate([*STEMS, "Ann_Lee_0003", "Bo_0002", "Cy_de_la_Cruz_0001", "Di-Ming_0001", "Ed_0001"]):
+    beyond = ["Ann_Lee_0003", "Bo_0002", "Cy_de_la_Cruz_0001", "Di-Ming_0001", "Ed_0001", "Fay_0001"]
+    for number, stem in enumerate([*STEMS, *beyond]):
         person = stem.rpartition("_")[0]
         write_photo(tmp_path / "lfw" / person / f"{stem}.jpg", (90, 120, 150), seed=number)
     (tmp_path / "list.txt").write_text(LIST)
@@ -42,7 +43,7 @@ def copies(folder: str, stem: str) -> set[str]:
     return {f"{folder}/distortion/{stem}_{kind}.jpg" for kind in DISTORTIONS}
 
 
-def test_trees_and_more_faces_hold_the_listed_photos_alone_and_undistorted_ones_byte_for_byte(script, capsys):
+def test_trees_and_extra_faces_hold_the_listed_photos_alone_and_undistorted_ones_byte_for_byte(script, capsys):
     script.main()
     train = {"train/Ann_Lee/clean/Ann_Lee_0001.jpg", "train/Ann_Lee/clean/Ann_Lee_0002.jpg"}
     train |= {"train/Bo/clean/Bo_0001.jpg"} | copies("train/Bo", "Bo_0001")
@@ -66,6 +67,7 @@ def test_trees_and_more_faces_hold_the_listed_photos_alone_and_undistorted_ones_
     out = capsys.readouterr().out
     assert f"train: 2 persons, 3 clean photos, {3 * len(DISTORTIONS)} in distortion/" in out
     assert "val: 1 persons, 1 clean photos, 2 in distortion/" in out and "extra: 1 photos\n" in out
+    assert f"set EXTRA_FACES of train_stage2.py to {script.OUT_DIR / 'extra'}: " in out
 
 
 def test_the_scanner_reads_every_tree_and_finds_the_sources_of_facecom_alone(script):

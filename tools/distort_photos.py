@@ -35,7 +35,7 @@ SEED = 0  # 0, 1, 2, ...: of the copies, and of who goes to val/
 JPEG_QUALITY = 92  # of the copies, 1..95
 
 LEAST_PERSONS = 4  # two to tell apart in train/, two in val/
-FEW_PERSONS = 50  # in train/: fewer teach a network these persons, not faces
+FEW_PERSONS = 40  # in train/, of 50: fewer teach a network these persons, not faces
 
 
 def main() -> None:

@@ -2,15 +2,15 @@
 
     python -m tools.task_b_from_lfw
 
-Reads LFW_DIR, LFW in any version (original, funneled or deep-funneled), and writes three trees and more faces under
-OUT_DIR:
+Reads LFW_DIR, LFW in any version (original, funneled or deep-funneled), and writes three trees and a folder of extra
+faces under OUT_DIR:
 
 facecom/  train/ 788 persons, 1,837 photos; val/ 222 other persons, 394 photos: FACECOM's own LFW photos.
           The queries of val/ are distorted copies of its gallery photos.
 cross/    train/ as in facecom/; val/ 100 persons that facecom/ lacks, 253 photos. Each one's first photo is the
           gallery, the distorted copies of the 153 others are the queries: here matching photos is not enough.
 clean/    val/ the 100 persons of cross/ with the same gallery; the 153 others, undistorted, are the queries.
-extra/    3,379 photos of 2,452 persons of none of the trees, for EXTRA_FACES of train_stage2.py.
+extra/    3,379 photos of 2,452 persons who are in none of the trees, for EXTRA_FACES of train_stage2.py.
 
 All trees hold <person>/clean/<photo>.jpg and <person>/distortion/<photo>_<kind>.jpg. The queries of clean/ are of kind
 "clean". The photos are listed in task_b_photos.txt. The kinds are those of distortions.DISTORTIONS.
@@ -56,7 +56,7 @@ def main() -> None:
         print(describe_split(split))
     print(f"{OUT_DIR / EXTRA}: {len(listed[EXTRA, 'all']):,} photos")
     print(f"set DATA_DIR of the training scripts to {OUT_DIR / 'facecom'}, DATA_DIR of evaluate.py to any of the trees")
-    print(f"set EXTRA_FACES of train_stage2.py to {OUT_DIR / EXTRA}: better, and three times as long")
+    print(f"set EXTRA_FACES of train_stage2.py to {OUT_DIR / EXTRA}: better, but stage 2 takes three times as long")
 
 
 @dataclass
