@@ -18,14 +18,16 @@ NORMS = nn.modules.batchnorm._BatchNorm  # the base of BatchNorm in any dimensio
 
 
 def precision(device: torch.device, amp: str | None) -> torch.dtype | None:
-    """The type that `amp` selects: "auto" is bfloat16 where the GPU has it, else float16, and float32 on the CPU;
-    "bf16" and "fp16" are those two, "bf16" on the CPU too; None is float32, for which this returns None.
+    """The type that `amp` selects: "auto" is bfloat16 where the device multiplies in it, else float16 on a GPU and
+    float32 on a CPU; "bf16" and "fp16" are those two, "bf16" on any CPU; None is float32, for which this returns None.
 
     Raises UserError for anything else, or where the device cannot.
     """
     cuda = device.type == "cuda"
-    if amp is None or (amp == "auto" and not cuda):
+    if amp is None or (amp == "auto" and device.type == "mps"):
         return None
+    if amp == "auto" and not cuda:
+        return torch.bfloat16 if multiplies_bfloat16() else None
     if amp == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if amp not in ("bf16", "fp16"):
@@ -35,6 +37,14 @@ def precision(device: torch.device, amp: str | None) -> torch.dtype | None:
     if amp == "fp16" and not cuda:
         raise UserError("AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU")
     return torch.bfloat16 if amp == "bf16" else torch.float16
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has units for products of bfloat16 matrices: AMX, in Intel's Xeons since 2023. On CPUs without,
+    bfloat16 is slower than float32, even where AVX-512 has instructions for it. False where torch is too old to tell.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("amx_bf16", False)
 
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:

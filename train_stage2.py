@@ -131,7 +131,8 @@ FREEZE_BATCHNORM = True  # keep the statistics as loaded; those of a few persons
 
 # --- speed ---
 NUM_WORKERS = "auto"  # processes that load images, for each GPU, 0..; "auto": one per core, at most 16
-AMP = "auto"  # "auto": bfloat16 or float16 on a GPU, float32 on the CPU; "bf16", "fp16"; None: float32
+# "auto": bfloat16 or float16 on a GPU, bfloat16 on a CPU with AMX, else float32; "bf16", "fp16"; None: float32.
+AMP = "auto"
 # "auto": on one GPU, with ACCUMULATE = 1, the network's passes are recorded and replayed as CUDA graphs, in 30 to 60 %
 # of the time; True: torch.compile it, whose first steps then take minutes, the others less; False: neither.
 COMPILE = "auto"

@@ -23,6 +23,7 @@ import degradations
 import evaluate
 import identify
 import journal
+import optimisation
 import plots
 import train_stage1
 import train_stage2
@@ -41,6 +42,12 @@ def no_search(monkeypatch):
     """The photos of most tests show no face, and the search for one takes long."""
     for script in (evaluate, identify):
         monkeypatch.setattr(script, "FRAMING", "centre")
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """On every CPU: figures are compared to more digits than bfloat16 has."""
+    monkeypatch.setattr(optimisation, "multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,7 @@ from torch import nn
 import optimisation
 import training
 from common import UserError
+from optimisation import multiplies_bfloat16
 from training import RunSettings
 
 pytestmark = pytest.mark.usefixtures("quick_curves")
@@ -157,16 +158,27 @@ def test_frozen_batchnorm_keeps_its_statistics_while_the_rest_trains():
     "device, has_bfloat16, amp, dtype",
     [
         *(("cpu", False, "auto", None), ("cpu", False, None, None), ("cpu", False, "bf16", torch.bfloat16)),
+        *(("cpu", True, "auto", torch.bfloat16), ("cpu", True, None, None), ("mps", True, "auto", None)),
         *(("cuda", True, "auto", torch.bfloat16), ("cuda", False, "auto", torch.float16)),  # before Ampere: none
         *(("cuda", True, "fp16", torch.float16), ("cuda", False, "bf16", torch.bfloat16), ("cuda", True, None, None)),
     ],
 )
 def test_precision_is_the_one_selected_or_the_best_of_the_device(monkeypatch, device, has_bfloat16, amp, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bfloat16)
+    monkeypatch.setattr(optimisation, "multiplies_bfloat16", lambda: has_bfloat16)
     assert optimisation.precision(torch.device(device), amp) is dtype
     if device == "cpu":
         with optimisation.autocast(CPU, amp):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (dtype or torch.float32)
+
+
+@pytest.mark.parametrize("amx", [True, False, None])
+def test_a_cpu_says_whether_it_multiplies_bfloat16_and_an_old_torch_does_not(monkeypatch, amx):
+    if amx is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": amx})
+    assert multiplies_bfloat16() is bool(amx)
 
 
 @pytest.mark.parametrize("select", [optimisation.precision, optimisation.autocast])

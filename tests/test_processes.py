@@ -89,7 +89,7 @@ def job(
     hooks: what happens in it, by the names in process_jobs.py; "start": the reference run that stage 2 starts from.
     """
     hooks = {"start": "whole"} | (hooks or {})
-    both = {"NUM_WORKERS": 0, "EPOCHS": 2, "SAVE_EVERY": 1, "WARMUP_STEPS": 1, "CHECK_IMAGES": False}
+    both = {"NUM_WORKERS": 0, "EPOCHS": 2, "SAVE_EVERY": 1, "WARMUP_STEPS": 1, "CHECK_IMAGES": False, "AMP": None}
     own = {
         "BATCH_SIZE": 4,
         "IMAGE_SIZE": 76,
