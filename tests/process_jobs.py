@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def main():
             with torch.no_grad():
                 results["embed alone"] = model.eval().rated(torch.stack(alone))
         elif job["name"] == "frames":
-            framing.find_box = lambda image, detector: (0, 0, image.getpixel((0, 0))[0] / 255, 1)
+            framing.find_box = lambda image, detector: (0, 0, zlib.crc32(image.tobytes()), 1)
             frames = framing.find_frames("detected", [Path(p) for p in job["photos"]], device)
             results["frames"] = [(path.name, box) for path, box in frames.boxes.items()]
         else:
