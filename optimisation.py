@@ -18,23 +18,23 @@ NORMS = nn.modules.batchnorm._BatchNorm  # the base of BatchNorm in any dimensio
 
 
 def precision(device: torch.device, amp: str | None) -> torch.dtype | None:
-    """The type that `amp` selects: "auto" is bfloat16 where the device multiplies in it, else float16 on a GPU and
-    float32 on a CPU; "bf16" and "fp16" are those two, "bf16" on any CPU; None is float32, for which this returns None.
+    """The type that `amp` selects: "auto" is bfloat16 where the device multiplies in it, else float16 on a CUDA GPU and
+    float32 elsewhere; "bf16" and "fp16" are those two, "bf16" on any CPU too; None is float32, for which this returns
+    None.
 
     Raises UserError for anything else, or where the device cannot.
     """
-    cuda = device.type == "cuda"
-    if amp is None or (amp == "auto" and device.type == "mps"):
-        return None
-    if amp == "auto" and not cuda:
-        return torch.bfloat16 if multiplies_bfloat16() else None
-    if amp == "auto":
+    if amp == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if amp == "auto" and device.type == "cpu" and multiplies_bfloat16():
+        return torch.bfloat16
+    if amp in ("auto", None):
+        return None
     if amp not in ("bf16", "fp16"):
         raise UserError(f"AMP = {amp!r}: expected 'auto', 'bf16', 'fp16' or None")
     if device.type == "mps":
         raise UserError(f"AMP = {amp!r}: on a Mac's GPU networks are trained in float32; set AMP to 'auto' or None")
-    if amp == "fp16" and not cuda:
+    if amp == "fp16" and device.type != "cuda":
         raise UserError("AMP = 'fp16': float16 is for GPUs; 'bf16' or None works on the CPU")
     return torch.bfloat16 if amp == "bf16" else torch.float16
 
