@@ -10,9 +10,9 @@ With the cosine of photo and person cos t_j = z w_j, the logits are
 (s = SCALE, m = MARGIN), and the loss is their cross-entropy: ArcFace, Deng et al. 2019, arXiv:1801.07698. Network and
 centres are trained together by AdamW, with a linear warm-up and then half a cosine down to 0.
 After each epoch, and before the first (epoch 0), the network is validated on persons it is not trained on: a gallery of
-their clean photos; every third distorted photo (QUICK_VALIDATION), and each clean photo degraded, a query; top-1. The
-best epoch has the highest mean of top-1 over the protocols `same` and `cross` (see RESULTS.md) without having forgotten
-clean photos (MAX_CLEAN_DROP); epoch 0 can be the best.
+their clean photos; every third distorted photo (QUICK_VALIDATION), and each clean photo degraded in four ways, a query;
+top-1. The best epoch has the highest mean of top-1 over the protocols `same` and `cross` (see RESULTS.md) without
+having forgotten clean photos (MAX_CLEAN_DROP); epoch 0 can be the best.
 
 Writes RUN_DIR/best.pt (for stage 2 and evaluate.py), last.pt (for RESUME), log.csv, steps.csv, curves.png,
 tensorboard/, constants.json and, with EMA_DECAY, best_ema.pt. Several GPUs: torchrun --nproc_per_node=2 train_stage1.py
@@ -47,7 +47,7 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
-from degradations import RandomDegradation, families_without, validation_degradation
+from degradations import RandomDegradation, families_without, validation_degradations
 from framing import Frames, check_framing, find_frames, sources_of
 from loading import PhotoLoader
 from losses import ArcMarginProduct
@@ -148,11 +148,11 @@ def main() -> None:
     loader = training.train_loader(train_set, batches, NUM_WORKERS, device, epochs=EPOCHS)
     val_frames = find_frames(FRAMING, photos_of(val_persons), device)
     transform = eval_transform(IMAGE_SIZE, FACE_CROP, val_frames)
-    degradation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=round(IMAGE_SIZE / FACE_CROP))
+    degradations = validation_degradations(WITHOUT_FAMILIES, DISTORT_MOST, side=round(IMAGE_SIZE / FACE_CROP))
     val_set = ValidationSet(
         val_persons,
         transform,
-        degraded=eval_transform(IMAGE_SIZE, FACE_CROP, val_frames, degradation),
+        degraded=[eval_transform(IMAGE_SIZE, FACE_CROP, val_frames, each) for each in degradations],
         device=device,
         template=TEMPLATE,
         quick=QUICK_VALIDATION,

@@ -51,7 +51,7 @@ from datasets import (
     warn_shared_persons,
     without_kinds,
 )
-from degradations import RandomDegradation, families_without, validation_degradation
+from degradations import RandomDegradation, families_without, validation_degradations
 from embedding import embed
 from extra_faces import find_extra_faces
 from framing import Frames, check_framing, find_frames, hidden_share, sources_of, with_photo
@@ -205,11 +205,11 @@ def main() -> None:
     )
 
     val_frames = find_frames(framing, photos_of(val_persons), device)
-    in_validation = validation_degradation(WITHOUT_FAMILIES, DISTORT_MOST, side=frame_size(stage1))
+    degradations = validation_degradations(WITHOUT_FAMILIES, DISTORT_MOST, side=frame_size(stage1))
     val_set = ValidationSet(
         val_persons,
         eval_transform(image_size, crop, val_frames),
-        degraded=eval_transform(image_size, crop, val_frames, in_validation),
+        degraded=[eval_transform(image_size, crop, val_frames, each) for each in degradations],
         device=device,
         template=TEMPLATE,
         quick=QUICK_VALIDATION,

@@ -1,6 +1,8 @@
 """Validation during training: the figure that the best epoch is chosen by."""
 
 import contextlib
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +28,7 @@ from scores import TEMPLATES
 from transforms import Transform
 
 # Of the best epoch, by `validate`; kept in checkpoints.
-CHOICE = "mean of same and cross, on the distorted photos and on degraded ones"
+CHOICE = "mean of same and cross, on the distorted photos and on four degraded copies of each clean one"
 DEGRADED = "degraded"  # kind of the clean photos that are degraded on the fly
 QUICK_STRIDE = 3  # quick validation takes a third of the distorted photos
 
@@ -35,31 +37,34 @@ QUICK_STRIDE = 3  # quick validation takes a third of the distorted photos
 class ValidationSet:
     """The persons that epochs are compared on, none of them trained on, and how their photos are seen.
 
-    degraded: `transform` with a FixedDegradation in it. template: by which persons are matched. quick: only every
-    QUICK_STRIDE-th distorted photo, and in `validate` no mirror images.
+    degraded: `transform` with a FixedDegradation in it, several of them. template: by which persons are matched. quick:
+    only every QUICK_STRIDE-th distorted photo, and in `validate` no mirror images.
     """
 
     persons: Sequence[Person]
     transform: Transform
-    degraded: Transform
+    degraded: Sequence[Transform]
     device: torch.device
     template: str
     quick: bool
     num_workers: int = 0
 
     def embed(self, model: nn.Module) -> tuple[Gallery, Queries]:
-        """The clean photos as a gallery; as queries the distorted ones and, once each, the clean ones degraded.
+        """The clean photos as a gallery; as queries the distorted ones and the clean ones, degraded in each way.
 
         Raises what `gallery.build_gallery` raises.
         """
         persons, device, workers = self.persons, self.device, self.num_workers
         gallery = build_gallery(model, persons, self.transform, device, template=self.template, num_workers=workers)
-        found = embed(model, gallery.paths, self.degraded, device, num_workers=workers, description="degraded")
-        queries = own_queries(gallery, found, kind=DEGRADED)
+        copies = [
+            embed(model, gallery.paths, transform, device, num_workers=workers, description="degraded")
+            for transform in self.degraded
+        ]
+        queries = [own_queries(gallery, found, kind=DEGRADED) for found in copies]
         if any(person.distorted for person in persons):
             asked = thinned(persons, QUICK_STRIDE) if self.quick else persons
-            queries = embed_queries(model, gallery, asked, self.transform, device, num_workers=workers) + queries
-        return gallery, queries
+            queries = [embed_queries(model, gallery, asked, self.transform, device, num_workers=workers), *queries]
+        return gallery, functools.reduce(operator.add, queries)
 
 
 def validate(model: nn.Module, on: ValidationSet) -> tuple[float, dict[str, float]]:

@@ -21,7 +21,7 @@ from degradations import (
     motion,
     out_of_focus,
     rain,
-    validation_degradation,
+    validation_degradations,
 )
 from distortions import DISTORTIONS
 from tools import degradation_sheet
@@ -325,7 +325,7 @@ def test_a_fixed_degradation_depends_on_the_photos_name_alone_and_leaves_torch_s
     first_photo, twin, other = (tmp_path / name for name in ("a/1.png", "b/1.png", "a/2.png"))
     for path in (first_photo, twin, other):
         write_photo(path, (120, 90, 60), seed=1, side=60)
-    made = validation_degradation((), most=4, side=60)
+    made, another, *_ = validation_degradations((), most=4, side=60)
     torch.manual_seed(5)
     following = torch.rand(3)
     torch.manual_seed(5)
@@ -334,4 +334,5 @@ def test_a_fixed_degradation_depends_on_the_photos_name_alone_and_leaves_torch_s
     )
     assert torch.equal(torch.rand(3), following)
     assert (first == again).all() and (first == same).all() and (first != different).any()
-    assert set(validation_degradation(("glare",), most=4, side=60).degradation.families) == {"glare"}
+    assert (first != np.asarray(another(load_image(first_photo)))).any()
+    assert set(validation_degradations(("glare",), most=4, side=60)[0].degradation.families) == {"glare"}

@@ -187,4 +187,6 @@ def test_an_update_waits_once_and_a_batch_of_validation_twice(stages, gpu, monke
     found = counted(stages[stage], gpu, monkeypatch, constants)
     updates = 6 // constants.get("ACCUMULATE", 1) if stage == 0 else 2
     # The numbers of a step that are logged, in one copy; the embeddings and their qualities.
-    assert found == {"training": [{"aten._to_copy.default": updates}], "validation": [{"aten._to_copy.default": 6}] * 2}
+    batches = 6  # of the gallery, of its four degraded copies and of the queries
+    waited = {"training": [updates], "validation": [2 * batches] * 2}
+    assert found == {of: [{"aten._to_copy.default": count} for count in counts] for of, counts in waited.items()}
