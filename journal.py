@@ -157,7 +157,8 @@ class Journal:
 class Meter:
     """Means over an epoch, weighted by the images of each step, and what its time was spent on.
 
-    The clock runs from one row of log.csv to the next, so what is saved with a row counts for the next one.
+    The clock runs from one row of log.csv to the next, so what is saved with a row counts for the next one. What comes
+    before the first validation or a resumed step, such as the bank of stage 2, is of no epoch: see `restart`.
     """
 
     def __init__(self):
@@ -178,13 +179,17 @@ class Meter:
         self.spent[activity] += seconds
         return seconds
 
+    def restart(self) -> None:
+        """Put the seconds since the last lap down to nothing."""
+        self._lap = time.perf_counter()
+
     def means(self) -> dict[str, float]:
         means = {name: total / self.images for name, total in self.sums.items()}
         return means | {"images_per_second": self.seen / max(self.spent["training"] + self.spent["loading"], 1e-9)}
 
     def times(self) -> dict[str, float]:
-        """`seconds` of the epoch, and the shares (0..1) of them that each activity took: together 1, as the clock never
-        stops. `training` is that of the steps without `loading`, the wait for their images."""
+        """`seconds` of the epoch, and the shares (0..1) of them that each activity took: together 1. `training` is that
+        of the steps without `loading`, the wait for their images."""
         seconds = sum(self.spent.values())
         return {"seconds": seconds} | {name: spent / max(seconds, 1e-9) for name, spent in self.spent.items()}
 

@@ -284,6 +284,7 @@ class Run:
 
     def epochs(self) -> Iterator[int]:
         """The epochs still to run; no more once none of the last `patience` was the best."""
+        self.meter.restart()
         while self.epoch < self.settings.epochs:
             waited = self.epoch - max(self.best.epoch, self.best_ema.epoch)
             if self.settings.patience and waited >= self.settings.patience and not self.batch:
@@ -410,6 +411,8 @@ class Run:
         last.pt is saved before, too. A run that ends from then on is resumed at this validation: the epoch is not lost,
         and never is there a best.pt without a last.pt.
         """
+        if self.epoch == 0:
+            self.meter.restart()
         if self.epoch == 0 and is_main():
             self.journal.rewind(0)  # of an earlier run whose checkpoints were deleted
         if self._saved_at != (self.epoch, self.batch):

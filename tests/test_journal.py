@@ -57,6 +57,7 @@ def fit_timed(run: training.Run, clock: SimpleNamespace) -> None:
 
 def test_the_log_states_what_the_time_of_each_epoch_was_spent_on(tmp_path, clock, capsys):
     run = small_run(tmp_path, RunSettings(epochs=2), batches=2)
+    clock.now += 1000  # the bank of stage 2: of no epoch
     fit_timed(run, clock)
     run.report_best()
     rows = [{name: float(row[name]) for name in ("seconds", *journal.ACTIVITIES)} for row in run.history]
@@ -89,6 +90,7 @@ def test_a_resumed_run_adds_its_time_to_what_was_spent_before(tmp_path, clock):
     run = small_run(tmp_path, RunSettings(epochs=1, save_every=1), batches=2)
     clock.now += 1000  # between the two runs
     run.resume({})
+    clock.now += 1000  # the bank
     assert (run.batch, run.meter.seen) == (1, 4)
     fit_timed(run, clock)
     row = run.history[1]
