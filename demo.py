@@ -55,7 +55,7 @@ def main() -> None:
     for script in (train_stage1, train_stage2, evaluate):
         set_constants(script, DATA_DIR=data_dir, CHECK_IMAGES=False)  # just written by ourselves
     for script in (train_stage1, train_stage2):
-        set_constants(script, AMP=None)  # the same figures on CPUs with bfloat16 and without
+        set_constants(script, AMP=None)  # float32 everywhere, for figures like those in RESULTS.md
 
     with announced("2/4 stage 1: ArcFace", seconds=SECONDS["stage 1"]):
         set_constants(train_stage1, RUN_DIR=stage1, PRETRAINED=pretrained, IMAGE_SIZE=IMAGE_SIZE, EPOCHS=STAGE1_EPOCHS)
