@@ -165,7 +165,7 @@ class Meter:
         self.images, self.sums = 0, {}  # of the steps that counted
         self.seen = 0  # images of all steps
         self.spent = dict.fromkeys(ACTIVITIES, 0.0)  # seconds
-        self._lap = time.perf_counter()
+        self.restart()
 
     def add(self, images: int, values: dict[str, float]) -> None:
         self.images += images
@@ -199,7 +199,6 @@ class Meter:
     def load_state_dict(self, state: dict) -> None:
         self.images, self.sums, self.seen = state["images"], state["sums"], state["seen"]
         self.spent = state["spent"]
-        self._lap = time.perf_counter()
 
     def __str__(self) -> str:
         means = self.means()

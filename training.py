@@ -413,8 +413,8 @@ class Run:
         """
         if self.epoch == 0:
             self.meter.restart()
-        if self.epoch == 0 and is_main():
-            self.journal.rewind(0)  # of an earlier run whose checkpoints were deleted
+            if is_main():
+                self.journal.rewind(0)  # of an earlier run whose checkpoints were deleted
         if self._saved_at != (self.epoch, self.batch):
             self.save()
         top1, row = validate(self.learner.networks["model"])

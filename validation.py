@@ -11,6 +11,7 @@ from torch import nn
 
 from common import UserError, list_names, warn_once
 from datasets import Person, folder_of, kinds_of
+from degradations import VALIDATION_COPIES
 from embedding import embed
 from gallery import (
     Gallery,
@@ -28,7 +29,7 @@ from scores import TEMPLATES
 from transforms import Transform
 
 # Of the best epoch, by `validate`; kept in checkpoints.
-CHOICE = "mean of same and cross, on the distorted photos and on four degraded copies of each clean one"
+CHOICE = f"mean of same and cross, on the distorted photos and on {VALIDATION_COPIES} degraded copies of each clean one"
 DEGRADED = "degraded"  # kind of the clean photos that are degraded on the fly
 QUICK_STRIDE = 3  # quick validation takes a third of the distorted photos
 
@@ -56,14 +57,13 @@ class ValidationSet:
         """
         persons, device, workers = self.persons, self.device, self.num_workers
         gallery = build_gallery(model, persons, self.transform, device, template=self.template, num_workers=workers)
-        copies = [
-            embed(model, gallery.paths, transform, device, num_workers=workers, description="degraded")
-            for transform in self.degraded
-        ]
-        queries = [own_queries(gallery, found, kind=DEGRADED) for found in copies]
+        queries = []
         if any(person.distorted for person in persons):
             asked = thinned(persons, QUICK_STRIDE) if self.quick else persons
-            queries = [embed_queries(model, gallery, asked, self.transform, device, num_workers=workers), *queries]
+            queries.append(embed_queries(model, gallery, asked, self.transform, device, num_workers=workers))
+        for transform in self.degraded:
+            found = embed(model, gallery.paths, transform, device, num_workers=workers, description="degraded")
+            queries.append(own_queries(gallery, found, kind=DEGRADED))
         return gallery, functools.reduce(operator.add, queries)
 
 
